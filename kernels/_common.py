@@ -1,0 +1,73 @@
+"""What every kernel file shares: where a kernel may run, and programmatic dependent launch.
+
+Owns the one guarded place where NVIDIA-only calls stand (griddepcontrol, through Triton's gdc_*). Knows no kernel.
+
+Programmatic dependent launch (PDL, Hopper and later): a kernel may start while the one before it still runs. It loads what
+no running kernel writes (its weights), then `pdl_wait`s for everything before it. Two rules keep this exact:
+every kernel of the chain waits before it reads anything that an earlier kernel of the step writes, and the last kernel of a
+step never triggers early, so that what a step's end writes (lengths, tokens, cache rows) is final for the next step's start.
+"""
+
+import contextlib
+import functools
+import os
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, one program after another
+
+_pdl_enabled = True
+
+
+@triton.jit
+def pdl_trigger(PDL: tl.constexpr):
+    """Lets the next kernel of the stream start early. PDL is False under the interpreter and before Hopper."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def pdl_wait(PDL: tl.constexpr):
+    """Waits until every earlier kernel of the stream has finished and its writes can be seen."""
+    if PDL:
+        gdc_wait()
+
+
+def runs_kernels(x: torch.Tensor) -> bool:
+    """True where `x` is worked on by Triton kernels: on a GPU, or anywhere under TRITON_INTERPRET=1."""
+    return x.is_cuda or INTERPRET
+
+
+@functools.cache
+def _device_has_pdl(index: int) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def pdl_supported(x: torch.Tensor) -> bool:
+    """True where kernels on `x`'s device are launched with programmatic dependent launch."""
+    return _pdl_enabled and x.is_cuda and not INTERPRET and _device_has_pdl(x.device.index or 0)
+
+
+def launch_options(x: torch.Tensor) -> dict:
+    """Keyword arguments for a launch on `x`'s device: `kernel[grid](..., **launch_options(x))` sets PDL and launch_pdl."""
+    return {"PDL": True, "launch_pdl": True} if pdl_supported(x) else {"PDL": False}
+
+
+@contextlib.contextmanager
+def pdl_disabled():
+    """Launches everything inside without PDL: what the ordering tests compare with. Not for concurrent use."""
+    global _pdl_enabled
+    before, _pdl_enabled = _pdl_enabled, False
+    try:
+        yield
+    finally:
+        _pdl_enabled = before
+
+
+@functools.cache
+def num_sms(index: int = 0) -> int:
+    """Multiprocessors of CUDA device `index`; 132 (an H100 or H200) where there is none, so that tile choices can be tested."""
+    return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 132
