@@ -33,6 +33,7 @@ from model import ModelConfig
 FORMAT_VERSION = 1
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_LAYERS = 10_000
 STAGING_BYTES = 16 * 2**20  # of one reader; pinned where the destination is a GPU
 READERS = 4  # threads: while some copy to the device, others read
 COMPANIONS = (  # copied along with the weights where present
@@ -205,6 +206,8 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict]:
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of model.Transformer's state dict, in the order in which they are saved."""
+    if config.num_layers > MAX_LAYERS:  # a hostile config must not make us list them
+        raise ValueError(f"num_hidden_layers: found {config.num_layers}, expected at most {MAX_LAYERS}")
     hidden, inner, qkv = config.hidden_size, config.intermediate_size, config.q_size + 2 * config.kv_size
     layer = {"attention_norm.weight": (hidden,), "attention.wqkv.weight": (qkv, hidden)}
     if config.qkv_bias:
