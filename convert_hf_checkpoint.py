@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,8 +51,8 @@ META_NAMES = {  # Meta's other names are ours
 # ---------------------------------------------------------------- opening
 
 
-def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True):
-    """Any checkpoint, converted in memory while it is read: (config, state dict in our names, LoadReport)."""
+def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True) -> checkpoint.Loaded:
+    """Any checkpoint, converted in memory while it is read: the state dict is in our names."""
     return checkpoint.load_source(open_source(directory), device, dtype, progress)
 
 
@@ -302,13 +303,22 @@ def finite_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Te
         yield name, out
 
 
+def _one_ahead(items: Iterator) -> Iterator:
+    """Makes the next item in a thread while the caller uses this one: reading goes on while we write."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = pool.submit(next, items, None)
+            yield item
+
+
 def convert(directory: Path, output: Path, dtype: torch.dtype | None = None, name: str = "", **options) -> Source:
     """Write any checkpoint as one of ours. `name` is kept as its source; options go to save_checkpoint."""
     if Path(output).resolve() == Path(directory).resolve():
         raise ValueError(f"{output}: the output is the input; expected another directory")
     source = open_source(directory)
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
-    tensors = finite_tensors(source, config.dtype)
+    tensors = _one_ahead(finite_tensors(source, config.dtype))
     checkpoint.save_checkpoint(output, config, tensors, source=name or str(directory), companions=directory, **options)
     return source
 
