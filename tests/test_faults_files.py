@@ -595,16 +595,19 @@ def test_22_two_writers(originals, tmp_path, capsys):
             os._exit(0)
         finally:
             os._exit(99)
-    os.read(ready[0], 1)
-    assert convert.main(["--checkpoint_dir", str(originals / "tied"), "--output_dir", str(out)]) == 1
-    stderr = capsys.readouterr().err
-    assert stderr.count("\n") == 1
-    assert "another process is writing here: it holds the lock" in stderr
-    assert not out.exists()
-    os.write(go[1], b"x")
-    assert os.waitpid(child, 0)[1] == 0
-    for end in (*ready, *go):
-        os.close(end)
+    try:
+        os.read(ready[0], 1)
+        assert convert.main(["--checkpoint_dir", str(originals / "tied"), "--output_dir", str(out)]) == 1
+        stderr = capsys.readouterr().err
+        assert stderr.count("\n") == 1
+        assert "another process is writing here: it holds the lock" in stderr
+        assert not out.exists()
+    finally:
+        os.write(go[1], b"x")
+        status = os.waitpid(child, 0)[1]
+        for end in (*ready, *go):
+            os.close(end)
+    assert status == 0
     assert not checkpoint.load_checkpoint(out, progress=False)[0].tie_word_embeddings
     assert list(tmp_path.iterdir()) == [out]
 
