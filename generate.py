@@ -9,6 +9,7 @@ steps without waiting for their tokens and reads the output ring some steps behi
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import statistics
@@ -16,12 +17,13 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import nn
 
+import checkpoint
 import convert_hf_checkpoint
 import kernels
 from kv_cache import KVCache, bytes_per_row
@@ -87,8 +89,13 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
     if fused(hidden):
         sampling = {name: getattr(s, name)[rows] for name in ("temperature", "seed", "sample")}
         logits, best, token = kernels.head(
-            hidden, model.head, norm=model.norm.weight, eps=model.config.norm_eps,
-            vocab_size=model.vocab_limit, lengths=lengths, **sampling,
+            hidden,
+            model.head,
+            norm=model.norm.weight,
+            eps=model.config.norm_eps,
+            vocab_size=model.vocab_limit,
+            lengths=lengths,
+            **sampling,
         )
         if truncates:
             best, token = kernels.truncated_choice(
@@ -284,8 +291,13 @@ class Engine:
         engine = cls(model, tokenizer, **options)
         if tokenizer:
             model.vocab_limit = tokenizer.vocab_size
-        engine.defaults = convert_hf_checkpoint.default_generation(directory)
-        engine.stop_ids |= set(engine.defaults.pop("eos_token_id", ()))
+        defaults = checkpoint.default_generation(directory)
+        engine.stop_ids |= set(defaults.pop("eos_token_id", ()))
+        if not defaults.pop("do_sample", True):
+            defaults = {"temperature": 0.0}
+        fields = {f.name for f in dataclasses.fields(SamplingParams)}
+        engine.defaults = {k: v for k, v in defaults.items() if k in fields}
+        report.notes += [f"generation_config.json: {k} = {v} is not used" for k, v in defaults.items() if k not in fields]
         engine.load_sec, engine.load_notes = time.perf_counter() - started, report.notes
         return engine
 
@@ -555,6 +567,12 @@ def weight_bytes_per_step(model: Transformer) -> int:
     return total if model.config.tie_word_embeddings else total - model.tok_embeddings.num_bytes
 
 
+def floor_ms(engine: Engine, batch_size: int, context: float, bandwidth: float) -> float:
+    """Time that a step's bytes take: all weights once, the cached rows of every sequence once."""
+    kv = batch_size * context * bytes_per_row(engine.model.config, engine.model.norm.weight.dtype)
+    return (weight_bytes_per_step(engine.model) + kv) / bandwidth * 1e3
+
+
 def metrics(engine: Engine, timing: Timing, compile_sec: float) -> dict:
     """The metrics of one run, as `--json` gives them."""
     steps_ms = sorted(timing.step_ms)
@@ -625,7 +643,12 @@ def add_flag(parser: argparse.ArgumentParser, name: str, **options) -> None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flag = lambda name, **options: add_flag(parser, name, **options)  # noqa: E731
-    flag("checkpoint_path", type=Path, default=DEMO, help="a checkpoint directory, ours or Hugging Face's (default: the demo model)")
+    flag(
+        "checkpoint_path",
+        type=Path,
+        default=DEMO,
+        help="a checkpoint directory, ours or Hugging Face's (default: the demo model)",
+    )
     flag("random_weights", metavar="SHAPE", help=f"random weights instead of a checkpoint: {', '.join(SHAPES)}")
     flag("prompt", default="ROMEO:", help="text; an integer makes a synthetic prompt of so many tokens")
     flag("num_samples", type=int, default=1, help="samples, one after the other")
@@ -640,7 +663,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("ignore_eos", action="store_true", default=None, help="go on past the model's stop tokens")
     flag("compile", action="store_true", help="the fast decode path: CUDA graphs on a GPU, torch.compile on a CPU")
     flag("compile_prefill", action="store_true", help="compile the prefill too (for any prompt length)")
-    flag("decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)")
+    flag(
+        "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
+    )
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")
@@ -683,7 +708,7 @@ def run(args: argparse.Namespace) -> None:
     if engine.decode_mode != "eager" or args.compile_prefill:
         started = time.perf_counter()
         engine.prepare(args.batch_size, len(engine.encode(prompt)) + params.max_new_tokens)
-        engine.generate(prompts, replace(params, max_new_tokens=min(params.max_new_tokens, STEPS_PER_GRAPH + 2)))
+        engine.generate(prompts, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, STEPS_PER_GRAPH + 2)))
         compile_sec = time.perf_counter() - started
 
     outputs, last = [], None

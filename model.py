@@ -215,7 +215,9 @@ def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float,
 
     if kind == "yarn" and any(rope.get(k) is not None for k in ("mscale", "mscale_all_dim")):
         fail(f"{name}.mscale", rope.get("mscale"), "no such field (DeepSeek's variant of YaRN is not supported)")
-    original = None if kind == "linear" else int(number("original_max_position_embeddings", max_positions if kind == "yarn" else None))
+    original = (
+        None if kind == "linear" else int(number("original_max_position_embeddings", max_positions if kind == "yarn" else None))
+    )
     scaling = {"type": kind, "factor": float(number("factor")), "original_max_position_embeddings": original}
     if kind == "llama3":
         scaling |= {f: float(number(f)) for f in ("low_freq_factor", "high_freq_factor")}
@@ -244,7 +246,9 @@ def _parse_window(hf, model_type, num_layers, number, flag, fail) -> tuple[int |
     return None, ()  # llama has no such field
 
 
-def _shape(model_type, vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, theta, context, tied=False, eps=1e-5, **more):
+def _shape(
+    model_type, vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, theta, context, tied=False, eps=1e-5, **more
+):
     rope3 = RopeScaling("llama3", more.pop("llama3"), 8192) if "llama3" in more else None
     return ModelConfig(
         model_type, vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, eps, theta, rope3, context, tied, **more
@@ -548,7 +552,9 @@ class Transformer(nn.Module):
         """Hidden states [N, H] -> logits [N, V] float32, -inf for padding rows of the vocabulary."""
         x, weight = rms_norm(x, self.norm.weight, self.config.norm_eps), self.head.dequantized()
         if x.is_cuda and x.dtype != torch.float32:
-            logits = torch.mm(x, weight.T, out_dtype=torch.float32)  # bf16 logits would make ties that a greedy choice trips over
+            logits = torch.mm(
+                x, weight.T, out_dtype=torch.float32
+            )  # bf16 logits would make ties that a greedy choice trips over
         else:
             logits = F.linear(x, weight).float()
         logits[:, self.vocab_limit :] = -math.inf

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels import gumbel_noise
+from kernels import gumbel_noise  # noqa
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import generate  # noqa: E402
-from generate import BANDWIDTH, DTYPES, STEPS_PER_GRAPH, Engine, add_flag, default_device, metrics, weight_bytes_per_step  # noqa: E402
-from kv_cache import bytes_per_row  # noqa: E402
+from generate import BANDWIDTH, DTYPES, STEPS_PER_GRAPH, Engine, add_flag, default_device, floor_ms, metrics  # noqa: E402
 from sampling import SamplingParams  # noqa: E402
 
 
@@ -44,12 +43,6 @@ def random_prompts(engine: Engine, batch_size: int, length: int) -> list[list[in
     generator = torch.Generator().manual_seed(0)
     high = min(1024, engine.model.vocab_limit)
     return torch.randint(0, high, (batch_size, length), generator=generator).tolist()
-
-
-def floor_ms(engine: Engine, batch_size: int, context: float, bandwidth: float) -> float:
-    """Time that a step's bytes take: all weights once, the cached rows of every sequence once."""
-    kv = batch_size * context * bytes_per_row(engine.model.config, engine.model.norm.weight.dtype)
-    return (weight_bytes_per_step(engine.model) + kv) / bandwidth * 1e3
 
 
 def decode(args: argparse.Namespace) -> dict:
@@ -130,9 +123,16 @@ def explain(engine: Engine, params: SamplingParams, prompts: list, floor: float 
         rows.append({"kernel": name, "us_per_step": sum(times) / steps, "exposed_us_per_step": exposed[name] / steps,
                      "calls_per_step": len(times) / steps, "us_each": statistics.median(times)})  # fmt: skip
         r = rows[-1]
-        print(f"{r['us_per_step']:10.1f} {r['exposed_us_per_step']:9.1f} {r['calls_per_step']:7.1f} {r['us_each']:8.2f}  {name[:90]}", file=sys.stderr)
+        print(
+            f"{r['us_per_step']:10.1f} {r['exposed_us_per_step']:9.1f} {r['calls_per_step']:7.1f} {r['us_each']:8.2f}  {name[:90]}",
+            file=sys.stderr,
+        )
     gaps = (wall - busy) / steps
-    print(f"{wall / steps:10.1f} us a step in all, {gaps:.1f} with no kernel running" + (f", floor {floor * 1e3:.1f}" if floor else ""), file=sys.stderr)
+    print(
+        f"{wall / steps:10.1f} us a step in all, {gaps:.1f} with no kernel running"
+        + (f", floor {floor * 1e3:.1f}" if floor else ""),
+        file=sys.stderr,
+    )
     return {"kernels": rows, "us_per_step": wall / steps, "gap_us_per_step": gaps}
 
 

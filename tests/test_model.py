@@ -83,7 +83,12 @@ def test_greedy_tokens_equal_transformers(pair):
 
 def test_our_saved_copy_gives_identical_logits(pair, tmp_path):
     _, directory, model = pair
-    assert convert_hf_checkpoint.main(["--checkpoint_dir", str(directory), "--output_dir", str(tmp_path / "ours"), "--dtype", "float32"]) == 0
+    assert (
+        convert_hf_checkpoint.main(
+            ["--checkpoint_dir", str(directory), "--output_dir", str(tmp_path / "ours"), "--dtype", "float32"]
+        )
+        == 0
+    )
     copy = Engine.load(tmp_path / "ours", "cpu").model
     assert torch.equal(full_forward(copy, PROMPT), full_forward(model, PROMPT))
 
@@ -103,7 +108,7 @@ def test_config_round_trip(pair):
         ({"hidden_size": "64"}, "hidden_size"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "original_max_position_embeddings"),
         ({"rope_parameters": None}, "rope_theta"),
         ({"attention_bias": True}, "attention_bias"),
         ({"dtype": "int3"}, "dtype"),
