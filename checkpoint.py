@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,18 +35,16 @@ INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 STAGING_BYTES = 16 * 2**20  # of one reader; pinned where the destination is a GPU
 READERS = 4  # threads: while some copy to the device, others read
-GENERATION_CONFIG = "generation_config.json"
 COMPANIONS = (  # copied along with the weights where present
     *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", GENERATION_CONFIG),
+    *("vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json"),
 )
-FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-SAFETENSORS_DTYPES = {
-    **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8},
-    **{"I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}  # that weights may have
+STORED_DTYPES = FLOAT_DTYPES | {  # that a file may hold beside them
+    **{"F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+    **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
 }
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 class TensorInfo(NamedTuple):
@@ -56,10 +54,6 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
-
-    @property
-    def num_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class Piece(NamedTuple):
@@ -78,21 +72,17 @@ class Source:
     layout: str  # rooflama, huggingface or meta
     config: ModelConfig
     pieces: dict[str, list[Piece]]  # by our names
-    notes: list[str] = field(default_factory=list)  # what a user should know: files ignored, embeddings untied
+    notes: list[str]  # what a user should know: files ignored, embeddings untied
 
 
-@dataclass
-class LoadReport:
+class LoadReport(NamedTuple):
     bytes: int  # read from disk
     seconds: float
+    gbps: float
     notes: list[str]
 
-    @property
-    def gbps(self) -> float:
-        return self.bytes / 1e9 / max(self.seconds, 1e-9)
 
-
-# ---------------------------------------------------------------- reading and checking what a directory says
+# ---------------------------------------------------------------- what a directory says, checked
 
 
 def read_json(path: Path) -> dict:
@@ -120,71 +110,62 @@ def refuse_placeholder(path: Path) -> None:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file; what the header claims is checked against the file's real size."""
     refuse_placeholder(path)
-    size = path.stat().st_size
+    size, entries = path.stat().st_size, []
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > MAX_HEADER_BYTES:
-            raise ValueError(f"{path}: safetensors header: found {length} bytes in {size}, expected at most {MAX_HEADER_BYTES}")
-        if 8 + length > size:
-            raise ValueError(f"{path}: truncated: found {size} bytes, its header alone needs {8 + length}")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path}: safetensors header: found {length} bytes, expected at most {MAX_HEADER_BYTES}")
+        if size < 8 + length:
+            raise ValueError(f"{path}: truncated: found {size} bytes, expected more than {8 + length}")
         try:
-            header = json.loads(file.read(length))
-            entries = [(name, *_parse_entry(entry)) for name, entry in header.items() if name != "__metadata__"]
+            for name, entry in json.loads(file.read(length)).items():
+                if name != "__metadata__":
+                    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
+                    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+                        raise ValueError(
+                            f"{name}: shape {shape}, data_offsets [{start}, {stop}]: expected integers of at least 0"
+                        )
+                    entries.append((start, stop, name, STORED_DTYPES[entry["dtype"]], shape))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: safetensors header: malformed: {str(error)[:200]}") from None
+            raise ValueError(f"{path}: malformed safetensors header: {type(error).__name__} {str(error)[:200]}") from None
 
     tensors, end = {}, 0  # tensors must fill the rest of the file: no hole, no overlap
-    for name, dtype, shape, start, stop in sorted(entries, key=lambda entry: entry[3:]):
-        num_bytes = math.prod(shape) * dtype.itemsize
-        if start != end or stop - start != num_bytes:
-            expected = f"[{end}, {end + num_bytes}]"
+    for start, stop, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
+        expected = [end, end + dtype.itemsize * math.prod(shape)]
+        if [start, stop] != expected:
             raise ValueError(f"{path}: tensor {name}: data_offsets: found [{start}, {stop}], expected {expected}")
         tensors[name], end = TensorInfo(path, dtype, shape, 8 + length + start), stop
-    if 8 + length + end != size:
+    if size != 8 + length + end:
         what = "truncated" if size < 8 + length + end else "bytes after the last tensor"
         raise ValueError(f"{path}: {what}: found {size} bytes, expected {8 + length + end}")
     return tensors
 
 
-def _parse_entry(entry: dict) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-        raise ValueError(f"shape {shape} and data_offsets [{start}, {stop}] must be integers of at least 0")
-    if entry["dtype"] not in SAFETENSORS_DTYPES:
-        raise ValueError(f"dtype: found {entry['dtype']!r}, expected one of {', '.join(SAFETENSORS_DTYPES)}")
-    return SAFETENSORS_DTYPES[entry["dtype"]], shape, start, stop
-
-
 def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     """Every tensor of a directory's safetensors files, by name, and notes. The index, where there is one, decides."""
+    index, weight_map = directory / INDEX_NAME, {}
     present = sorted(path.name for path in directory.glob("*.safetensors"))
-    weight_map = None
-    if (directory / INDEX_NAME).exists():
-        index = directory / INDEX_NAME
+    if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-            raise ValueError(f"{index}: weight_map: found {type(weight_map).__name__}, expected an object of tensor: file name")
-        files = sorted(set(weight_map.values()))
-        if outside := [file for file in files if Path(file).name != file]:
-            raise ValueError(f"{index}: weight_map: found {some(outside)}, expected names of files in the same directory")
-        if missing := [file for file in files if not (directory / file).exists()]:
+        files = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        if not all(isinstance(file, str) and Path(file).name == file for file in files):
+            raise ValueError(f"{index}: weight_map: expected an object of tensor: name of a file beside the index")
+        if missing := sorted(file for file in files if not (directory / file).exists()):
             raise ValueError(f"{index}: {len(missing)} of {len(files)} shards are missing: {some(missing)}")
-    elif "model.safetensors" in present:
-        files = ["model.safetensors"]
-    elif len(present) == 1:
-        files = present
+    elif "model.safetensors" in present or len(present) == 1:
+        files = {"model.safetensors"} if "model.safetensors" in present else set(present)
     else:
         raise ValueError(f"{directory}: found {some(present) or 'no weights'}, expected model.safetensors or {INDEX_NAME}")
     ignored = [file for file in present if file not in files]
-    notes = [f"ignored {some(ignored)}: not part of {INDEX_NAME if weight_map else files[0]}"] if ignored else []
+    notes = [f"ignored {some(ignored)}: not in {INDEX_NAME if weight_map else some(files)}"] if ignored else []
 
-    headers = {file: read_header(directory / file) for file in files}
-    for name, file in (weight_map or {}).items():
+    headers = {file: read_header(directory / file) for file in sorted(files)}
+    for name, file in weight_map.items():
         if name not in headers[file]:
-            where = next((other for other in files if name in headers[other]), "no shard")
-            raise ValueError(f"{directory / INDEX_NAME}: {name}: mapped to {file}, found in {where}")
+            where = next((other for other in headers if name in headers[other]), "no shard")
+            raise ValueError(f"{index}: {name}: mapped to {file}, found in {where}")
     tensors = {name: info for header in headers.values() for name, info in header.items()}
-    return tensors | {name: headers[file][name] for name, file in (weight_map or {}).items()}, notes
+    return tensors | {name: headers[file][name] for name, file in weight_map.items()}, notes
 
 
 def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, ...]], directory: Path) -> None:
@@ -195,12 +176,12 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
         raise ValueError(f"{directory}: {len(extra)} tensors that the model does not have: {some(extra)}")
     for name, shape in expected.items():
         info = found[name]
-        if info.shape != tuple(shape):
+        if info.shape != shape:
+            raise ValueError(f"{info.path}: tensor {name}: shape: found {list(info.shape)}, config: {list(shape)}")
+        if info.dtype not in FLOAT_DTYPES.values():
             raise ValueError(
-                f"{info.path}: tensor {name}: shape: found {list(info.shape)}, expected {list(shape)} by the config"
+                f"{info.path}: tensor {name}: dtype: found {DTYPE_NAMES[info.dtype]}, expected {some(FLOAT_DTYPES)}"
             )
-        if info.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"{info.path}: tensor {name}: dtype: found {DTYPE_NAMES[info.dtype]}, expected BF16, F16 or F32")
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
@@ -216,10 +197,9 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict]:
     ours = raw.get("rooflama")
     if not isinstance(ours, dict):
         raise ValueError(f"{path}: rooflama: found {ours!r}, expected an object (convert_hf_checkpoint.py makes one)")
-    if ours.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{path}: rooflama.format_version: found {ours.get('format_version')!r}, expected {FORMAT_VERSION}")
-    if ours.get("quantization") is not None:
-        raise ValueError(f"{path}: rooflama.quantization: found {ours['quantization']!r}, supported: none")
+    for name, expected in (("format_version", FORMAT_VERSION), ("quantization", None)):
+        if ours.get(name) != expected:
+            raise ValueError(f"{path}: rooflama.{name}: found {ours.get(name)!r}, supported: {expected}")
     return ModelConfig.from_dict(raw, str(path)), raw
 
 
@@ -239,36 +219,25 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return out if config.tie_word_embeddings else out | {"output.weight": (config.vocab_size, hidden)}
 
 
-def _is_number(value, low, high) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
-
-
-def _is_id(value) -> bool:
-    return type(value) is int and value >= 0
-
-
-GENERATION_FIELDS = {
-    "do_sample": (lambda v: isinstance(v, bool), "true or false"),
-    "temperature": (lambda v: _is_number(v, 0, 2), "a number in [0, 2]"),
-    "top_k": (_is_id, "an integer of at least 0"),
-    "top_p": (lambda v: _is_number(v, 0, 1) and v > 0, "a number in (0, 1]"),
-    "min_p": (lambda v: _is_number(v, 0, 1), "a number in [0, 1]"),
-    "repetition_penalty": (lambda v: _is_number(v, 0, sys.float_info.max) and v > 0, "a number above 0"),
-    "eos_token_id": (lambda v: all(map(_is_id, v if isinstance(v, list) else [v])), "a token id or a list of them"),
+GENERATION_FIELDS = {  # of generation_config.json: type, lowest, highest
+    **{"do_sample": (bool, False, True), "temperature": (float, 0, 2), "top_k": (int, 0, 2**31 - 1)},
+    **{"top_p": (float, 1e-9, 1), "min_p": (float, 0, 1), "repetition_penalty": (float, 1e-9, 1e9)},
 }
 
 
 def default_generation(directory: str | Path) -> dict:
-    """The sampling defaults of generation_config.json, those that it has: GENERATION_FIELDS, eos_token_id always as a list."""
-    path = Path(directory) / GENERATION_CONFIG
+    """The sampling defaults of generation_config.json, those that it has: GENERATION_FIELDS, and eos_token_id as a list."""
+    path = Path(directory) / "generation_config.json"
     raw = read_json(path) if path.exists() else {}
     out = {name: raw[name] for name in GENERATION_FIELDS if raw.get(name) is not None}
     for name, value in out.items():
-        is_valid, expected = GENERATION_FIELDS[name]
-        if not is_valid(value):
-            raise ValueError(f"{path}: {name}: found {value!r}, expected {expected}")
-    if isinstance(out.get("eos_token_id"), int):
-        out["eos_token_id"] = [out["eos_token_id"]]
+        kind, low, high = GENERATION_FIELDS[name]
+        if type(value) not in (kind, int if kind is float else kind) or not low <= value <= high:
+            raise ValueError(f"{path}: {name}: found {value!r}, expected a {kind.__name__} in [{low}, {high}]")
+    if (eos := raw.get("eos_token_id")) is not None:
+        out["eos_token_id"] = eos if isinstance(eos, list) else [eos]
+        if not all(type(token) is int and token >= 0 for token in out["eos_token_id"]):
+            raise ValueError(f"{path}: eos_token_id: found {eos!r}, expected a token id or a list of them")
     return out
 
 
@@ -296,36 +265,35 @@ def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, 
     shapes = expected_tensors(config)
     state = {name: torch.empty(shape, dtype=config.dtype, device=device) for name, shape in shapes.items()}
     num_bytes = fill(source, state, progress)
-    return config, state, LoadReport(num_bytes, time.perf_counter() - began, source.notes)
+    seconds = time.perf_counter() - began
+    return config, state, LoadReport(num_bytes, seconds, num_bytes / 1e9 / seconds, source.notes)
 
 
 def fill(source: Source, tensors: dict[str, Tensor], progress: bool = True) -> int:
     """Fill tensors of ours, any dtype, any device, from a source; each stored byte is read once. Returns their number."""
-    shards: dict[Path, list[tuple[TensorInfo, Tensor]]] = {}
-    num_bytes = 0
+    shards: dict[Path, list[tuple[int, torch.dtype, Tensor]]] = {}
+    total = 0
     for name, out in tensors.items():
         for _, stored, view in source.pieces[name]:
+            total += stored.dtype.itemsize * math.prod(stored.shape)
             if isinstance(stored, TensorInfo):
-                shards.setdefault(stored.path, []).append((stored, view(out).view(-1)))
+                shards.setdefault(stored.path, []).append((stored.start, stored.dtype, view(out).view(-1)))
             else:
                 view(out).copy_(stored)
-                num_bytes += stored.nbytes
     for number, (path, jobs) in enumerate(sorted(shards.items()), 1):
-        shard_bytes = sum(info.num_bytes for info, _ in jobs)
-        num_bytes += shard_bytes
-        with Progress(f"load {number}/{len(shards)} {path.name}", shard_bytes, progress) as bar:
-            _read_shard(path, jobs, bar)
+        shard_bytes = sum(dtype.itemsize * out.numel() for _, dtype, out in jobs)
+        with progress_line(f"load {number}/{len(shards)} {path.name}", shard_bytes, progress) as add:
+            _read_shard(path, jobs, add)
     for device in {out.device for out in tensors.values() if out.is_cuda}:
         torch.cuda.synchronize(device)  # the last copies are still under way
-    return num_bytes
+    return total
 
 
-def _read_shard(path: Path, jobs: list[tuple[TensorInfo, Tensor]], bar: "Progress") -> None:
-    """Flat destinations of one file, in the file's order, cut into chunks that READERS threads work through."""
+def _read_shard(path: Path, jobs: list[tuple[int, torch.dtype, Tensor]], add: Callable[[int], None]) -> None:
+    """Fill flat tensors from (their place in the file, stored dtype), in the file's order, in chunks, by READERS threads."""
     local = threading.local()
 
-    def read_chunk(chunk):
-        out, dtype, offset = chunk
+    def read_chunk(offset, dtype, out):
         if out.device.type == "cpu" and out.dtype == dtype:
             _read_exactly(file.fileno(), out, offset, path)  # no second copy
             return out.nbytes
@@ -342,14 +310,13 @@ def _read_shard(path: Path, jobs: list[tuple[TensorInfo, Tensor]], bar: "Progres
         return staged.nbytes
 
     chunks = []
-    for info, out in sorted(jobs, key=lambda job: job[0].start):
-        step = STAGING_BYTES // info.dtype.itemsize
+    for start, dtype, out in sorted(jobs, key=lambda job: job[0]):
+        step = STAGING_BYTES // dtype.itemsize
         for first in range(0, out.numel(), step):
-            chunks.append((out[first : first + step], info.dtype, info.start + first * info.dtype.itemsize))
+            chunks.append((start + first * dtype.itemsize, dtype, out[first : first + step]))
     with open(path, "rb", buffering=0) as file, ThreadPoolExecutor(READERS) as pool:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
-        for num_bytes in pool.map(read_chunk, chunks):
-            bar.add(num_bytes)
+        for num_bytes in pool.map(lambda chunk: read_chunk(*chunk), chunks):
+            add(num_bytes)
 
 
 def _read_exactly(descriptor: int, out: Tensor, offset: int, path: Path) -> None:
@@ -370,71 +337,65 @@ def save_checkpoint(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     source: str,
-    layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] | None = None,
-    quantization: dict | None = None,
     companions: str | Path | None = None,
     shard_bytes: int = 5_000_000_000,
     progress: bool = True,
 ) -> int:
     """Write a checkpoint that appears whole or not at all; returns the bytes of its tensors.
 
-    tensors: (name, tensor) in the order of `layout`, taken one at a time, so that a generator needs memory for one only.
-    layout: name -> (dtype, shape); None = `expected_tensors(config)` in config.dtype.
-    source: where the weights come from, kept in config.json. companions: a directory to copy tokenizer files from.
-    ValueError: the tensors are not those of the layout, `directory` holds something else, or another process is writing it.
+    tensors: (name, tensor) as `expected_tensors(config)` lists them, in config.dtype; taken one at a time, so that a generator
+    needs memory for one only. source: where they come from, for config.json. companions: a directory with tokenizer files.
+    ValueError: other tensors than expected; `directory` holds something else than a checkpoint, or is being written.
     """
-    if layout is None:
-        layout = {name: (config.dtype, shape) for name, shape in expected_tensors(config).items()}
-    shards: list[dict] = [{}]
-    for name, (dtype, shape) in layout.items():
-        if shards[-1] and _num_bytes(shards[-1]) + _num_bytes({name: (dtype, shape)}) > shard_bytes:
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in expected_tensors(config).items():
+        if shards[-1] and _num_elements({**shards[-1], name: shape}) * config.dtype.itemsize > shard_bytes:
             shards.append({})
-        shards[-1][name] = (dtype, shape)
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    files = files if len(files) > 1 else ["model.safetensors"]
-    total = sum(map(_num_bytes, shards))
+        shards[-1][name] = shape
+    many, total = len(shards) > 1, config.dtype.itemsize * sum(map(_num_elements, shards))
+    files = [
+        f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors" for i in range(1, len(shards) + 1)
+    ]
 
     with atomic_directory(Path(directory), total) as temporary:
         stream = iter(tensors)
         for number, (file, shard) in enumerate(zip(files, shards, strict=True), 1):
-            with Progress(f"save {number}/{len(files)} {file}", _num_bytes(shard), progress) as bar:
-                _write_shard(temporary / file, shard, stream, bar)
+            num_bytes = _num_elements(shard) * config.dtype.itemsize
+            with progress_line(f"save {number}/{len(files)} {file}", num_bytes, progress) as add:
+                _write_file(temporary / file, _shard_blocks(shard, config.dtype, stream, add))
         if (extra := next(stream, None)) is not None:
-            raise ValueError(f"{directory}: tensor {extra[0]} is not in the layout")
-        if len(files) > 1:
+            raise ValueError(f"{directory}: tensor {extra[0]}: found after the last, expected none")
+        if many:
             weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
             _write_json(temporary / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        about = {"format_version": FORMAT_VERSION, "source": source, "quantization": quantization}
+        about = {"format_version": FORMAT_VERSION, "source": source, "quantization": None}
         _write_json(temporary / "config.json", config.to_dict() | {"rooflama": about})
-        for name in COMPANIONS if companions else ():
-            if (Path(companions) / name).is_file():
-                _write_file(temporary / name, [(Path(companions) / name).read_bytes()])
+        for path in [Path(companions) / name for name in COMPANIONS] if companions else ():
+            if path.is_file():
+                _write_file(temporary / path.name, [path.read_bytes()])
     return total
 
 
-def _num_bytes(layout: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> int:
-    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+def _num_elements(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
-def _write_shard(path: Path, layout: dict, stream: Iterator[tuple[str, Tensor]], bar: "Progress") -> None:
+def _shard_blocks(shapes: dict, dtype: torch.dtype, stream: Iterator[tuple[str, Tensor]], add: Callable) -> Iterator:
+    """A safetensors file in blocks: its header, then each tensor as it comes."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, (dtype, shape) in layout.items():
-        start, end = end, end + _num_bytes({name: (dtype, shape)})
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for name, shape in shapes.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # so that the data is aligned
-
-    def blocks():
-        yield len(head).to_bytes(8, "little") + head
-        for name, (dtype, shape) in layout.items():
-            got, tensor = next(stream, ("nothing", torch.empty(0)))
-            if (got, tensor.dtype, tuple(tensor.shape)) != (name, dtype, tuple(shape)):
-                found, expected = f"{got} {tensor.dtype} {list(tensor.shape)}", f"{name} {dtype} {list(shape)}"
-                raise ValueError(f"{path.name}: found tensor {found}, expected {expected}")
-            yield memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-            bar.add(tensor.nbytes)
-
-    _write_file(path, blocks())
+    yield len(head).to_bytes(8, "little") + head
+    for name, shape in shapes.items():
+        got, tensor = next(stream, ("no more", torch.empty(0)))
+        if (got, tensor.dtype, tuple(tensor.shape)) != (name, dtype, shape):
+            found = f"{got} {tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"tensors to save: found {found}, expected {name} {dtype} {list(shape)}")
+        yield memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        add(tensor.nbytes)
 
 
 def _write_json(path: Path, value: dict) -> None:
@@ -442,16 +403,21 @@ def _write_json(path: Path, value: dict) -> None:
 
 
 def _write_file(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Write and flush to the disk; an error names the file."""
     try:
         with open(path, "wb") as file:
-            for block in blocks:
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
+            file.writelines(blocks)
+        _flush_to_disk(path)
     except OSError as error:
-        error.filename = error.filename or str(path)
+        error.filename = error.filename or str(path)  # a full disk does not say which file
         raise
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -464,32 +430,35 @@ def atomic_directory(final: Path, num_bytes: int = 0) -> Iterator[Path]:
     final = Path(os.path.realpath(final))
     temporary, previous, lock = (final.with_name(f".{final.name}.{what}") for what in ("partial", "previous", "lock"))
 
-    def restore():  # `previous` exists only between the two renames below, or where a run was killed there
+    def settle():  # `previous` exists between the two renames below, or where a run was killed there
         if previous.exists():
-            os.rename(previous, final) if not final.exists() else shutil.rmtree(previous)
+            shutil.rmtree(previous) if final.exists() else os.rename(previous, final)
 
     final.parent.mkdir(parents=True, exist_ok=True)
     with _locked(lock, final):
-        restore()
-        _check_replaceable(final)
+        settle()
+        if final.exists() and not _is_replaceable(final):
+            raise ValueError(f"{final}: holds something else; expected a new or empty directory, or a checkpoint of ours")
         if temporary.exists():
             shutil.rmtree(temporary)
-        free = shutil.disk_usage(final.parent).free
-        if free < num_bytes:
+        if (free := shutil.disk_usage(final.parent).free) < num_bytes:
             raise OSError(f"{final}: needs {num_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free")
         try:
             temporary.mkdir()
             yield temporary
-            _fsync_directory(temporary)
+            _flush_to_disk(temporary)
             if final.exists():
                 os.rename(final, previous)
             os.rename(temporary, final)
-            _fsync_directory(final.parent)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+            _flush_to_disk(final.parent)
         finally:
-            restore()
+            shutil.rmtree(temporary, ignore_errors=True)
+            settle()
+
+
+def _is_replaceable(final: Path) -> bool:
+    config = final / "config.json"
+    return final.is_dir() and (not any(final.iterdir()) or (config.exists() and "rooflama" in read_json(config)))
 
 
 @contextlib.contextmanager
@@ -498,59 +467,34 @@ def _locked(lock: Path, final: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when its holder dies
         except BlockingIOError:
-            raise ValueError(f"{final}: another process is writing here (it holds the lock {lock})") from None
-        if os.fstat(file.fileno()).st_nlink == 0:
-            raise ValueError(f"{final}: another process has just written here; run again")  # its lock file is gone by now
+            raise ValueError(f"{final}: another process is writing here: it holds the lock {lock}") from None
+        if os.fstat(file.fileno()).st_nlink == 0:  # its holder was just finishing
+            raise ValueError(f"{final}: another process has just written here: it held the lock {lock}")
         try:
             yield
         finally:
             lock.unlink()
 
 
-def _check_replaceable(final: Path) -> None:
-    if not final.exists() or (final.is_dir() and not any(final.iterdir())):
-        return
-    try:
-        read_config(final)
-    except (OSError, ValueError):
-        raise ValueError(f"{final}: holds something else; expected a new or empty directory, or a checkpoint of ours") from None
+@contextlib.contextmanager
+def progress_line(label: str, total_bytes: int, show: bool) -> Iterator[Callable[[int], None]]:
+    """Yields a function to call with the bytes just done. One line on stderr: redrawn on a terminal, elsewhere printed once."""
+    began, drawn, done, start = time.perf_counter(), 0.0, 0, "\r" if sys.stderr.isatty() else ""
 
+    def draw(end):
+        gbps = done / 1e9 / max(time.perf_counter() - began, 1e-9)
+        bar = ("#" * (24 * done // max(total_bytes, 1))).ljust(24, ".")
+        print(f"{start}{label} [{bar}] {done / 1e9:.2f} GB, {gbps:.2f} GB/s", end=end, file=sys.stderr, flush=True)
 
-def _fsync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    def add(num_bytes):
+        nonlocal done, drawn
+        done += num_bytes
+        if show and start and time.perf_counter() - drawn > 0.1:
+            drawn = time.perf_counter()
+            draw("")
+
     try:
-        os.fsync(descriptor)
+        yield add
     finally:
-        os.close(descriptor)
-
-
-# ---------------------------------------------------------------- progress
-
-
-class Progress:
-    """One line a shard on stderr: redrawn on a terminal, printed once at its end elsewhere."""
-
-    def __init__(self, label: str, total_bytes: int, show: bool):
-        self.label, self.total_bytes, self.show = label, total_bytes, show
-        self.done_bytes, self.began, self.drawn = 0, time.perf_counter(), 0.0
-
-    def add(self, num_bytes: int) -> None:
-        self.done_bytes += num_bytes
-        if self.show and sys.stderr.isatty() and time.perf_counter() - self.drawn > 0.1:
-            self.drawn = time.perf_counter()
-            self._draw("\r", "")
-
-    def _draw(self, start: str, end: str) -> None:
-        cells = 24 * self.done_bytes // max(self.total_bytes, 1)
-        gbps = self.done_bytes / 1e9 / max(time.perf_counter() - self.began, 1e-9)
-        bar = "#" * cells + "." * (24 - cells)
-        print(
-            f"{start}{self.label} [{bar}] {self.done_bytes / 1e9:.2f} GB, {gbps:.2f} GB/s", end=end, file=sys.stderr, flush=True
-        )
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, kind, error, traceback) -> None:
-        if self.show:
-            self._draw("\r" if sys.stderr.isatty() else "", "\n")
+        if show:
+            draw("\n")

@@ -8,20 +8,21 @@ Owns the other layouts: their names, their order of weights, their configs. Know
 
 import argparse
 import dataclasses
-import os
+import functools
+import math
 import pickle
 import re
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import Piece, Source, TensorInfo, check_tensors, expected_tensors, find_tensors, read_json, some
+from checkpoint import FLOAT_DTYPES, Piece, Source, TensorInfo, check_tensors, expected_tensors, find_tensors, read_json, some
 from model import DTYPES, ModelConfig
 
 SUPPORTED_QUANT_METHODS = ()  # of quantization_config.quant_method
@@ -63,28 +64,21 @@ def open_source(directory: str | Path) -> Source:
     return checkpoint.open_checkpoint(directory) if "rooflama" in raw else _open_hf(directory, raw)
 
 
-def _stored_parts(
-    config: ModelConfig, names: dict[str, tuple[str, ...]], layer_prefix: str
-) -> dict[str, list[tuple[str, slice]]]:
-    """Our name -> the stored tensors that it is made of, each with its rows."""
+def _stored_parts(config: ModelConfig, names: dict[str, tuple[str, ...]], layer_prefix: str) -> tuple[dict, dict]:
+    """Of another layout: {our name: [(stored name, its rows in ours)]} and {stored name: its shape by the config}."""
     rows = {
         "attention.wqkv": (config.q_size, config.kv_size, config.kv_size),
         "feed_forward.w13": (config.intermediate_size, config.intermediate_size),
     }
-    out = {}
+    parts, shapes = {}, {}
     for name, shape in expected_tensors(config).items():
         layer, stem, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias)", name).groups()
-        prefix, first, out[name] = layer_prefix + layer if layer else "", 0, []
+        parts[name], first = [], 0
         for part, count in zip(names.get(stem, (stem,)), rows.get(stem, shape[:1]), strict=True):
-            out[name].append((f"{prefix}{part}.{kind}", slice(first, first + count)))
-            first += count
-    return out
-
-
-def _part_shapes(config: ModelConfig, parts: dict[str, list[tuple[str, slice]]]) -> dict[str, tuple[int, ...]]:
-    """Stored name -> the shape that the config gives it."""
-    shapes = expected_tensors(config)
-    return {part: (rows.stop - rows.start, *shapes[name][1:]) for name in parts for part, rows in parts[name]}
+            stored = f"{layer_prefix + layer if layer else ''}{part}.{kind}"
+            parts[name].append((stored, slice(first, first + count)))
+            shapes[stored], first = (count, *shape[1:]), first + count
+    return parts, shapes
 
 
 # ---------------------------------------------------------------- Hugging Face
@@ -112,17 +106,18 @@ def _open_hf(directory: Path, raw: dict) -> Source:
         else:
             config = dataclasses.replace(config, tie_word_embeddings=False)
             notes.append(
-                f"warning: {path} ties the embeddings, but lm_head.weight differs from them; the file's lm_head is used"
+                f"warning: {path}: tie_word_embeddings is true, but lm_head.weight differs; the file's lm_head is used"
             )
-    if raw.get("dtype") is None and raw.get("torch_dtype") is None and embedding and embedding.dtype in checkpoint.FLOAT_DTYPES:
+    if raw.get("dtype") is None and raw.get("torch_dtype") is None and embedding and embedding.dtype in FLOAT_DTYPES.values():
         config = dataclasses.replace(config, dtype=embedding.dtype)
 
-    parts = _stored_parts(config, HF_NAMES, "model.")
-    check_tensors(found, _part_shapes(config, parts), directory)
-    pieces = {
-        name: [Piece(part, found[part], lambda out, rows=rows: out[rows]) for part, rows in stored]
-        for name, stored in parts.items()
-    }
+    parts, shapes = _stored_parts(config, HF_NAMES, "model.")
+    check_tensors(found, shapes, directory)
+
+    def piece(part, rows):
+        return Piece(part, found[part], lambda out: out[rows])
+
+    pieces = {name: [piece(*part) for part in stored] for name, stored in parts.items()}
     return Source(directory, "huggingface", config, pieces, notes)
 
 
@@ -132,7 +127,7 @@ def _same_data(a: TensorInfo, b: TensorInfo) -> bool:
     step = 2**24
     with open(a.path, "rb") as file_a, open(b.path, "rb") as file_b:
         file_a.seek(a.start), file_b.seek(b.start)
-        left = a.num_bytes
+        left = a.dtype.itemsize * math.prod(a.shape)
         while left > 0 and file_a.read(min(step, left)) == file_b.read(min(step, left)):
             left -= step
     return left <= 0
@@ -146,15 +141,15 @@ def _open_meta(directory: Path) -> Source:
     expected = [directory / f"consolidated.{i:02d}.pth" for i in range(len(paths))]
     if not paths or paths != expected:
         found = some(path.name for path in paths) or "none"
-        raise ValueError(
-            f"{directory}: shards: found {found}, expected consolidated.00.pth, consolidated.01.pth ... without a gap"
-        )
+        raise ValueError(f"{directory}: shards: found {found}, expected consolidated.00.pth, consolidated.01.pth, ...")
     shards = [_read_pickle(path) for path in paths]
     for path, shard in zip(paths, shards, strict=True):
         for name, tensor in shards[0].items():
             if name not in shard or shard[name].shape != tensor.shape or shard.keys() - shards[0].keys():
                 raise ValueError(f"{path}: tensor {name}: names and shapes differ from those of {paths[0].name}")
     config, notes = _meta_config(directory / "params.json", shards)
+    if config.num_kv_heads % len(shards):
+        raise ValueError(f"{directory}: found {len(shards)} shards, expected a divisor of n_kv_heads, {config.num_kv_heads}")
 
     found = {}
     for name, tensor in shards[0].items():
@@ -164,23 +159,16 @@ def _open_meta(directory: Path) -> Source:
         found[name] = TensorInfo(paths[0], tensor.dtype, tuple(shape), 0)
     if config.tie_word_embeddings:
         found.pop("output.weight", None)
-    parts = _stored_parts(config, META_NAMES, "")
-    check_tensors(found, _part_shapes(config, parts), directory)
+    parts, shapes = _stored_parts(config, META_NAMES, "")
+    check_tensors(found, shapes, directory)
 
     def pieces(part, rows):
         heads = {"wq": config.num_heads, "wk": config.num_kv_heads}.get(part.split(".")[-2], 0) // len(shards)
-        replicated = shards[0][part].dim() == 1
-        for i, shard in enumerate(shards[:1] if replicated else shards):
-            dim = _joined_dim(part, shard[part], config)
-            yield _meta_piece(part, shard[part], rows, dim, i, heads)
+        for i, shard in enumerate(shards if shards[0][part].dim() == 2 else shards[:1]):  # norms are in every shard
+            yield _meta_piece(part, shard[part], rows, _joined_dim(part, shard[part], config), i, heads)
 
-    return Source(
-        directory,
-        "meta",
-        config,
-        {name: [piece for part, rows in stored for piece in pieces(part, rows)] for name, stored in parts.items()},
-        notes,
-    )
+    joined = {name: [piece for part in stored for piece in pieces(*part)] for name, stored in parts.items()}
+    return Source(directory, "meta", config, joined, notes)
 
 
 def _joined_dim(name: str, tensor: Tensor, config: ModelConfig) -> int:
@@ -230,35 +218,33 @@ def _meta_config(path: Path, shards: list[dict[str, Tensor]]) -> tuple[ModelConf
     if missing := [name for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight") if name not in first]:
         raise ValueError(f"{path.parent}: tensors are missing: {some(missing)}")
 
-    embedding, output = first["tok_embeddings.weight"], first.get("output.weight")
-    dim, notes = params["dim"], []
-    is_llama3 = embedding.shape[0] * len(shards) == 128256 or params.get("use_scaled_rope") is not None
+    embedding, dim = first["tok_embeddings.weight"], params["dim"]
+    is_tied = "output.weight" not in first or all(torch.equal(s["output.weight"], s["tok_embeddings.weight"]) for s in shards)
+    vocab_size = embedding.shape[0] * (len(shards) if embedding.shape[1] == dim else 1)
+    is_llama3, is_long = vocab_size >= 128256, bool(params.get("use_scaled_rope"))
     hf = {
         "model_type": "llama",
-        "vocab_size": embedding.shape[0] * (len(shards) if embedding.shape[1] == dim else 1),
+        "vocab_size": vocab_size,
         "hidden_size": dim,
         "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads"),
-        "head_dim": params.get("head_dim"),
         "rms_norm_eps": params["norm_eps"],
         "rope_theta": params.get("rope_theta"),
-        "max_position_embeddings": 8192 if is_llama3 else 4096,
-        "tie_word_embeddings": output is None
-        or all(torch.equal(s["output.weight"], s["tok_embeddings.weight"]) for s in shards),
+        "max_position_embeddings": 131072 if is_long else 8192 if is_llama3 else 4096,
+        "tie_word_embeddings": is_tied,
         "bos_token_id": 128000 if is_llama3 else 1,
         "eos_token_id": [128001, 128008, 128009] if is_llama3 else [2],
         "dtype": str(embedding.dtype),
-    }
-    if params.get("use_scaled_rope"):
-        # Meta's own code scales by 8 everywhere; its Llama 3.2 1B and 3B were released on the hub with 32.
+    }  # fmt: skip
+    notes = [f"{path.name} has no context length: {hf['max_position_embeddings']} positions, as Meta released"]
+    if is_long:
+        # Meta's code (llama-models) scales by 8 for every size; on the hub its 1B and 3B (Llama 3.2) have 32, the others 8.
         factor = params.get("rope_scaling_factor") or (32.0 if dim <= 3072 else 8.0)
-        hf["max_position_embeddings"] = 131072
         hf["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 8192}
         hf["rope_scaling"] |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        notes.append(f"{path.name} has no RoPE factor: llama3 scaling by {factor:g}, as Meta's models of this size")
-    notes.append(f"{path.name} has no context length: {hf['max_position_embeddings']} positions")
+        notes.append(f"{path.name}: use_scaled_rope: llama3 RoPE scaling by {factor:g}, as the hub has for this size")
     return ModelConfig.from_dict(hf, str(path)), notes
 
 
@@ -276,19 +262,14 @@ def resolve(name: str, revision: str | None = None) -> Path:
 
 def download(repo: str, revision: str | None = None, token: str | None = None) -> Path:
     """Fetch a repository's weights, config and tokenizer into the hub's cache (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE hold)."""
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import constants, errors, snapshot_download
 
     where = f"{repo}@{revision or 'main'}"
-
-    def fetch(patterns):
-        ignored = ["original/*", "consolidated*.safetensors"] if "*.safetensors" in patterns else []
-        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=patterns, ignore_patterns=ignored))
-
+    fetch = functools.partial(snapshot_download, repo, revision=revision, token=token)
     try:
-        path = fetch(["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.txt"])
-        if not any(path.glob("*.safetensors")):
-            path = fetch(["*.pth", "*.json", "tokenizer*"])
-        return path
+        wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt"]
+        path = Path(fetch(allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"]))
+        return path if any(path.glob("*.safetensors")) else Path(fetch(allow_patterns=["*.pth", "*.json", "tokenizer*"]))
     except errors.GatedRepoError:
         page = f"https://huggingface.co/{repo}"
         raise ValueError(f"{where}: gated: accept its licence at {page} and set HF_TOKEN to a token of that account") from None
@@ -299,10 +280,12 @@ def download(repo: str, revision: str | None = None, token: str | None = None) -
             f"{where}: no such directory, and no such repository on the hub, or a private one (HF_TOKEN)"
         ) from None
     except errors.LocalEntryNotFoundError:
-        offline = "HF_HUB_OFFLINE is set" if os.environ.get("HF_HUB_OFFLINE") else "the hub cannot be reached"
-        raise ConnectionError(f"{where}: {offline} and it is not in the cache (HF_HOME)") from None
-    except errors.HfHubHTTPError as error:
-        raise ConnectionError(f"{where}: the hub answered: {str(error).splitlines()[0]}") from None
+        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
+        raise ConnectionError(f"{where}: {offline} and it is not in the cache, {constants.HF_HUB_CACHE} (HF_HOME)") from None
+    except (OSError, ValueError):
+        raise  # a full disk, an answer of the hub, a malformed name: they say so themselves
+    except Exception as error:  # whatever the network library raises
+        raise ConnectionError(f"{where}: download failed: {error}") from error
 
 
 # ---------------------------------------------------------------- converting and checking
@@ -377,18 +360,23 @@ def run(args: argparse.Namespace) -> None:
     print(f"{done}, {sec:.1f} s, {num_bytes / 1e9 / sec:.2f} GB/s, peak memory {peak_gb:.2f} GB", file=sys.stderr)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse_args(sys.argv[1:] if argv is None else argv)
+def report_errors(work: Callable[[], None], debug: bool) -> int:
+    """The exit status: 0, or 1 after one line on stderr; a traceback only to debug."""
     try:
-        run(args)
+        work()
     except (ValueError, OSError) as error:
-        if args.debug:
+        if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whoever raised it
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    return report_errors(lambda: run(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -406,8 +406,8 @@ def train_target(text: Text, held_out, recipe: Recipe, device: torch.device, dea
 
 
 def train_draft(target: LlamaForCausalLM, text: Text, held_out, recipe: Recipe, device, deadline_sec: float) -> Outcome:
-    """Distil the draft: it learns the target's distribution, half on the text and half on what the target itself writes, as that
-    is what it will have to predict.
+    """Distil the draft: it learns the target's distribution, half on the text and half on what the target itself writes,
+    as that is what it will have to predict.
     """
     begin_sec = time.monotonic()
     start = torch.full((recipe.synthetic_rows, 1), text.bos, device=device)
@@ -561,8 +561,8 @@ context {recipe.context}, tied embeddings, bfloat16 weights. Losses are of the w
 ## Tokenizer
 
 `tokenizer.model` holds byte-level BPE ranks in tiktoken's format, learned from the training part with Llama 3's split. Its
-first {num_specials} special tokens follow the {num_ranks} ranks, {recipe.vocab_size} rows in all. No rank joins a newline to anything
-but newlines, so that a prompt may end in `ROMEO:`.
+first {num_specials} special tokens follow the {num_ranks} ranks: {recipe.vocab_size} rows. No rank joins a newline to
+anything but newlines, so that a prompt may end in `ROMEO:`.
 
 ## Training
 
