@@ -27,7 +27,7 @@ import checkpoint
 import convert_hf_checkpoint
 import kernels
 from kv_cache import KVCache, bytes_per_row
-from model import DTYPES, SHAPES, DecodeStep, ModelConfig, PrefillStep, Transformer, fused
+from model import DTYPES, SHAPES, DecodeStep, PrefillStep, Transformer, fused
 from sampling import SamplingParams, SamplingState, choose
 from tokenizer import TokenStream, load_tokenizer
 
@@ -286,7 +286,7 @@ class Engine:
         tokenizer = load_tokenizer(directory, config.vocab_size)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, expected at most config.json's vocab_size, {config.vocab_size}"
+                f"{directory}: the tokenizer: found {tokenizer.vocab_size} tokens, expected at most vocab_size, {config.vocab_size}"
             )
         engine = cls(model, tokenizer, **options)
         if tokenizer:
@@ -555,7 +555,7 @@ def synchronize(device: torch.device) -> None:
 
 @torch.no_grad()
 def fill_randomly(model: Transformer, seed: int = 0) -> None:
-    """Normal weights of deviation 0.02, gains of 1 +- 0.02: numbers of a real model's size, so that none runs at zero's speed."""
+    """Normal weights of deviation 0.02, gains of 1 +- 0.02: of a real model's size: zeros would run faster."""
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
     for name, tensor in model.state_dict().items():
         tensor.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
@@ -576,7 +576,7 @@ def floor_ms(engine: Engine, batch_size: int, context: float, bandwidth: float) 
 def metrics(engine: Engine, timing: Timing, compile_sec: float) -> dict:
     """The metrics of one run, as `--json` gives them."""
     steps_ms = sorted(timing.step_ms)
-    quantile = lambda q: steps_ms[min(len(steps_ms) - 1, int(q * len(steps_ms)))] if steps_ms else None  # noqa: E731
+    quantile = lambda q: steps_ms[min(len(steps_ms) - 1, int(q * len(steps_ms)))] if steps_ms else None
     out = {
         "load_sec": engine.load_sec,
         "compile_sec": compile_sec,
@@ -620,8 +620,8 @@ def report(m: dict, timing: Timing, out=sys.stderr) -> None:
     )
     if timing.steps:
         print(
-            f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a step (p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), "
-            f"host {m['host_ms_per_step']:.3f} ms",
+            f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a step "
+            f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), host {m['host_ms_per_step']:.3f} ms",
             file=out,
         )
         line = f"{m['bytes_per_step'] / 1e9:.3f} GB a step at {m['bandwidth_gbps']:.0f} GB/s"
@@ -642,7 +642,7 @@ def add_flag(parser: argparse.ArgumentParser, name: str, **options) -> None:
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    flag = lambda name, **options: add_flag(parser, name, **options)  # noqa: E731
+    flag = lambda name, **options: add_flag(parser, name, **options)
     flag(
         "checkpoint_path",
         type=Path,

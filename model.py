@@ -78,7 +78,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, hf: dict, source: str = "config.json") -> "ModelConfig":
-        """From a config.json of transformers, old style or version 5. ValueError names `source`, the field and what was found."""
+        """From a config.json of transformers, old style or version 5. ValueError names the field and what was found."""
         return _parse_config(hf, source)
 
     def to_dict(self) -> dict:
@@ -334,7 +334,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None) -> torch.Tensor:
-    """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), residual (if given)."""
+    """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual."""
     if fused(x):
         return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual)
     if norm is not None:

@@ -2,8 +2,8 @@
 
 Owns `SamplingParams`, its device-side form and the reference sampler. Knows nothing of the model.
 Order: temperature, then truncation (top-k, top-p, min-p), then one draw. Temperature 0 is greedy: the true
-argmax, ties to the lowest id. A draw is the Gumbel-max of the truncated logits, with noise keyed by (seed, sample, position, id):
-never by slot, batch or step, so that a prompt gets the same tokens whatever runs beside it.
+argmax, ties to the lowest id. A draw is the Gumbel-max of the truncated logits, its noise keyed by (seed, sample, position,
+id): never by slot, batch or step, so that a prompt gets the same tokens whatever runs beside it.
 Letters: B sequences, V vocabulary.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels import gumbel_noise  # noqa
+from kernels import gumbel_noise
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import generate  # noqa: E402
-from generate import BANDWIDTH, DTYPES, STEPS_PER_GRAPH, Engine, add_flag, default_device, floor_ms, metrics  # noqa: E402
-from sampling import SamplingParams  # noqa: E402
+import generate
+from generate import BANDWIDTH, DTYPES, STEPS_PER_GRAPH, Engine, add_flag, default_device, floor_ms, metrics
+from sampling import SamplingParams
 
 
 def stamp() -> dict:
@@ -79,7 +79,8 @@ def decode(args: argparse.Namespace) -> dict:
     }  # fmt: skip
     ms = best["tpot_ms"]
     line = f"{name} batch {args.batch_size}, {args.prompt_len} in / {args.max_new_tokens} out: {ms['p50']:.4f} ms a step"
-    line += f" (p90 {ms['p90']:.4f}, p99 {ms['p99']:.4f}), TTFT {best['ttft_sec'] * 1e3:.2f} ms, host {best['host_ms_per_step']:.4f} ms"
+    line += f" (p90 {ms['p90']:.4f}, p99 {ms['p99']:.4f}), TTFT {best['ttft_sec'] * 1e3:.2f} ms"
+    line += f", host {best['host_ms_per_step']:.4f} ms"
     if best.get("mbu"):
         line += f", MBU {best['mbu']:.1%} of {best['mbu_divided_by_gbps']:.0f}, {best['mbu_datasheet']:.1%} of the data sheet"
     print(line, file=sys.stderr)
@@ -124,7 +125,8 @@ def explain(engine: Engine, params: SamplingParams, prompts: list, floor: float 
                      "calls_per_step": len(times) / steps, "us_each": statistics.median(times)})  # fmt: skip
         r = rows[-1]
         print(
-            f"{r['us_per_step']:10.1f} {r['exposed_us_per_step']:9.1f} {r['calls_per_step']:7.1f} {r['us_each']:8.2f}  {name[:90]}",
+            f"{r['us_per_step']:10.1f} {r['exposed_us_per_step']:9.1f} {r['calls_per_step']:7.1f} "
+            f"{r['us_each']:8.2f}  {name[:90]}",
             file=sys.stderr,
         )
     gaps = (wall - busy) / steps
@@ -140,7 +142,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("decode", help="ms a step of one model, batch size and length")
-    flag = lambda name, **options: add_flag(sub, name, **options)  # noqa: E731
+    flag = lambda name, **options: add_flag(sub, name, **options)
     flag("random_weights", metavar="SHAPE")
     flag("checkpoint_path", type=Path, default=generate.DEMO)
     flag("prompt_len", type=int, default=32)

@@ -23,11 +23,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import kernels  # noqa: E402
-from generate import STEPS_PER_GRAPH, Engine, add_flag, decode_one_token, floor_ms  # noqa: E402
-from kernels.formats import Weight  # noqa: E402
-from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for  # noqa: E402
-from model import SHAPES  # noqa: E402
+from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for
+
+import kernels
+from generate import STEPS_PER_GRAPH, Engine, add_flag, decode_one_token, floor_ms
+from kernels.formats import Weight
+from model import SHAPES
 
 MIN_GAIN = 0.998  # of the time before: less is noise
 
@@ -49,7 +50,7 @@ def compile_tile(job) -> tuple | None:
     """In a process of its own: runs one operator once with one tile, for the compiled kernel in Triton's cache."""
     shape, rows, op, N, K, tile = job
     c = SHAPES[shape]
-    make = lambda *size, dtype=torch.bfloat16: torch.zeros(*size, dtype=dtype, device="cuda")  # noqa: E731
+    make = lambda *size, dtype=torch.bfloat16: torch.zeros(*size, dtype=dtype, device="cuda")
     x, norm, weight = make(rows, K), make(K), Weight(N, K, bias=op == "qkv" and c.qkv_bias, device="cuda")
     lengths = make(rows, dtype=torch.int32)
     try:
@@ -136,7 +137,8 @@ def tune(shape: str, args, pool) -> None:
         if done:
             failed[done[:4]] = done[4]
     print(
-        f"{shape}: {sum(map(len, jobs.values()))} tiles compiled in {time.perf_counter() - started:.0f} s, {len(failed)} do not fit",
+        f"{shape}: {sum(map(len, jobs.values()))} tiles compiled in {time.perf_counter() - started:.0f} s, "
+        f"{len(failed)} do not fit",
         flush=True,
     )
 

@@ -2,8 +2,13 @@
 
 import torch
 
+
+def _rope(theta):
+    return {"rope_type": "default", "rope_theta": theta}
+
+
 FAMILIES = {
-    "llama2": {"model_type": "llama", "num_key_value_heads": 4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "llama2": {"model_type": "llama", "num_key_value_heads": 4, "rope_parameters": _rope(1e4)},
     "llama3": {
         "model_type": "llama",
         "tie_word_embeddings": True,
@@ -13,17 +18,17 @@ FAMILIES = {
         },
     },
     "linear": {"model_type": "llama", "rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
-    "mistral": {"model_type": "mistral", "sliding_window": None, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-    "mistral-window": {"model_type": "mistral", "sliding_window": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "mistral": {"model_type": "mistral", "sliding_window": None, "rope_parameters": _rope(1e6)},
+    "mistral-window": {"model_type": "mistral", "sliding_window": 20, "rope_parameters": _rope(1e4)},
     "qwen2": {
         "model_type": "qwen2", "num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 112,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_parameters": _rope(1e6),
     },
     "qwen2-window": {
         "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+        "rope_parameters": _rope(1e6),
     },
-    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen3": {"model_type": "qwen3", "head_dim": 32, "rope_parameters": _rope(1e6)},
     "qwen3-yarn": {
         "model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 64},

@@ -86,7 +86,7 @@ def test_embeddings_serve_as_a_prompt(engine):
 
 def test_seed_and_sample_decide_the_draw(engine):
     params = SamplingParams(temperature=1.5, max_new_tokens=24, ignore_eos=True, seed=5)
-    draw = lambda sample, p: engine.generate([[4, 5, 6]], p, sample=sample)[0][0].tokens  # noqa: E731
+    draw = lambda sample, p: engine.generate([[4, 5, 6]], p, sample=sample)[0][0].tokens
     assert draw(0, params) == draw(0, params)
     assert draw(0, params) != draw(1, params)
     assert draw(0, params) != draw(0, SamplingParams(temperature=1.5, max_new_tokens=24, ignore_eos=True, seed=6))
@@ -175,7 +175,7 @@ def test_stop_strings_over_tokens(stops, text, shown, reason):
 
 
 def test_golden_tokens_of_the_demo_model():
-    """The exact 64 greedy tokens, float32 on a CPU, of a prompt whose smallest gap between first and second choice is stated."""
+    """The exact 64 greedy tokens, float32 on a CPU; the smallest gap between first and second choice exceeds 1e-2."""
     golden = json.loads((Path(__file__).parent / "golden_demo.json").read_text())
     engine = Engine.load(DEMO, "cpu", torch.float32, decode_mode="eager")
     (out,), _ = engine.generate([golden["prompt"]], SamplingParams(max_new_tokens=64, ignore_eos=True))
