@@ -80,10 +80,10 @@ def prefill(model: Transformer, session: Session, row: int, x: torch.Tensor, sta
     return model(x, PrefillStep(x.shape[0], session.cache, row, start))[-1:]
 
 
-def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, rows: slice, truncates: bool) -> None:
+def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, rows: slice, truncates: bool) -> torch.Tensor:
     """Hidden states of sequences `rows` -> their next tokens, and everything that follows from them, in the session.
 
-    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done.
+    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. Returns the logits [B, V].
     """
     s, lengths = session.sampling, session.cache.lengths[rows]
     if fused(hidden):
@@ -110,12 +110,13 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
         token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
         nan=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
     )  # fmt: skip
+    return logits
 
 
-def decode_one_token(model: Transformer, session: Session, truncates: bool) -> None:
-    """One step of every sequence of the session: reads and writes its buffers only."""
+def decode_one_token(model: Transformer, session: Session, truncates: bool) -> torch.Tensor:
+    """One step of every sequence of the session, in its buffers; returns the logits [B, V] that the tokens were chosen from."""
     hidden = model(session.x, DecodeStep(session.cache))
-    choose_token(model, session, hidden, slice(None), truncates)
+    return choose_token(model, session, hidden, slice(None), truncates)
 
 
 class Decoder:
@@ -140,7 +141,8 @@ class Decoder:
             self.step = torch.compile(decode_one_token, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
         elif mode == "graph" and not self.in_kernels:
             self.step = torch.compile(decode_one_token, fullgraph=True)
-        self.graphs: dict[tuple[int, bool], torch.cuda.CUDAGraph] = {}
+        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.logits: torch.Tensor | None = None  # [B, V] of the step launched last
         self.pool = None
         self.capture_sec = 0.0
 
@@ -160,15 +162,16 @@ class Decoder:
         """Launches `steps` decode steps; returns before they have run."""
         if self.mode != "graph":
             for _ in range(steps):
-                self.step(self.model, self.session, truncates)
+                self.logits = self.step(self.model, self.session, truncates)
             return
         while steps:
             n = STEPS_PER_GRAPH if steps >= STEPS_PER_GRAPH else 1
-            self._graph(n, truncates).replay()
+            graph, self.logits = self._graph(n, truncates)
+            graph.replay()
             steps -= n
 
-    def _graph(self, steps: int, truncates: bool) -> torch.cuda.CUDAGraph:
-        """The captured graph of so many steps, made when it is first asked for. All share one memory pool."""
+    def _graph(self, steps: int, truncates: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The captured graph of so many steps and its last step's logits, made when it is first asked for. All share one pool."""
         key = (steps, truncates)
         if key not in self.graphs:
             started = time.perf_counter()
@@ -176,9 +179,9 @@ class Decoder:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 for _ in range(steps):
-                    self.step(self.model, self.session, truncates)
+                    logits = self.step(self.model, self.session, truncates)
             self.pool = graph.pool()
-            self.graphs[key] = graph
+            self.graphs[key] = graph, logits
             self.capture_sec += time.perf_counter() - started
         return self.graphs[key]
 
