@@ -4,7 +4,7 @@ Owns the built-in forms, the sandbox and its limits. Knows nothing of tokenizers
 
 A checkpoint's template is code from a stranger and so is the text that a user types. Two defences:
 - The template runs in jinja2's immutable sandbox, in a child process (this file as a program) that is killed when its time is
-  up and cannot take more than MEMORY_LIMIT_BYTES. A thread or a signal handler would wait for `{{ 9**9**9 }}` to end.
+  up and cannot take more than MEMORY_LIMIT_BYTES. A thread or a signal handler would wait for `{{ 9**(9**9) }}` to end.
 - Whatever comes from the conversation is guarded: a mark, a character that occurs nowhere else, follows each character that
   could begin a control token. So only the template itself can write one, however it trims, splits or joins what it is given,
   and the text comes out whole once the marks are removed.
@@ -22,7 +22,7 @@ from datetime import datetime
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 TIME_LIMIT_SEC = 5.0  # the child's start, 0.1 s, included; a template takes about a millisecond
 MEMORY_LIMIT_BYTES = 2**30  # the child needs 30 MB
@@ -104,6 +104,12 @@ def built_in(control_tokens, model_type: str | None = None) -> tuple[str, str] |
 # ---------------------------------------------------------------- rendering, in the child
 
 
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def unsafe_undefined(self, obj, attribute):
+        """At once: jinja2 itself only fails where the value is used, and prints nothing for it."""
+        raise SecurityError(f"access to attribute {attribute!r} of {type(obj).__name__!r} object is unsafe")
+
+
 class _Generation(Extension):
     """`{% generation %}` marks what transformers trains on; here it stands for its body."""
 
@@ -130,7 +136,7 @@ def _compile(source: str, control_tokens: tuple[str, ...]):
     A template may look for strings of its own in a message (Qwen3 splits at '</think>'). Those stay whole, unless one
     could be a part of a control token.
     """
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)

@@ -148,8 +148,8 @@ def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         files = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
-        if not all(isinstance(file, str) and Path(file).name == file for file in files):
-            raise ValueError(f"{index}: weight_map: expected an object of tensor: name of a file beside the index")
+        if not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in files):
+            raise ValueError(f"{index}: weight_map: expected an object of tensor: name of a .safetensors file beside the index")
         if missing := sorted(file for file in files if not (directory / file).exists()):
             raise ValueError(f"{index}: {len(missing)} of {len(files)} shards are missing: {some(missing)}")
     elif "model.safetensors" in present or len(present) == 1:
@@ -493,8 +493,10 @@ def progress_line(label: str, total_bytes: int, show: bool) -> Iterator[Callable
             drawn = time.perf_counter()
             draw("")
 
+    is_done = False
     try:
         yield add
+        is_done = True
     finally:
-        if show:
+        if show and (is_done or start):  # a failure leaves the terminal on a new line, and says nothing elsewhere
             draw("\n")

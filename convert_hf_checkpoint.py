@@ -199,8 +199,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {culprit[1]}" if culprit else str(error).splitlines()[0]
         raise ValueError(f"{path}: refused: {what}; expected a pickle of nothing but tensors") from None
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: truncated, or not a .pth file: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # the reader of a broken file may stumble anywhere
+        raise ValueError(f"{path}: truncated, or not a .pth file: {error}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: found a pickled {type(tensors).__name__}, expected a dict of tensors")
     return {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}

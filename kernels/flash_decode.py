@@ -2,7 +2,7 @@
 
 Owns the attention of a decode or verify step and the split of its work over the GPU. Knows neither the model nor who fills
 the cache. Follows Flash-Decoding (Dao et al., 2023, https://pytorch.org/blog/flash-decoding): the cache rows of a sequence are
-split over programs, each keeps a running softmax (fp32, base 2), and the last program of a (sequence, KV head) to finish merges.
+split over programs, each keeps a running softmax (fp32, base 2), and the last program of a (sequence, KV head) merges them.
 
 The grid is fixed by the cache's capacity, so that a CUDA graph can hold it; what each program does follows the lengths on the
 device: 100 tokens in a 128k cache cost what 100 tokens cost. Work is counted in *items*: one part of the rows of one
@@ -65,50 +65,50 @@ def flash_decode_ref(q, k_cache, v_cache, lengths, table, *, scale, window=None,
 
 
 @triton.jit
-def _first_key(length, window, T: tl.constexpr, N: tl.constexpr, WINDOWED: tl.constexpr):
-    """The first cache row that any token of this step sees, rounded down to a whole block."""
-    first = length * 0
+def _first_row(length, window, T: tl.constexpr, CHUNK: tl.constexpr, WINDOWED: tl.constexpr):
+    """The first cache row that a token of this step sees, rounded down to a whole chunk."""
     if WINDOWED:
-        first = tl.maximum(length - T - window + 1, 0) // N * N
-    return first
+        return tl.maximum(length - T - window + 1, 0) // CHUNK * CHUNK
+    return length * 0
 
 
 @triton.jit
-def _num_parts(blocks, total_blocks, num_programs, MIN_BLOCKS: tl.constexpr, SPLIT_BLOCKS: tl.constexpr):
-    """Parts that one (sequence, KV head) of `blocks` blocks is worked on in: its share of the programs, unless fixed."""
-    if SPLIT_BLOCKS > 0:
-        parts = tl.cdiv(blocks, SPLIT_BLOCKS)
+def _num_parts(chunks, total_chunks, spare_programs, MIN_CHUNKS: tl.constexpr, SPLIT_CHUNKS: tl.constexpr):
+    """Parts in which `chunks` chunks are worked on: one, and a share of the spare programs; or parts of a fixed size."""
+    if SPLIT_CHUNKS > 0:
+        parts = tl.cdiv(chunks, SPLIT_CHUNKS)
     else:
-        share = (blocks.to(tl.int64) * num_programs // tl.maximum(total_blocks, 1)).to(tl.int32)
-        parts = tl.minimum(share, blocks // MIN_BLOCKS)
+        share = chunks.to(tl.uint32) * spare_programs.to(tl.uint32) // tl.maximum(total_chunks, 1).to(tl.uint32)
+        parts = tl.minimum(share.to(tl.int32) + 1, chunks // MIN_CHUNKS)
     return tl.maximum(parts, 1)
 
 
 @triton.jit
-def _load_rows(base, offsets, keep, D: tl.constexpr, COLUMNS: tl.constexpr, other):
-    """Rows of K or V, [rows, COLUMNS]: `other` in rows that are not kept, which are never touched, and past the head size."""
+def _load_rows(start_ptr, keep, D: tl.constexpr, COLUMNS: tl.constexpr, other):
+    """Consecutive rows of K or V, [rows, COLUMNS]: `other` in rows not kept, which are not touched, and past the head."""
+    row = tl.arange(0, keep.shape[0])
     column = tl.arange(0, COLUMNS)
     mask = keep[:, None]
     if COLUMNS != D:
         mask = mask & (column < D)[None, :]
-    return tl.load(base + offsets[:, None] + column[None, :], mask=mask, other=other)
+    return tl.load(start_ptr + row[:, None] * D + column[None, :], mask=mask, other=other)
 
 
 @triton.jit
 def _dot(a, b, acc):
-    """a @ b + acc. The interpreter multiplies bf16 as if it were integers: there the operands, already rounded, go in as fp32."""
+    """a @ b + acc. The interpreter takes bf16 for integers: there the operands, already rounded, go in as fp32."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc)
 
 
 @triton.jit
-def _attend(q, k, v, key, position, window, qk_scale, top, total, acc, WINDOWED: tl.constexpr):
-    """Takes one tile of keys [N] into the running softmax (`top` maximum, `total` sum, `acc` weighted values)."""
+def _attend(q, k, v, row, position, window, qk_scale, top, total, acc, WINDOWED: tl.constexpr):
+    """Takes the keys in cache rows `row` into the running softmax: `top` maximum, `total` sum, `acc` weighted values."""
     scores = _dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], k.shape[0]], tl.float32)) * qk_scale  # [M, N], base 2
-    visible = key[None, :] <= position[:, None]
+    visible = row[None, :] <= position[:, None]
     if WINDOWED:
-        visible = visible & (key[None, :] > position[:, None] - window)
+        visible = visible & (row[None, :] > position[:, None] - window)
     scores = tl.where(visible, scores, -float("inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
     decay = tl.exp2(top - new_top)
@@ -116,6 +116,43 @@ def _attend(q, k, v, key, position, window, qk_scale, top, total, acc, WINDOWED:
     total = total * decay + tl.sum(weights, 1)
     acc = _dot(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None])
     return new_top, total, acc
+
+
+@triton.jit
+def _store_out(out_ptr, acc, total, q_row, mask, D: tl.constexpr):
+    """Writes acc / total [rows, COLUMNS] to the query rows `q_row`; zeros where nothing was visible."""
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    column = tl.arange(0, acc.shape[1])
+    tl.store(out_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge(partial_ptr, stats_ptr, slot, slot_step, parts, mask, D: tl.constexpr, MERGED: tl.constexpr):
+    """The sum of `parts` partial results, the first in `slot`, taken in order, MERGED at a time -> acc, total."""
+    ROWS: tl.constexpr = mask.shape[0]
+    COLUMNS: tl.constexpr = mask.shape[1]
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    top = tl.full([ROWS], FLOOR, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for part_begin in range(0, parts, MERGED):
+        part = part_begin + tl.arange(0, MERGED)
+        start = (slot + part * slot_step).to(tl.int64) * ROWS
+        kept = (row >= 0)[:, None] & (part < parts)[None, :]  # [ROWS, MERGED]: in this order the sum stays within a thread
+        stats = stats_ptr + start[None, :] * 2 + row[:, None]
+        values = partial_ptr + (start[None, :] + row[:, None])[:, :, None] * D + column[None, None, :]
+        # .cg: from L2, where the other multiprocessors' results are
+        tops = tl.load(stats, mask=kept, other=FLOOR, cache_modifier=".cg")
+        totals = tl.load(stats + ROWS, mask=kept, other=0.0, cache_modifier=".cg")
+        accs = tl.load(values, mask=kept[:, :, None] & mask[:, None, :], other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops, 1))
+        decay = tl.exp2(top - new_top)
+        weights = tl.exp2(tops - new_top[:, None])
+        total = total * decay + tl.sum(totals * weights, 1)
+        acc = acc * decay[:, None] + tl.sum(accs * weights[:, :, None], 1)
+        top = new_top
+    return acc, total
 
 
 @triton.jit
@@ -128,213 +165,142 @@ def _flash_decode_kernel(
     k_scale_ptr,
     v_scale_ptr,
     out_ptr,
-    partial_acc_ptr,  # [items, M tiles, ROWS, D] fp32
-    partial_stats_ptr,  # [items, M tiles, 2, ROWS] fp32: running maximum and sum
-    counter_ptr,  # [B * Hkv * M tiles], zero before and after every launch
+    partial_ptr,  # [items, M tiles, ROWS, D] fp32: weighted values
+    stats_ptr,  # [items, M tiles, 2, ROWS] fp32: maximum and sum
+    counter_ptr,  # [B, Hkv, M tiles], zero before and after every launch
     scale_log2,
     window,
     batch,
     table_width,
     page_size,
+    spare_programs,  # beyond one for each (sequence, KV head)
     HKV: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
     D: tl.constexpr,
     COLUMNS: tl.constexpr,  # D, padded to a power of two
-    SEQUENCES: tl.constexpr,  # batch, padded to a power of two
+    SEQUENCES: tl.constexpr,  # B, padded to a power of two
     M: tl.constexpr,
-    ROWS: tl.constexpr,  # query rows of a tile that are kept in a partial result, a power of two
-    N: tl.constexpr,  # cache rows of a block
-    FIRST: tl.constexpr,  # cache rows of the first tile, loaded before the wait
-    MIN_BLOCKS: tl.constexpr,
-    SPLIT_BLOCKS: tl.constexpr,
-    MERGED: tl.constexpr,  # partial results merged at a time
+    ROWS: tl.constexpr,  # query rows of a tile that a partial result keeps, a power of two
+    CHUNK: tl.constexpr,  # cache rows loaded before the wait; parts are whole chunks
+    N: tl.constexpr,  # cache rows of a step of the loop after it
+    MIN_CHUNKS: tl.constexpr,
+    SPLIT_CHUNKS: tl.constexpr,
+    MERGED: tl.constexpr,
     STAGES: tl.constexpr,
     PAGED: tl.constexpr,
     WINDOWED: tl.constexpr,
     SCALED: tl.constexpr,
-    EARLY: tl.constexpr,  # rows of this step come after the wait
+    EARLY: tl.constexpr,  # the rows that this step appends are read after the wait
     PDL: tl.constexpr,
 ):
     pdl_trigger(PDL)
-    num_programs = tl.num_programs(0)
-    tile = tl.program_id(1)
+    tile, num_tiles = tl.program_id(1), tl.num_programs(1)
 
     # Which items there are: every program finds the same answer from the lengths.
     sequence = tl.arange(0, SEQUENCES)
     in_batch = sequence < batch
-    all_lengths = tl.load(lengths_ptr + sequence, mask=in_batch, other=0)
-    all_blocks = tl.cdiv(all_lengths - _first_key(all_lengths, window, T, N, WINDOWED), N)
-    total_blocks = tl.sum(all_blocks, 0) * HKV
-    all_parts = _num_parts(all_blocks, total_blocks, num_programs, MIN_BLOCKS, SPLIT_BLOCKS)
-    all_items = tl.where(in_batch, all_parts * HKV, 0)
-    item_ends = tl.cumsum(all_items, 0)
-    num_items = tl.sum(all_items, 0)
+    lengths = tl.load(lengths_ptr + sequence, mask=in_batch, other=0)
+    chunks = tl.cdiv(lengths - _first_row(lengths, window, T, CHUNK, WINDOWED), CHUNK)
+    total_chunks = tl.sum(chunks, 0) * HKV
+    items = _num_parts(chunks, total_chunks, spare_programs, MIN_CHUNKS, SPLIT_CHUNKS) * HKV
+    item_ends = tl.cumsum(tl.where(in_batch, items, 0), 0)
 
-    row = tile * M + tl.arange(0, M)  # query row: token major, query head of the group minor
-    in_group = row < G * T
-    column = tl.arange(0, COLUMNS)
-    in_head = column < D
-
-    if tl.program_id(0) >= num_items:
-        pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
-    for item in tl.range(tl.program_id(0), num_items, num_programs, num_stages=1):
-        # Which item this is.
-        b = tl.sum((item_ends <= item).to(tl.int32), 0)
-        length = tl.load(lengths_ptr + b)
-        start = _first_key(length, window, T, N, WINDOWED)
-        blocks = tl.cdiv(length - start, N)
-        parts = _num_parts(blocks, total_blocks, num_programs, MIN_BLOCKS, SPLIT_BLOCKS)
-        first_item = tl.sum(tl.where(sequence < b, all_items, 0), 0)
-        head = (item - first_item) // parts
-        part = (item - first_item) % parts
-        if SPLIT_BLOCKS > 0:
-            begin = start + part * SPLIT_BLOCKS * N
-            end = tl.minimum(begin + SPLIT_BLOCKS * N, length)
+    # A program does one item; with splits of a fixed size, where the length decides how many there are, as many as come.
+    first_item = tl.program_id(0)
+    last_item, step = first_item + 1, 1
+    if SPLIT_CHUNKS > 0:
+        last_item, step = tl.maximum(last_item, tl.sum(tl.where(in_batch, items, 0), 0)), tl.num_programs(0)
+    for item in tl.range(first_item, last_item, step, num_stages=1):
+        # Which one this is.
+        before = in_batch & (item_ends <= item)
+        b = tl.sum(before.to(tl.int32), 0)
+        if b == batch:
+            pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
         else:
-            begin = start + (part.to(tl.int64) * blocks // parts).to(tl.int32) * N
-            end = tl.minimum(start + ((part + 1).to(tl.int64) * blocks // parts).to(tl.int32) * N, length)
+            length = tl.load(lengths_ptr + b)
+            first_row = _first_row(length, window, T, CHUNK, WINDOWED)
+            chunks_b = tl.cdiv(length - first_row, CHUNK)
+            parts = _num_parts(chunks_b, total_chunks, spare_programs, MIN_CHUNKS, SPLIT_CHUNKS)
+            item_b = item - tl.max(tl.where(before, item_ends, 0), 0)
+            head, part = item_b // parts, item_b % parts
+            if SPLIT_CHUNKS > 0:
+                begin = first_row + part * (SPLIT_CHUNKS * CHUNK)
+                end = tl.minimum(begin + SPLIT_CHUNKS * CHUNK, length)
+            else:  # the first chunks_b % parts parts have one chunk more
+                begin = first_row + (part * (chunks_b // parts) + tl.minimum(part, chunks_b % parts)) * CHUNK
+                end = begin + (chunks_b // parts + (part < chunks_b % parts).to(tl.int32)) * CHUNK
+                end = tl.minimum(end, length)
 
-        # The first tile comes into registers before the wait, but for rows that this step appends. Page and head offsets are
-        # 64-bit: a cache may hold more than 2**31 values.
-        head_stride = page_size.to(tl.int64) * D
-        page_stride = head_stride * HKV
-        head_offset = head * head_stride
-        table_row_ptr = table_ptr + b * table_width
-        key = begin + tl.arange(0, FIRST)
-        keep = key < end
-        if PAGED:
-            page = tl.load(table_row_ptr + key // page_size, mask=keep, other=0)
-            offsets = page * page_stride + head_offset + key % page_size * D
-            k_base, v_base = k_ptr, v_ptr
-        else:
-            base = tl.load(table_row_ptr) * page_stride + head_offset
-            offsets = key * D
-            k_base, v_base = k_ptr + base, v_ptr + base
-        is_old = keep
-        if EARLY:
-            is_old = keep & (key < length - T)
-        k_first = _load_rows(k_base, offsets, is_old, D, COLUMNS, 0.0)
-        v_first = _load_rows(v_base, offsets, is_old, D, COLUMNS, 0.0)
-        qk_scale = scale_log2
-        if SCALED:
-            qk_scale *= tl.load(k_scale_ptr + head)
+            # The first chunk comes into registers before the wait, but for rows that this step appends. Offsets are 64-bit: a
+            # cache may hold more than 2**31 values.
+            row = begin + tl.arange(0, CHUNK)
+            page, row_in_page = 0, begin
+            if PAGED:
+                page, row_in_page = begin // page_size, begin % page_size
+            page = tl.load(table_ptr + b * table_width + page).to(tl.int64)
+            offset = ((page * HKV + head) * page_size + row_in_page) * D
+            before_wait = row < end
+            if EARLY:
+                before_wait = before_wait & (row < length - T)
+            k_first = _load_rows(k_ptr + offset, before_wait, D, COLUMNS, 0.0)
+            v_first = _load_rows(v_ptr + offset, before_wait, D, COLUMNS, 0.0)
+            qk_scale = scale_log2
+            if SCALED:
+                qk_scale *= tl.load(k_scale_ptr + head)
 
-        pdl_wait(PDL)
+            pdl_wait(PDL)
 
-        token = row // G
-        q_row = (b * T + token) * (HKV * G) + head * G + row % G  # also the output's row
-        q_offsets = q_row.to(tl.int64)[:, None] * D + column[None, :]
-        q_mask = in_group[:, None] & in_head[None, :]
-        q = tl.load(q_ptr + q_offsets, mask=q_mask, other=0.0)
-        if EARLY:
-            if tl.minimum(begin + FIRST, end) > length - T:
-                is_new = keep & (key >= length - T)
-                k_first = _load_rows(k_base, offsets, is_new, D, COLUMNS, k_first)
-                v_first = _load_rows(v_base, offsets, is_new, D, COLUMNS, v_first)
+            m = tile * M + tl.arange(0, M)  # token major, query head of the group minor
+            token = m // G
+            q_row = (b * T + token) * (HKV * G) + head * G + m % G  # also the output's row
+            column = tl.arange(0, COLUMNS)
+            q_mask = (m < G * T)[:, None] & (column < D)[None, :]
+            q = tl.load(q_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], mask=q_mask, other=0.0)
+            position = tl.where(m < G * T, length - T + token, -1)
+            if EARLY:
+                after_wait = (row < end) & (row >= length - T)
+                k_first = _load_rows(k_ptr + offset, after_wait, D, COLUMNS, k_first)
+                v_first = _load_rows(v_ptr + offset, after_wait, D, COLUMNS, v_first)
 
-        position = tl.where(in_group, length - T + token, -1)
-        top = tl.full([M], FLOOR, tl.float32)
-        total = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, COLUMNS], tl.float32)
-        for block_begin in tl.range(begin + FIRST, end, N, num_stages=STAGES):
-            block_key = block_begin + tl.arange(0, N)
-            if PAGED:  # a block never crosses a page
-                page = tl.load(table_row_ptr + block_begin // page_size)
-                block_base = page * page_stride + head_offset
-                block_offsets = (block_begin % page_size + tl.arange(0, N)) * D
-                k = _load_rows(k_ptr + block_base, block_offsets, block_key < end, D, COLUMNS, 0.0)
-                v = _load_rows(v_ptr + block_base, block_offsets, block_key < end, D, COLUMNS, 0.0)
+            top = tl.full([M], FLOOR, tl.float32)
+            total = tl.zeros([M], tl.float32)
+            acc = tl.zeros([M, COLUMNS], tl.float32)
+            for block in tl.range(begin + CHUNK, end, N, num_stages=STAGES):
+                if PAGED:  # a block is never in two pages
+                    block_page = tl.load(table_ptr + b * table_width + block // page_size).to(tl.int64)
+                    block_offset = ((block_page * HKV + head) * page_size + block % page_size) * D
+                else:
+                    block_offset = offset + (block - begin).to(tl.int64) * D
+                block_row = block + tl.arange(0, N)
+                k = _load_rows(k_ptr + block_offset, block_row < end, D, COLUMNS, 0.0)
+                v = _load_rows(v_ptr + block_offset, block_row < end, D, COLUMNS, 0.0)
+                top, total, acc = _attend(q, k, v, block_row, position, window, qk_scale, top, total, acc, WINDOWED)
+            # The first chunk comes last: while it waits in registers the loop's loads are under way.
+            top, total, acc = _attend(q, k_first, v_first, row, position, window, qk_scale, top, total, acc, WINDOWED)
+            if SCALED:
+                acc *= tl.load(v_scale_ptr + head)
+
+            if parts == 1:
+                _store_out(out_ptr, acc, total, q_row, q_mask, D)
             else:
-                k = _load_rows(k_base, block_key * D, block_key < end, D, COLUMNS, 0.0)
-                v = _load_rows(v_base, block_key * D, block_key < end, D, COLUMNS, 0.0)
-            top, total, acc = _attend(q, k, v, block_key, position, window, qk_scale, top, total, acc, WINDOWED)
-        # The first tile comes last: the loop's loads are under way while it waits in registers.
-        top, total, acc = _attend(q, k_first, v_first, key, position, window, qk_scale, top, total, acc, WINDOWED)
-        if SCALED:
-            acc *= tl.load(v_scale_ptr + head)
-
-        if parts == 1:
-            out = acc / tl.where(total > 0, total, 1.0)[:, None]  # nothing visible: zeros
-            tl.store(out_ptr + q_offsets, out.to(out_ptr.dtype.element_ty), mask=q_mask)
-        else:
-            local = tl.arange(0, M)
-            slot = (item * tl.num_programs(1) + tile).to(tl.int64)
-            acc_offsets = (slot * ROWS + local)[:, None] * D + column[None, :]
-            tl.store(partial_acc_ptr + acc_offsets, acc, mask=q_mask)
-            tl.store(partial_stats_ptr + slot * 2 * ROWS + local, top, mask=in_group)
-            tl.store(partial_stats_ptr + slot * 2 * ROWS + ROWS + local, total, mask=in_group)
-            tl.debug_barrier()  # every thread's stores come before the one thread's release below
-            counter = counter_ptr + (b * HKV + head) * tl.num_programs(1) + tile
-            if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
-                tl.store(counter, 0)  # for the next launch
-                _merge(
-                    out_ptr,
-                    partial_acc_ptr,
-                    partial_stats_ptr,
-                    item - part,
-                    parts,
-                    b,
-                    head,
-                    tile,
-                    HKV,
-                    G,
-                    T,
-                    D,
-                    COLUMNS,
-                    M,
-                    ROWS,
-                    MERGED,
-                )
-
-
-@triton.jit
-def _merge(
-    out_ptr,
-    partial_acc_ptr,
-    partial_stats_ptr,
-    first_item,
-    parts,
-    b,
-    head,
-    tile,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    T: tl.constexpr,
-    D: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    M: tl.constexpr,
-    ROWS: tl.constexpr,
-    MERGED: tl.constexpr,
-):
-    """Merges the `parts` partial results from `first_item` on, in order, MERGED at a time, and writes the output."""
-    local = tl.arange(0, ROWS)
-    row = tile * M + local
-    in_group = row < G * T
-    column = tl.arange(0, COLUMNS)
-    mask = in_group[:, None] & (column < D)[None, :]
-    top = tl.full([ROWS], FLOOR, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for part_begin in range(0, parts, MERGED):
-        part = part_begin + tl.arange(0, MERGED)
-        slot = (first_item + part).to(tl.int64) * tl.num_programs(1) + tile
-        kept = (part < parts)[:, None] & in_group[None, :]
-        stats = partial_stats_ptr + (slot * 2 * ROWS)[:, None] + local[None, :]  # [MERGED, ROWS]
-        offsets = ((slot * ROWS)[:, None] + local[None, :])[:, :, None] * D + column[None, None, :]
-        # .cg: from L2, where other multiprocessors' results are
-        tops = tl.load(stats, mask=kept, other=FLOOR, cache_modifier=".cg")
-        totals = tl.load(stats + ROWS, mask=kept, other=0.0, cache_modifier=".cg")
-        accs = tl.load(partial_acc_ptr + offsets, mask=kept[:, :, None] & mask[None, :, :], other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        decay = tl.exp2(top - new_top)
-        weights = tl.exp2(tops - new_top[None, :])
-        total = total * decay + tl.sum(totals * weights, 0)
-        acc = acc * decay[:, None] + tl.sum(accs * weights[:, :, None], 0)
-        top = new_top
-    out = acc / tl.where(total > 0, total, 1.0)[:, None]
-    q_row = (b * T + row // G) * (HKV * G) + head * G + row % G
-    tl.store(out_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+                slot = item * num_tiles + tile
+                local = slot.to(tl.int64) * ROWS + tl.arange(0, M)
+                tl.store(partial_ptr + local[:, None] * D + column[None, :], acc, mask=q_mask)
+                tl.store(stats_ptr + slot.to(tl.int64) * ROWS + local, top, mask=m < G * T)
+                tl.store(stats_ptr + slot.to(tl.int64) * ROWS + local + ROWS, total, mask=m < G * T)
+                tl.debug_barrier()  # every thread's stores come before the one thread's release
+                counter = counter_ptr + (b * HKV + head) * num_tiles + tile
+                if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
+                    tl.store(counter, 0)  # for the next launch
+                    merged_m = tile * M + tl.arange(0, ROWS)
+                    merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
+                    first_slot = (item - part) * num_tiles + tile
+                    merged_acc, merged_total = _merge(
+                        partial_ptr, stats_ptr, first_slot, num_tiles, parts, merged_mask, D, MERGED
+                    )
+                    merged_row = (b * T + merged_m // G) * (HKV * G) + head * G + merged_m % G
+                    _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -349,9 +315,10 @@ class Launch:
     programs: int  # programs for each tile of query rows
     query_rows: int  # M: query rows of a tile, at least 16 for the tensor cores
     query_tiles: int
-    block_rows: int  # N
-    first_rows: int  # rows loaded before the dependency wait
-    min_rows: int  # a part smaller than this is not worth a merge
+    kept_rows: int  # query rows of a tile that a partial result keeps
+    chunk_rows: int  # rows loaded before the dependency wait; parts are whole chunks
+    block_rows: int  # N: rows of a step of the loop after it
+    min_rows: int  # a smaller part is not worth a merge
     split_rows: int  # rows of every part where the caller fixes them, else 0
     items: int  # the most items there can be: sizes the scratch memory
     merged: int  # partial results merged at a time
@@ -375,34 +342,32 @@ def choose_launch(
 
     With `split_size` nothing that decides the numbers depends on the batch.
     """
-    columns = triton.next_power_of_2(head_dim)
     rows = num_heads // num_kv_heads * tokens
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    query_tiles = -(-rows // query_rows)
-    block_rows = 64  # divides every page size allowed
-    first_rows = min(128, max(block_rows, triton.next_power_of_2(capacity)))
-    min_rows = max(256, block_rows)
+    kept_rows = min(query_rows, triton.next_power_of_2(rows))
+    chunk_rows = 128 if capacity > 64 and (page_size is None or page_size % 128 == 0) else 64
+    block_rows = 64
+    min_rows = 256
     pairs = batch * num_kv_heads
     if split_size is not None:
-        if split_size < 1 or split_size % block_rows:
-            raise ValueError(f"split_size: found {split_size}, expected a positive multiple of {block_rows}")
+        if split_size < 1 or split_size % 128:
+            raise ValueError(f"split_size: found {split_size}, expected a positive multiple of 128")
         items = pairs * max(1, -(-capacity // split_size))
         programs = min(items, 4 * sms)
     else:
-        # As many programs as run at once, or one for each (sequence, KV head) if those are more: the GPU's own scheduler
-        # balances whole items better than a loop over them.
-        useful = pairs * max(1, capacity // min_rows)
-        programs = min(useful, max(4 * sms if pairs > sms else 2 * sms, pairs))
-        items = programs + pairs
-    # 64 KiB of partial results at a time: 128 registers of each of 128 threads.
-    kept_rows = min(query_rows, triton.next_power_of_2(rows))
-    merged = max(1, min(64, 16384 // (kept_rows * columns)))
+        # Two programs a multiprocessor, and one for each (sequence, KV head) where those are many.
+        most_parts = max(1, capacity // min_rows)
+        programs = min(pairs * most_parts, 2 * sms if pairs < sms else pairs + 2 * sms)
+        items = programs
+    # 32 KiB of partial results at a time: 64 registers of each of 128 threads.
+    merged = max(1, min(32, 8192 // (kept_rows * triton.next_power_of_2(head_dim))))
     return Launch(
         programs=programs,
         query_rows=query_rows,
-        query_tiles=query_tiles,
+        query_tiles=-(-rows // query_rows),
+        kept_rows=kept_rows,
+        chunk_rows=chunk_rows,
         block_rows=block_rows,
-        first_rows=first_rows,
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
@@ -433,9 +398,9 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
     out = torch.empty_like(q)
-    rows = min(launch.query_rows, triton.next_power_of_2(Hq // Hkv * T))
-    acc = torch.empty(launch.items, launch.query_tiles, rows, D, dtype=torch.float32, device=q.device)
-    stats = torch.empty(launch.items, launch.query_tiles, 2, rows, dtype=torch.float32, device=q.device)
+    scratch = (launch.items, launch.query_tiles, launch.kept_rows)
+    partial = torch.empty(*scratch, D, dtype=torch.float32, device=q.device)
+    stats = torch.empty(*scratch, 2, dtype=torch.float32, device=q.device)
     _flash_decode_kernel[(launch.programs, launch.query_tiles)](
         q,
         k_cache,
@@ -445,7 +410,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         k_scale,
         v_scale,
         out,
-        acc,
+        partial,
         stats,
         _zeroed_counters(q.device),
         scale * LOG2_E,
@@ -453,6 +418,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         B,
         table.shape[1],
         page_size,
+        launch.programs - B * Hkv,
         HKV=Hkv,
         G=Hq // Hkv,
         T=T,
@@ -460,11 +426,11 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         COLUMNS=triton.next_power_of_2(D),
         SEQUENCES=triton.next_power_of_2(B),
         M=launch.query_rows,
-        ROWS=rows,
+        ROWS=launch.kept_rows,
+        CHUNK=launch.chunk_rows,
         N=launch.block_rows,
-        FIRST=launch.first_rows,
-        MIN_BLOCKS=launch.min_rows // launch.block_rows,
-        SPLIT_BLOCKS=launch.split_rows // launch.block_rows,
+        MIN_CHUNKS=launch.min_rows // launch.chunk_rows,
+        SPLIT_CHUNKS=launch.split_rows // launch.chunk_rows,
         MERGED=launch.merged,
         STAGES=launch.stages,
         PAGED=table.shape[1] > 1,
@@ -555,7 +521,7 @@ def flash_decode(
     lengths [B] int32: valid rows of each sequence, this step's T included, so that token t stands at lengths - T + t and sees
     the rows up to its own (with `window`: the last `window` of them). Length 0, and tokens at negative positions, give zeros.
     table [B, P] int32: position p is row p % page_size of page table[b, p // page_size].
-    split_size: rows of a part, a multiple of 64, fixed so that a sequence's result does not depend on the batch around it.
+    split_size: rows of a part, a multiple of 128, fixed so that a sequence's result does not depend on the batch around it.
     Raises ValueError where shapes or dtypes do not fit.
     """
     return _flash_decode(q, k_cache, v_cache, lengths, table, scale, window, k_scale, v_scale, split_size)
