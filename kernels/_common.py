@@ -19,6 +19,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, one program after another
 
+# For the ordering test: after triggering, every third program sleeps so long, so that what reads too early reads wrongly.
+DELAY_NS = tl.constexpr(int(os.environ.get("ROOFLAMA_DELAY_NS", "0")))
+
 _pdl_enabled = True
 
 
@@ -27,6 +30,11 @@ def pdl_trigger(PDL: tl.constexpr):
     """Lets the next kernel of the stream start early. PDL is False under the interpreter and before Hopper."""
     if PDL:
         gdc_launch_dependents()
+    if DELAY_NS > 0:
+        if tl.program_id(0) % 3 == 1:
+            tl.inline_asm_elementwise(
+                "nanosleep.u32 $1; mov.u32 $0, 0;", "=r,r", [tl.full([], DELAY_NS, tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+            )
 
 
 @triton.jit
