@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, launch_options, num_sms, pdl_supported, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import INTERPRET, hold, launch_options, num_sms, pdl_supported, pdl_trigger, pdl_wait, runs_kernels
 
 HEAD_SIZES = (64, 96, 128)  # others take the reference path
 FLOOR = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
@@ -319,6 +319,7 @@ def _flash_decode_kernel(
                 v = _load_v(v_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
                 top, total, acc = _attend(q, k, v, block_row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
             # The first chunk comes last: while it waits in registers the loop's loads are under way.
+            k_first, v_first = hold(k_first), hold(v_first)
             top, total, acc = _attend(q, k_first, v_first, row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
             if GROUPS > 1:
                 group_top = top
@@ -371,6 +372,7 @@ class Launch:
     merged: int  # partial results merged at a time
     warps: int
     stages: int
+    max_registers: int | None = None  # a thread: fewer let more programs run on a multiprocessor
 
 
 def choose_launch(
@@ -488,6 +490,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         SCALED=k_scale is not None,
         EARLY=INTERPRET or pdl_supported(q),
         num_warps=launch.warps,
+        maxnreg=launch.max_registers,
         **launch_options(q),
     )
     return out
