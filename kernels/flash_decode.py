@@ -12,6 +12,7 @@ Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G =
 M query rows (G * T, padded) and N cache rows of a tile.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -375,6 +376,7 @@ class Launch:
     max_registers: int | None = None  # a thread: fewer let more programs run on a multiprocessor
 
 
+@functools.cache
 def choose_launch(
     *,
     batch: int,
@@ -444,7 +446,7 @@ def _zeroed_counters(device: torch.device) -> torch.Tensor:
     return _counters[device]
 
 
-def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, scale, window, k_scale, v_scale):
+def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, scale, window=None, k_scale=None, v_scale=None):
     """Runs the kernel as `launch` says."""
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
@@ -509,6 +511,8 @@ def _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale):
             f"flash_decode: found q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}, "
             "expected q [B, T, Hq, D] and caches [pages, Hkv, page_size, D] with Hq a multiple of Hkv"
         )
+    if not (q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("flash_decode: found q, k_cache or v_cache with strides of their own, expected contiguous tensors")
     if lengths.shape != (B,) or table.dim() != 2 or table.shape[0] != B:
         raise ValueError(
             f"flash_decode: found lengths {tuple(lengths.shape)}, table {tuple(table.shape)}, expected [{B}] and [{B}, P]"
