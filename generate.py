@@ -80,43 +80,35 @@ def prefill(model: Transformer, session: Session, row: int, x: torch.Tensor, sta
     return model(x, PrefillStep(x.shape[0], session.cache, row, start))[-1:]
 
 
-def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, rows: slice, truncates: bool) -> torch.Tensor:
+def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, rows: slice, kind: str) -> torch.Tensor:
     """Hidden states of sequences `rows` -> their next tokens, and everything that follows from them, in the session.
 
-    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. Returns the logits [B, V].
+    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
+    the most general among the sequences. Returns the logits [B, V].
     """
     s, lengths = session.sampling, session.cache.lengths[rows]
+    draw = {} if kind == "greedy" else {n: getattr(s, n)[rows] for n in ("temperature", "seed", "sample")}
     if fused(hidden):
-        sampling = {name: getattr(s, name)[rows] for name in ("temperature", "seed", "sample")}
         logits, best, token = kernels.head(
-            hidden,
-            model.head,
-            norm=model.norm.weight,
-            eps=model.config.norm_eps,
-            vocab_size=model.vocab_limit,
-            lengths=lengths,
-            **sampling,
+            hidden, model.head, norm=model.norm.weight, eps=model.config.norm_eps, vocab_size=model.vocab_limit, lengths=lengths, **draw
         )
-        if truncates:
-            best, token = kernels.truncated_choice(
-                logits, lengths=lengths, **sampling, top_k=s.top_k[rows], top_p=s.top_p[rows], min_p=s.min_p[rows]
-            )
     else:
         logits = model.logits(hidden)
-        token = choose(logits, s, lengths, rows)[:, None].int()
-        best = logits.amax(dim=1, keepdim=True)
+    if kind == "truncate" or not fused(hidden):
+        cuts = {n: getattr(s, n)[rows] for n in ("top_k", "top_p", "min_p")} if kind == "truncate" else {}
+        best, token = choose(logits, lengths, **draw, **cuts)
     kernels.advance(
-        best, token, model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
+        best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
         token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
-        nan=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
+        flag=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
     )  # fmt: skip
     return logits
 
 
-def decode_one_token(model: Transformer, session: Session, truncates: bool) -> torch.Tensor:
+def decode_one_token(model: Transformer, session: Session, kind: str) -> torch.Tensor:
     """One step of every sequence of the session, in its buffers; returns the logits [B, V] that the tokens were chosen from."""
     hidden = model(session.x, DecodeStep(session.cache))
-    return choose_token(model, session, hidden, slice(None), truncates)
+    return choose_token(model, session, hidden, slice(None), kind)
 
 
 class Decoder:
@@ -141,7 +133,7 @@ class Decoder:
             self.step = torch.compile(decode_one_token, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
         elif mode == "graph" and not self.in_kernels:
             self.step = torch.compile(decode_one_token, fullgraph=True)
-        self.graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.logits: torch.Tensor | None = None  # [B, V] of the step launched last
         self.pool = None
         self.capture_sec = 0.0
@@ -158,34 +150,34 @@ class Decoder:
         }[self.mode]
         return f"{self.mode}: {work}, {reason}"
 
-    def run(self, steps: int, truncates: bool) -> None:
+    def run(self, steps: int, kind: str = "greedy") -> None:
         """Launches `steps` decode steps; returns before they have run."""
         if self.mode != "graph":
             for _ in range(steps):
-                self.logits = self.step(self.model, self.session, truncates)
+                self.logits = self.step(self.model, self.session, kind)
             return
         while steps:
             n = STEPS_PER_GRAPH if steps >= STEPS_PER_GRAPH else 1
-            graph, self.logits = self._graph(n, truncates)
+            graph, self.logits = self._graph(n, kind)
             graph.replay()
             steps -= n
 
-    def _graph(self, steps: int, truncates: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _graph(self, steps: int, kind: str) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The captured graph of so many steps and its last step's logits, made when it is first asked for. All share one pool."""
-        key = (steps, truncates)
+        key = (steps, kind)
         if key not in self.graphs:
             started = time.perf_counter()
-            self._warm_up(truncates)
+            self._warm_up(kind)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 for _ in range(steps):
-                    logits = self.step(self.model, self.session, truncates)
+                    logits = self.step(self.model, self.session, kind)
             self.pool = graph.pool()
             self.graphs[key] = graph, logits
             self.capture_sec += time.perf_counter() - started
         return self.graphs[key]
 
-    def _warm_up(self, truncates: bool) -> None:
+    def _warm_up(self, kind: str) -> None:
         """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
         session = self.session
         lengths, done = session.cache.lengths.clone(), session.done.clone()
@@ -194,7 +186,7 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(self.model, session, truncates)
+            self.step(self.model, session, kind)
         torch.cuda.current_stream().wait_stream(stream)
         session.cache.lengths.copy_(lengths)
         session.done.copy_(done)
@@ -300,8 +292,8 @@ class Engine:
             defaults = {"temperature": 0.0}
         fields = {f.name for f in dataclasses.fields(SamplingParams)}
         engine.defaults = {k: v for k, v in defaults.items() if k in fields}
-        report.notes += [f"generation_config.json: {k} = {v} is not used" for k, v in defaults.items() if k not in fields]
-        engine.load_sec, engine.load_notes = time.perf_counter() - started, report.notes
+        unused = [f"generation_config.json: {k} = {v} is not used" for k, v in defaults.items() if k not in fields]
+        engine.load_sec, engine.load_notes = time.perf_counter() - started, [*report.notes, *unused]
         return engine
 
     @classmethod
@@ -412,10 +404,12 @@ class _Run:
         """Runs it all; yields (prompt index, text) as text becomes final."""
         engine, timing = self.engine, self.timing
         reader = StatusReader(engine.session)
-        truncates = any(p.truncates for p in self.params)
+        kind = max((p.kind for p in self.params), key=SamplingParams.KINDS.index)
+        if engine.device.type == "cpu":
+            kind = SamplingParams.KINDS[-1]  # the general one serves all: torch.compile compiles one step
         synchronize(engine.device)
         started = time.perf_counter()
-        self._prefill(truncates)
+        self._prefill(kind)
         reader.request(0)
         status, last, _ = reader.oldest()
         timing.ttft_sec = time.perf_counter() - started
@@ -426,7 +420,7 @@ class _Run:
         while launched < most and not all(t.finish_reason for t in self.texts):
             before = time.perf_counter()
             steps = min(STEPS_PER_GRAPH if engine.decoder.mode == "graph" else 1, most - launched)
-            engine.decoder.run(steps, truncates)
+            engine.decoder.run(steps, kind)
             reader.request(steps)
             timing.host_sec += time.perf_counter() - before
             launched += steps
@@ -440,7 +434,7 @@ class _Run:
             if rest := text.finish():
                 yield i, rest
 
-    def _prefill(self, truncates: bool) -> None:
+    def _prefill(self, kind: str) -> None:
         engine, s = self.engine, self.engine.session
         model = engine.model
         s.cursor.zero_()
@@ -457,7 +451,7 @@ class _Run:
             hidden = engine.prefill(model, s, row, x.to(s.x.dtype))
             s.cache.lengths[row] = n
             s.done[row] = 0
-            choose_token(model, s, hidden, slice(row, row + 1), truncates)
+            choose_token(model, s, hidden, slice(row, row + 1), kind)
             self.timing.prefill_tokens += n
 
     def _read(self, reader: StatusReader, last) -> Iterator[tuple[int, str]]:

@@ -447,7 +447,7 @@ class Attention(nn.Module):
                 x, self.wqkv, norm=norm, eps=c.norm_eps, qk_eps=c.norm_eps,
                 q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight,
                 cos=rope[0], sin=rope[1], lengths=step.cache.lengths, table=step.cache.table, k_cache=k_cache, v_cache=v_cache,
-                num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+                page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
             )  # fmt: skip
             attended = step.attend(self.layer, q, self.window, self.scale)
         else:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from kernels import gumbel_noise
+from kernels import gumbel
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,14 @@ class SamplingParams:
         check("stop", all(isinstance(s, str) and s for s in self.stop), "strings that are not empty")
         check("stop_token_ids", all(isinstance(i, int) and i >= 0 for i in self.stop_token_ids), "token ids")
 
+    KINDS = ("greedy", "draw", "truncate")  # each does what those before it do
+
     @property
-    def truncates(self) -> bool:
-        """True where a draw is not from the whole distribution."""
-        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
+    def kind(self) -> str:
+        """What the choice of a token takes: the largest logit; a draw from all of them; or from those that the cuts leave."""
+        if self.temperature == 0:
+            return "greedy"
+        return "truncate" if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else "draw"
 
 
 class SamplingState(nn.Module):
@@ -86,11 +90,19 @@ def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min
     return torch.where(logits >= ordered.gather(1, kept - 1), logits, -math.inf)
 
 
-def choose(logits: torch.Tensor, state: SamplingState, position: torch.Tensor) -> torch.Tensor:
-    """logits [B, V] float32, position [B] of the token that they follow -> token ids [B] int64."""
-    temperature = state.temperature[:, None]
-    greedy = temperature == 0
-    warm = logits / torch.where(greedy, 1.0, temperature)
-    warm = truncate(warm, state.top_k, state.top_p, state.min_p)
-    noise = gumbel_noise(state.seed, state.sample, position, logits.shape[-1])
-    return torch.where(greedy, logits, warm + noise).argmax(dim=-1)
+def choose(
+    logits, position, temperature=None, seed=None, sample=None, top_k=None, top_p=None, min_p=None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """logits [B, V] float32, position [B] that the chosen token will have -> (the winning value, its id int32), [B, 1] each.
+
+    Greedy without a temperature, from the whole distribution without the cuts. A NaN logit gives a NaN value.
+    """
+    value = logits
+    if temperature is not None:
+        greedy = (temperature == 0)[:, None]
+        warm = logits / torch.where(greedy, 1.0, temperature[:, None])
+        if top_k is not None:
+            warm = truncate(warm, top_k, top_p, min_p)
+        value = torch.where(greedy, logits, warm + gumbel(seed, sample, position, logits.shape[-1]))
+    best, token = value.max(dim=-1, keepdim=True)
+    return best, token.int()

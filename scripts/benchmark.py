@@ -101,7 +101,7 @@ def explain(engine: Engine, params: SamplingParams, prompts: list, floor: float 
     replays = min(4, (session.max_seq_len - len(prompts[0]) - 2) // STEPS_PER_GRAPH)
     steps = replays * STEPS_PER_GRAPH
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        engine.decoder.run(steps, params.truncates)
+        engine.decoder.run(steps, params.kind)
         torch.cuda.synchronize()
     spans = sorted(
         (e.time_range.start, e.time_range.end, e.name)

@@ -104,11 +104,11 @@ class StepTimer:
 
         rewind()
         with override_tiles(tiles):
-            decode_one_token(self.engine.model, session, False)
+            decode_one_token(self.engine.model, session, "greedy")
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
                 for _ in range(STEPS_PER_GRAPH):
-                    decode_one_token(self.engine.model, session, False)
+                    decode_one_token(self.engine.model, session, "greedy")
         times = []
         for _ in range(3):
             rewind()

@@ -62,7 +62,7 @@ def test_the_compiled_step_copies_no_cache(directory):
     session = engine.session
     session.cache.lengths.fill_(3)
     torch.compiler.reset()
-    _, (code,) = run_and_get_code(engine.decoder.step, engine.model, session, False)
+    _, (code,) = run_and_get_code(engine.decoder.step, engine.model, session, "greedy")
     k = session.cache.layer(0)[0]
     shape = str(tuple(k.shape))
     allocated = [line for line in code.splitlines() if "empty_strided" in line and shape in line and "=" in line]

@@ -40,7 +40,7 @@ def teacher_forced_logits(engine, tokens, prompt_len):
     for i in range(prompt_len, len(tokens)):
         session.x.copy_(model.embed(tokens[i : i + 1]))
         session.cache.lengths.fill_(i + 1)
-        engine.decoder.run(1, False)
+        engine.decoder.run(1)
         got.append(engine.decoder.logits.clone())
     return torch.cat(got)
 
@@ -145,7 +145,7 @@ def run():
     s.cache.table.copy_(torch.arange({batch}, device="cuda")[:, None])
     s.stop_ids.fill_(-1); s.limit.fill_(1000); s.x.copy_(model.embed(torch.arange({batch}, device="cuda") + 7))
     s.cache.lengths.fill_(1)
-    engine.decoder.run(96, False)
+    engine.decoder.run(96)
     torch.cuda.synchronize()
     return digest()
 if {pdl}:
