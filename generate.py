@@ -180,7 +180,8 @@ class Decoder:
     def _warm_up(self, kind: str) -> None:
         """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
         session = self.session
-        lengths, done = session.cache.lengths.clone(), session.done.clone()
+        state = (session.cache.lengths, session.done, session.x)
+        saved = [t.clone() for t in state]
         session.cache.lengths.zero_()
         session.done.fill_(1)
         stream = torch.cuda.Stream()
@@ -188,8 +189,8 @@ class Decoder:
         with torch.cuda.stream(stream):
             self.step(self.model, session, kind)
         torch.cuda.current_stream().wait_stream(stream)
-        session.cache.lengths.copy_(lengths)
-        session.done.copy_(done)
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
 
 
 class StatusReader:
