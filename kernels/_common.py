@@ -22,6 +22,8 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU,
 # For the ordering test: after triggering, every third program sleeps so long, so that what reads too early reads wrongly.
 DELAY_NS = tl.constexpr(int(os.environ.get("ROOFLAMA_DELAY_NS", "0")))
 
+NVIDIA = tl.constexpr(torch.version.hip is None and not INTERPRET)
+
 _pdl_enabled = True
 
 
@@ -33,7 +35,12 @@ def pdl_trigger(PDL: tl.constexpr):
     if DELAY_NS > 0:
         if tl.program_id(0) % 3 == 1:
             tl.inline_asm_elementwise(
-                "nanosleep.u32 $1; mov.u32 $0, 0;", "=r,r", [tl.full([], DELAY_NS, tl.int32)], dtype=tl.int32, is_pure=False, pack=1
+                "nanosleep.u32 $1; mov.u32 $0, 0;",
+                "=r,r",
+                [tl.full([], DELAY_NS, tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
             )
 
 
@@ -42,6 +49,17 @@ def pdl_wait(PDL: tl.constexpr):
     """Waits until every earlier kernel of the stream has finished and its writes can be seen."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def hold(x):
+    """Keeps `x`, loaded 8- or 16-bit values, in registers up to here. Triton puts the store of a dot's operand to shared memory
+    right behind its load; the asynchronous loads of a loop in between would not be issued until `x` has arrived."""
+    if NVIDIA:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+        )
+    return x
 
 
 def runs_kernels(x: torch.Tensor) -> bool:

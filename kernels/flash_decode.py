@@ -12,6 +12,7 @@ Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G =
 M query rows (G * T, padded) and N cache rows of a tile.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -19,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, launch_options, num_sms, pdl_supported, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import INTERPRET, hold, launch_options, num_sms, pdl_supported, pdl_trigger, pdl_wait, runs_kernels
 
 HEAD_SIZES = (64, 96, 128)  # others take the reference path
 FLOOR = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
@@ -84,14 +85,34 @@ def _num_parts(chunks, total_chunks, spare_programs, MIN_CHUNKS: tl.constexpr, S
 
 
 @triton.jit
-def _load_rows(start_ptr, keep, D: tl.constexpr, COLUMNS: tl.constexpr, other):
-    """Consecutive rows of K or V, [rows, COLUMNS]: `other` in rows not kept, which are not touched, and past the head."""
-    row = tl.arange(0, keep.shape[0])
-    column = tl.arange(0, COLUMNS)
-    mask = keep[:, None]
+def _split_rows(x, GROUPS: tl.constexpr):
+    """[rows] -> [GROUPS, rows / GROUPS]; as it is for one group."""
+    if GROUPS == 1:
+        return x
+    else:
+        return tl.reshape(x, [GROUPS, x.shape[0] // GROUPS])
+
+
+@triton.jit
+def _load_k(start_ptr, keep, D: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, other):
+    """Consecutive rows of K as columns, [(GROUPS,) COLUMNS, rows]: `other` in rows not kept, which are not touched."""
+    row = _split_rows(tl.arange(0, keep.shape[0]), GROUPS)
+    column = tl.arange(0, COLUMNS)[:, None]
+    mask = tl.expand_dims(_split_rows(keep, GROUPS), -2)
     if COLUMNS != D:
-        mask = mask & (column < D)[None, :]
-    return tl.load(start_ptr + row[:, None] * D + column[None, :], mask=mask, other=other)
+        mask = mask & (column < D)
+    return tl.load(start_ptr + tl.expand_dims(row, -2) * D + column, mask=mask, other=other)
+
+
+@triton.jit
+def _load_v(start_ptr, keep, D: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, other):
+    """Consecutive rows of V, [(GROUPS,) rows, COLUMNS]: `other` in rows not kept, which are not touched."""
+    row = _split_rows(tl.arange(0, keep.shape[0]), GROUPS)
+    column = tl.arange(0, COLUMNS)
+    mask = tl.expand_dims(_split_rows(keep, GROUPS), -1)
+    if COLUMNS != D:
+        mask = mask & (column < D)
+    return tl.load(start_ptr + tl.expand_dims(row, -1) * D + column, mask=mask, other=other)
 
 
 @triton.jit
@@ -103,19 +124,38 @@ def _dot(a, b, acc):
 
 
 @triton.jit
-def _attend(q, k, v, row, position, window, qk_scale, top, total, acc, WINDOWED: tl.constexpr):
+def _attend(q, k, v, row, position, window, qk_scale, top, total, acc, GROUPS: tl.constexpr, WINDOWED: tl.constexpr):
     """Takes the keys in cache rows `row` into the running softmax: `top` maximum, `total` sum, `acc` weighted values."""
-    scores = _dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], k.shape[0]], tl.float32)) * qk_scale  # [M, N], base 2
-    visible = row[None, :] <= position[:, None]
+    row = tl.expand_dims(_split_rows(row, GROUPS), -2)
+    visible = row <= position[:, None]
     if WINDOWED:
-        visible = visible & (row[None, :] > position[:, None] - window)
+        visible = visible & (row > position[:, None] - window)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    scores = _dot(q, k, tl.zeros(visible.shape, tl.float32)) * qk_scale  # [(GROUPS,) M, rows], base 2
     scores = tl.where(visible, scores, -float("inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.maximum(top, tl.max(scores, -1))
     decay = tl.exp2(top - new_top)
-    weights = tl.exp2(scores - new_top[:, None])
-    total = total * decay + tl.sum(weights, 1)
-    acc = _dot(weights.to(q.dtype), v.to(q.dtype), acc * decay[:, None])
+    weights = tl.exp2(scores - tl.expand_dims(new_top, -1))
+    total = total * decay + tl.sum(weights, -1)
+    acc = _dot(weights.to(q.dtype), v, acc * tl.expand_dims(decay, -1))
     return new_top, total, acc
+
+
+@triton.jit
+def _add_softmax(top_a, total_a, top_b, total_b):
+    top = tl.maximum(top_a, top_b)
+    return top, total_a * tl.exp2(top_a - top) + total_b * tl.exp2(top_b - top)
+
+
+@triton.jit
+def _sum_groups(x, GROUPS: tl.constexpr):
+    """[GROUPS, rows, columns] -> [rows, columns], in halves: one vectorised pass through shared memory each."""
+    if GROUPS == 1:
+        return tl.reshape(x, [x.shape[1], x.shape[2]])
+    else:
+        halves = tl.permute(tl.reshape(x, [2, GROUPS // 2, x.shape[1], x.shape[2]]), (1, 2, 3, 0))
+        first, second = tl.split(halves)
+        return _sum_groups(first + second, GROUPS // 2)
 
 
 @triton.jit
@@ -181,6 +221,7 @@ def _flash_decode_kernel(
     COLUMNS: tl.constexpr,  # D, padded to a power of two
     SEQUENCES: tl.constexpr,  # B, padded to a power of two
     M: tl.constexpr,
+    GROUPS: tl.constexpr,  # of cache rows within a tile, each with its own softmax: one a warp, or one in all
     ROWS: tl.constexpr,  # query rows of a tile that a partial result keeps, a power of two
     CHUNK: tl.constexpr,  # cache rows loaded before the wait; parts are whole chunks
     N: tl.constexpr,  # cache rows of a step of the loop after it
@@ -243,8 +284,8 @@ def _flash_decode_kernel(
             before_wait = row < end
             if EARLY:
                 before_wait = before_wait & (row < length - T)
-            k_first = _load_rows(k_ptr + offset, before_wait, D, COLUMNS, 0.0)
-            v_first = _load_rows(v_ptr + offset, before_wait, D, COLUMNS, 0.0)
+            k_first = _load_k(k_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
+            v_first = _load_v(v_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
             qk_scale = scale_log2
             if SCALED:
                 qk_scale *= tl.load(k_scale_ptr + head)
@@ -260,12 +301,14 @@ def _flash_decode_kernel(
             position = tl.where(m < G * T, length - T + token, -1)
             if EARLY:
                 after_wait = (row < end) & (row >= length - T)
-                k_first = _load_rows(k_ptr + offset, after_wait, D, COLUMNS, k_first)
-                v_first = _load_rows(v_ptr + offset, after_wait, D, COLUMNS, v_first)
+                k_first = _load_k(k_ptr + offset, after_wait, D, COLUMNS, GROUPS, k_first)
+                v_first = _load_v(v_ptr + offset, after_wait, D, COLUMNS, GROUPS, v_first)
 
-            top = tl.full([M], FLOOR, tl.float32)
-            total = tl.zeros([M], tl.float32)
-            acc = tl.zeros([M, COLUMNS], tl.float32)
+            top, total, acc = tl.full([M], FLOOR, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, COLUMNS], tl.float32)
+            if GROUPS > 1:
+                q = tl.broadcast_to(q[None], [GROUPS, M, COLUMNS])
+                top, total = tl.broadcast_to(top[None], [GROUPS, M]), tl.broadcast_to(total[None], [GROUPS, M])
+                acc = tl.broadcast_to(acc[None], [GROUPS, M, COLUMNS])
             for block in tl.range(begin + CHUNK, end, N, num_stages=STAGES):
                 if PAGED:  # a block is never in two pages
                     block_page = tl.load(table_ptr + b * table_width + block // page_size).to(tl.int64)
@@ -273,11 +316,16 @@ def _flash_decode_kernel(
                 else:
                     block_offset = offset + (block - begin).to(tl.int64) * D
                 block_row = block + tl.arange(0, N)
-                k = _load_rows(k_ptr + block_offset, block_row < end, D, COLUMNS, 0.0)
-                v = _load_rows(v_ptr + block_offset, block_row < end, D, COLUMNS, 0.0)
-                top, total, acc = _attend(q, k, v, block_row, position, window, qk_scale, top, total, acc, WINDOWED)
+                k = _load_k(k_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
+                v = _load_v(v_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
+                top, total, acc = _attend(q, k, v, block_row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
             # The first chunk comes last: while it waits in registers the loop's loads are under way.
-            top, total, acc = _attend(q, k_first, v_first, row, position, window, qk_scale, top, total, acc, WINDOWED)
+            k_first, v_first = hold(k_first), hold(v_first)
+            top, total, acc = _attend(q, k_first, v_first, row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
+            if GROUPS > 1:
+                group_top = top
+                top, total = tl.reduce((group_top, total), 0, _add_softmax)
+                acc = _sum_groups(acc * tl.exp2(group_top - top[None])[:, :, None], GROUPS)
             if SCALED:
                 acc *= tl.load(v_scale_ptr + head)
 
@@ -318,14 +366,17 @@ class Launch:
     kept_rows: int  # query rows of a tile that a partial result keeps
     chunk_rows: int  # rows loaded before the dependency wait; parts are whole chunks
     block_rows: int  # N: rows of a step of the loop after it
+    row_groups: int  # of rows within a tile, each with its own softmax
     min_rows: int  # a smaller part is not worth a merge
     split_rows: int  # rows of every part where the caller fixes them, else 0
     items: int  # the most items there can be: sizes the scratch memory
     merged: int  # partial results merged at a time
     warps: int
     stages: int
+    max_registers: int | None = None  # a thread: fewer let more programs run on a multiprocessor
 
 
+@functools.cache
 def choose_launch(
     *,
     batch: int,
@@ -348,6 +399,7 @@ def choose_launch(
     chunk_rows = 128 if capacity > 64 and (page_size is None or page_size % 128 == 0) else 64
     block_rows = 64
     min_rows = 256
+    warps = 4
     pairs = batch * num_kv_heads
     if split_size is not None:
         if split_size < 1 or split_size % 128:
@@ -368,11 +420,12 @@ def choose_launch(
         kept_rows=kept_rows,
         chunk_rows=chunk_rows,
         block_rows=block_rows,
+        row_groups=warps if query_rows == 16 else 1,
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
         merged=merged,
-        warps=4,
+        warps=warps,
         stages=3,
     )
 
@@ -393,7 +446,7 @@ def _zeroed_counters(device: torch.device) -> torch.Tensor:
     return _counters[device]
 
 
-def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, scale, window, k_scale, v_scale):
+def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, scale, window=None, k_scale=None, v_scale=None):
     """Runs the kernel as `launch` says."""
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
@@ -426,6 +479,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         COLUMNS=triton.next_power_of_2(D),
         SEQUENCES=triton.next_power_of_2(B),
         M=launch.query_rows,
+        GROUPS=launch.row_groups,
         ROWS=launch.kept_rows,
         CHUNK=launch.chunk_rows,
         N=launch.block_rows,
@@ -438,6 +492,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         SCALED=k_scale is not None,
         EARLY=INTERPRET or pdl_supported(q),
         num_warps=launch.warps,
+        maxnreg=launch.max_registers,
         **launch_options(q),
     )
     return out
@@ -456,6 +511,8 @@ def _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale):
             f"flash_decode: found q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}, "
             "expected q [B, T, Hq, D] and caches [pages, Hkv, page_size, D] with Hq a multiple of Hkv"
         )
+    if not (q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("flash_decode: found q, k_cache or v_cache with strides of their own, expected contiguous tensors")
     if lengths.shape != (B,) or table.dim() != 2 or table.shape[0] != B:
         raise ValueError(
             f"flash_decode: found lengths {tuple(lengths.shape)}, table {tuple(table.shape)}, expected [{B}] and [{B}, P]"

@@ -108,7 +108,9 @@ def test_kernels_agree_with_plain_pytorch(shape, tokens):
     assert ours <= 1.1 * plain
 
 
-@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 7}, {"temperature": 0.9, "top_k": 50, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.9, "seed": 7}, {"temperature": 0.9, "top_k": 50, "top_p": 0.9}], ids=str
+)
 def test_every_path_gives_the_same_tokens(params, tokens):
     """Graphs, reduce-overhead and eager steps run the same kernels: greedy and seeded tokens are equal."""
     params = SamplingParams(max_new_tokens=40, **params)
