@@ -1,0 +1,298 @@
+# ruff: noqa: RUF005 (Triton knows no star in a tuple)
+"""The inner loops of small-batch matmuls, acc[n, m] = sum_k W[n, k] x[m, k], and what surrounds them in every such kernel.
+
+Owns: loading weight tiles before the dependency wait, multiplying by FMA or on the tensor cores, the RMSNorm prologue, the
+merge of programs that share a tile, L2 prefetch. Knows neither epilogues nor launches; linear.py and head.py build on it.
+Letters: M rows of x (MP padded to a power of two), N output features, K input features, R weight rows of a program's tile.
+
+The RMSNorm costs no pass of its own: a program multiplies by x * norm and sums x^2 from the same loads; the factor
+1 / sqrt(mean(x^2) + eps) is one number per row of x, applied to the finished sums.
+
+FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, because a word is widened to two float32 by one
+shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
+"""
+
+import triton
+import triton.language as tl
+
+from kernels._common import INTERPRET
+
+WIDEN_DOT = tl.constexpr(INTERPRET)  # Triton's interpreter multiplies the bit patterns of bfloat16
+
+# ---------------------------------------------------------------- loading
+
+
+@triton.jit
+def load_weights(w_ptr, rows, k, N, K, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr):
+    """W[rows, k] as [R, CHUNK]; zero outside the matrix, which only MASK_N and MASK_K allow for."""
+    address = w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
+    policy: tl.constexpr = "evict_first" if STREAM else ""
+    if MASK_N and MASK_K:
+        tile = tl.load(address, mask=(rows < N)[:, None] & (k < K)[None, :], other=0, eviction_policy=policy)
+    elif MASK_N:
+        tile = tl.load(address, mask=(rows < N)[:, None], other=0, eviction_policy=policy)
+    elif MASK_K:
+        tile = tl.load(address, mask=(k < K)[None, :], other=0, eviction_policy=policy)
+    else:
+        tile = tl.load(address, eviction_policy=policy)
+    return tile
+
+
+@triton.jit
+def load_vector(ptr, k, K, MASK_K: tl.constexpr):
+    """ptr[k] as [1, CHUNK]: the layout of a weight tile's row, so that no thread needs another's element."""
+    if MASK_K:
+        vector = tl.load(ptr + k[None, :], mask=(k < K)[None, :], other=0)
+    else:
+        vector = tl.load(ptr + k[None, :])
+    return vector
+
+
+@triton.jit
+def preload(
+    w_ptr, norm_ptr, rows, k0, N, K,
+    CHUNK: tl.constexpr, PRELOAD: tl.constexpr, NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
+    STREAM: tl.constexpr,
+):  # fmt: skip
+    """The first PRELOAD chunks of W[rows, k0:] and of the norm's weight, in registers: to be called before the wait."""
+    tiles, norms = (), ()
+    for c in tl.static_range(PRELOAD):
+        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+        tiles = tiles + (load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM),)
+    for c in tl.static_range(PRELOAD):
+        if NORM:
+            k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+            norms = norms + (load_vector(norm_ptr, k, K, MASK_K),)
+    return tiles, norms
+
+
+@triton.jit
+def prefetch_l2(address, num_bytes, LANES: tl.constexpr):
+    """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred own; .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.lt.u32 own, thread, $3;
+        @own cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,n",
+        [address.to(tl.int64), num_bytes, LANES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_rows(w_ptr, rows, k, N, K, wanted_bytes, R: tl.constexpr):
+    """Brings up to `wanted_bytes` of W[rows, k:] into L2."""
+    BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    num_bytes = tl.minimum(wanted_bytes // R, (K - k) * BYTES) // 16 * 16
+    if num_bytes > 0:
+        prefetch_l2(w_ptr + tl.minimum(rows, N - 1).to(tl.int64) * K + k, num_bytes, R)
+
+
+@triton.jit
+def prefetch_ahead(ptr, total_bytes, ahead_bytes):
+    """Each program brings its share of the first `ahead_bytes` of the next kernel's weight into L2."""
+    share = (tl.cdiv(ahead_bytes, tl.num_programs(0)) + 127) // 128 * 128
+    start = tl.program_id(0).to(tl.int64) * share
+    if start + share <= total_bytes:
+        prefetch_l2(ptr.to(tl.int64) + start, share, 1)
+
+
+# ---------------------------------------------------------------- FMA
+
+
+@triton.jit
+def widen(words, DTYPE: tl.constexpr):
+    """The two 16-bit floats of each 32-bit word as float32: even columns, odd columns."""
+    if tl.bfloat16 == DTYPE:  # a bfloat16 is the upper half of a float32
+        even = (words << 16).to(tl.float32, bitcast=True)
+        odd = (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        even = words.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        odd = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return even, odd
+
+
+@triton.jit
+def fma(
+    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K,
+    M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Multiplies W[rows, k0 : k0 + CHUNKS * CHUNK] by the M rows of x; `tiles` and `norms` are preloaded.
+
+    Returns sums [R, MP], the sums of x^2 [MP], and the widened x * norm of every chunk and row, for `fma_again`.
+    """
+    xs = ()
+    for c in tl.static_range(PRELOAD):
+        for m in tl.static_range(M):
+            xs = xs + (load_vector(x_ptr + m * K, k0 + c * CHUNK + tl.arange(0, CHUNK), K, MASK_K),)
+    sums, squares, widened = (), (), ()
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros([R, CHUNK], tl.float32),)
+        squares = squares + (tl.zeros([1, CHUNK], tl.float32),)
+    for c in tl.static_range(CHUNKS):
+        if c + PRELOAD < CHUNKS:  # as many chunks stay in flight as were preloaded
+            k = k0 + (c + PRELOAD) * CHUNK + tl.arange(0, CHUNK)
+            tiles = tiles + (load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM),)
+            if NORM:
+                norms = norms + (load_vector(norm_ptr, k, K, MASK_K),)
+            for m in tl.static_range(M):
+                xs = xs + (load_vector(x_ptr + m * K, k, K, MASK_K),)
+        w_even, w_odd = widen(tiles[c], DTYPE)
+        next_sums, next_squares = (), ()
+        for m in tl.static_range(M):
+            x_even, x_odd = widen(xs[c * M + m], DTYPE)
+            if NORM:
+                next_squares = next_squares + (squares[m] + x_even * x_even + x_odd * x_odd,)
+                norm_even, norm_odd = widen(norms[c], DTYPE)
+                x_even *= norm_even
+                x_odd *= norm_odd
+            next_sums = next_sums + (sums[m] + w_even * x_even + w_odd * x_odd,)
+            widened = widened + (x_even, x_odd)
+        sums = next_sums
+        if NORM:
+            squares = next_squares
+    return _columns(sums, R, M, MP), _columns(squares, 1, M, MP).reshape([MP]), widened
+
+
+@triton.jit
+def fma_again(
+    widened, w_ptr, rows, N, K,
+    M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The sums [R, MP] of a further tile, from the x that `fma` returned."""
+    tiles, sums = (), ()
+    for c in tl.static_range(CHUNKS):
+        tiles = tiles + (load_weights(w_ptr, rows, c * CHUNK + tl.arange(0, CHUNK), N, K, MASK_N, MASK_K, STREAM),)
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros([R, CHUNK], tl.float32),)
+    for c in tl.static_range(CHUNKS):
+        w_even, w_odd = widen(tiles[c], DTYPE)
+        next_sums = ()
+        for m in tl.static_range(M):
+            next_sums = next_sums + (sums[m] + w_even * widened[2 * (c * M + m)] + w_odd * widened[2 * (c * M + m) + 1],)
+        sums = next_sums
+    return _columns(sums, R, M, MP)
+
+
+@triton.jit
+def _columns(sums, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
+    """Sums each [R, CHUNK] over its columns and sets the M results side by side: [R, MP]."""
+    if MP == 1:
+        out = tl.sum(sums[0], 1)[:, None]
+    else:
+        m = tl.arange(0, MP)[None, :]
+        out = tl.zeros([R, MP], tl.float32)
+        for i in tl.static_range(M):
+            out = tl.where(m == i, tl.sum(sums[i], 1)[:, None], out)
+    return out
+
+
+# ---------------------------------------------------------------- the RMSNorm's factor
+
+
+@triton.jit
+def rms_factor(squares, K, eps):
+    """1 / sqrt(mean(x^2) + eps) from the sums of x^2 over K columns."""
+    return tl.rsqrt(squares / K + eps)
+
+
+# ---------------------------------------------------------------- programs that share a tile
+
+
+@triton.jit
+def arrive(
+    sums, squares, partial_ptr, squares_ptr, counter_ptr, group, part,
+    PARTS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
+    """Stores this program's part of its group; true in the program that arrives last, which then merges.
+
+    The last arrival sets the counter back to zero, so that no kernel has to. To be called after the wait.
+    """
+    r, m = tl.arange(0, R), tl.arange(0, MP)
+    program = group * PARTS + part
+    tl.store(partial_ptr + program * (R * MP) + r[:, None] * MP + m[None, :], sums)
+    tl.store(squares_ptr + program * MP + m, squares)
+    tl.debug_barrier()  # every thread's part is stored before one thread's release
+    last = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel") == PARTS - 1
+    if last:
+        tl.store(counter_ptr + group, 0)
+    return last
+
+
+@triton.jit
+def merge(partial_ptr, squares_ptr, group, TILES: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, MP: tl.constexpr):
+    """A group's sums [TILES * R, MP] and sums of squares [MP], its splits of K added in a fixed order."""
+    row, m = tl.arange(0, TILES * R), tl.arange(0, MP)
+    first = group * (TILES * SPLIT)
+    sums = tl.zeros([TILES * R, MP], tl.float32)
+    squares = tl.zeros([MP], tl.float32)
+    for s in tl.static_range(SPLIT):
+        program = first + row // R * SPLIT + s
+        address = partial_ptr + (program * (R * MP) + row % R * MP)[:, None] + m[None, :]
+        sums += tl.load(address, cache_modifier=".cg")  # other SMs wrote these: never from L1
+        squares += tl.load(squares_ptr + (first + s) * MP + m, cache_modifier=".cg")
+    return sums, squares
+
+
+# ---------------------------------------------------------------- the tensor cores
+
+
+@triton.jit
+def dot(
+    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
+    MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+):  # fmt: skip
+    """`fma` by tl.dot, the weights as the large operand: sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [MP]."""
+    SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
+    sums = tl.zeros([R, MP], tl.float32)
+    squares = tl.zeros([MP, SQUARES], tl.float32)
+    for c in tl.static_range(PRELOAD):
+        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+        x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
+        if NORM:
+            squares += _sum_squares(x, MP, SQUARES)
+            x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
+        sums = _dot(tiles[c], x, sums)
+    for c in tl.range(PRELOAD, CHUNKS, num_stages=STAGES):
+        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+        tile = load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM)
+        x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
+        if NORM:
+            norm = load_vector(norm_ptr, k, K, MASK_K)
+            squares += _sum_squares(x, MP, SQUARES)
+            x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
+        sums = _dot(tile, x, sums)
+    return sums, tl.sum(squares, 1)
+
+
+@triton.jit
+def _dot(w, x, sums):
+    """sums + w @ x.T"""
+    if WIDEN_DOT:
+        w, x = w.to(tl.float32), x.to(tl.float32)
+    return tl.dot(w, tl.trans(x), sums)
+
+
+@triton.jit
+def _load_rows(x_ptr, k, M, K, MP: tl.constexpr, MASK_K: tl.constexpr):
+    """x[:, k] as [MP, CHUNK], zero below row M."""
+    m = tl.arange(0, MP)
+    mask = (m < M)[:, None]
+    if MASK_K:
+        mask = mask & (k < K)[None, :]
+    return tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _sum_squares(x, MP: tl.constexpr, SQUARES: tl.constexpr):
+    x = x.to(tl.float32).reshape([MP, SQUARES, 8])
+    return tl.sum(x * x, 2)
