@@ -1,7 +1,7 @@
 """Linear layers of the decode step: one kernel each, from the RMSNorm before it to the activation or cache append behind it.
 
 Owns `linear` (plain, or SiLU x up; bias; residual) and `qkv_rope_append` (bias, qk-norm, RoPE, append to the KV cache), for
-1 to MAX_ROWS rows. Does not know the model; inner_loops.py does the multiplying, tiles.py chooses the tiles.
+1 to MAX_ROWS rows. Does not know the model; _matmul.py does the multiplying, tiles.py chooses the tiles.
 Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), K input features,
 N output features, F = N / 2 for SiLU x up, Hq/Hkv heads, D head size, S cache rows; R weight rows of a tile, MP padded M.
 
@@ -10,29 +10,38 @@ member j % 2 of pair j // 2.
 """
 
 import dataclasses
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, num_sms, pdl_trigger, pdl_wait, runs_kernels
-from kernels.formats import PLAIN_FORMATS, Weight
-from kernels.inner_loops import arrive, dot, fma, fma_again, merge, prefetch_ahead, prefetch_rows, preload, rms_factor
-from kernels.tiles import Tile, tile_for
+from kernels._common import num_sms, pdl_trigger, pdl_wait
+from kernels._matmul import (
+    MAX_ROWS,
+    arrive,
+    check_matmul,
+    dot,
+    fma,
+    fma_again,
+    matmul_arguments,
+    merge,
+    prefetch_ahead,
+    prefetch_rows,
+    preload,
+    rms_factor,
+    rms_norm_ref,
+    scratch,
+    tile_of,
+    uses_kernel,
+)
+from kernels.formats import Weight
+from kernels.tiles import Tile
 
-MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
-MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
+__all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
 
 
 # ---------------------------------------------------------------- reference
-
-
-def rms_norm_ref(x, weight, eps):
-    """x / sqrt(mean(x^2) + eps) * weight, in float32 (float64 stays), rounded once to x.dtype."""
-    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
 def linear_ref(x, weight, bias=None, norm=None, eps=0.0, activation="none", residual=None):
@@ -331,102 +340,17 @@ def _qkv_kernel(
 # ---------------------------------------------------------------- launching
 
 
-@functools.cache
-def counters(device: torch.device) -> torch.Tensor:
-    """The arrival counters of one device: zero before and after every kernel. Not for launches on two streams at once.
-
-    They must not be born inside a CUDA graph's memory pool: call this once while loading, before anything is captured.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("kernels.linear.counters(device) must be called once before a CUDA graph is captured")
-    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
-
-
-def matmul_arguments(tile: Tile, x, weight, ahead) -> tuple[dict, dict]:
-    """What every kernel built on inner_loops is launched with: (arguments, Triton's own options)."""
-    (M, K), N = x.shape, weight.shape[0]
-    words = 1 if tile.dot else 2  # columns in an element of the kernel's pointers
-    columns, chunk = K // words, max(16, tile.chunk // words)
-    chunks = triton.cdiv(triton.cdiv(columns, chunk), tile.split)
+def _ahead_arguments(tile: Tile, ahead) -> dict:
+    """The next kernel's weight, and how many KiB of it to bring into L2."""
     ahead_bytes = 0 if ahead is None else ahead.numel() * ahead.element_size()
-    arguments = {
-        "x_ptr": x if tile.dot else x.view(torch.int32),
-        "w_ptr": weight if tile.dot else weight.view(torch.int32),
-        "ahead_ptr": ahead,
-        "ahead_bytes": ahead_bytes,
-        "M": M,
-        "N": N,
-        "K": K,
-        "columns": columns,
-        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
-        "DOT": tile.dot,
-        "M_FMA": 0 if tile.dot else M,
-        "MP": max(16, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
-        "R": tile.rows,
-        "CHUNK": chunk,
-        "CHUNKS": chunks,
-        "PRELOAD": chunks if tile.grid else min(tile.preload, chunks),
-        "STAGES": tile.stages,
-        "SPLIT": tile.split,
-        "MASK_N": N % tile.rows != 0,
-        "MASK_K": chunk * chunks * tile.split != columns,
-        "LATE": tile.late,
-        "STREAM": tile.stream,
-        # x * norm before its division by the root mean square must not overflow float16
-        "X_SCALE": 1.0 / 64 if tile.dot and x.dtype == torch.float16 else 1.0,
-        "PREFETCH": tile.prefetch,
-        "AHEAD": min(tile.ahead, ahead_bytes // 1024),
-    }
-    options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
-    return arguments, options
-
-
-def _scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:
-    """Memory through which the programs of a group meet; nothing where each is alone."""
-    if groups == programs:
-        return {"partial_ptr": None, "squares_ptr": None, "counter_ptr": None}
-    if groups > MAX_GROUPS:
-        raise ValueError(f"a split matmul: found {groups} groups of programs, expected at most {MAX_GROUPS}")
-    return {
-        "partial_ptr": torch.empty(programs * tile.rows * MP, dtype=torch.float32, device=x.device),
-        "squares_ptr": torch.empty(programs * MP, dtype=torch.float32, device=x.device),
-        "counter_ptr": counters(x.device),
-    }
-
-
-def _check(x, weight, bias, norm, most_rows=MAX_ROWS):
-    """The operands that every operator here shares."""
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x and weight: found {tuple(x.shape)} and {tuple(weight.shape)}, expected [M, K] and [N, K]")
-    (M, K), N = x.shape, weight.shape[0]
-    if not 1 <= M <= most_rows:
-        raise ValueError(f"x: found {M} rows, expected 1 to {most_rows}")
-    if K % 64 or N % 16:
-        raise ValueError(f"weight: found {N} x {K}, expected a multiple of 16 rows and of 64 columns")
-    for name, t, size in (("weight", weight, None), ("bias", bias, N), ("norm", norm, K)):
-        if t is not None and (t.dtype != x.dtype or (size is not None and t.shape != (size,))):
-            expected = f"{x.dtype}" if size is None else f"{x.dtype} [{size}]"
-            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected {expected}")
-    for name, t in (("x", x), ("weight", weight)):
-        if not t.is_contiguous():
-            raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
-
-
-def uses_kernel(x: torch.Tensor) -> bool:
-    """Whether x goes through a Triton kernel: 16-bit on a GPU or under the interpreter."""
-    return runs_kernels(x) and x.dtype in (torch.bfloat16, torch.float16)
-
-
-def tile_of(op: str, x: torch.Tensor, N: int) -> Tile:
-    (M, K), sms = x.shape, num_sms(x.device.index or 0)
-    return tile_for(op, PLAIN_FORMATS[x.dtype], M, N, K, sms)
+    return {"ahead_ptr": ahead, "ahead_bytes": ahead_bytes, "AHEAD": min(tile.ahead, ahead_bytes // 1024)}
 
 
 # ---------------------------------------------------------------- operators
 
 
 def _linear_output(x, weight, bias, norm, activation, residual):
-    _check(x, weight, bias, norm)
+    check_matmul(x, weight, bias, norm)
     if activation not in ("none", "silu_mul"):
         raise ValueError(f"activation: found {activation!r}, expected 'none' or 'silu_mul'")
     y = x.new_empty(x.shape[0], weight.shape[0] // (2 if activation == "silu_mul" else 1))
@@ -452,7 +376,7 @@ def _linear(
     if not uses_kernel(x):
         return linear_ref(x, weight, bias, norm, eps, activation, residual)
     tile = tile_of("silu_mul" if activation == "silu_mul" else "linear", x, weight.shape[0])
-    arguments, options = matmul_arguments(tile, x, weight, ahead)
+    arguments, options = matmul_arguments(tile, x, weight)
     tiles = triton.cdiv(weight.shape[0], tile.rows)
     programs = min(tile.grid * num_sms(x.device.index or 0), tiles) if tile.grid else tiles * tile.split
     _linear_kernel[(programs,)](
@@ -464,8 +388,10 @@ def _linear(
         eps=eps,
         SILU_MUL=activation == "silu_mul",
         GRID=tile.grid,
+        SPLIT=tile.split,
         **arguments,
-        **_scratch(x, programs, tile, arguments["MP"], programs if tile.grid else tiles),
+        **_ahead_arguments(tile, ahead),
+        **scratch(x, programs, tile, arguments["MP"], programs if tile.grid else tiles),
         **options,
     )
     return y
@@ -498,7 +424,7 @@ def linear(
 
 
 def _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D):
-    _check(x, weight, bias, norm)
+    check_matmul(x, weight, bias, norm)
     M, B = x.shape[0], lengths.numel()
     if weight.shape[0] != (Hq + 2 * Hkv) * D or D % 16:
         raise ValueError(f"weight: found {weight.shape[0]} rows, expected ({Hq} + 2 * {Hkv}) heads of {D}, a multiple of 16")
@@ -557,7 +483,7 @@ def _qkv_rope_append(
     if q_norm is not None and D & (D - 1):
         raise ValueError(f"head_dim: found {D}, expected a power of two where queries and keys are normalised")
     tiles_of_head = D // tile.rows if q_norm is not None else 1
-    arguments, options = matmul_arguments(tile, x, weight, ahead)
+    arguments, options = matmul_arguments(tile, x, weight)
     tiles = weight.shape[0] // tile.rows
     programs = tiles * tile.split
     _qkv_kernel[(programs,)](
@@ -581,8 +507,10 @@ def _qkv_rope_append(
         HKV=Hkv,
         D=D,
         TILES=tiles_of_head,
+        SPLIT=tile.split,
         **arguments,
-        **_scratch(x, programs, tile, arguments["MP"], tiles // tiles_of_head),
+        **_ahead_arguments(tile, ahead),
+        **scratch(x, programs, tile, arguments["MP"], tiles // tiles_of_head),
         **options,
     )
     return q

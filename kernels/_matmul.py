@@ -1,8 +1,8 @@
 # ruff: noqa: RUF005 (Triton knows no star in a tuple)
-"""The inner loops of small-batch matmuls, acc[n, m] = sum_k W[n, k] x[m, k], and what surrounds them in every such kernel.
+"""What the small-batch matmul kernels share: sums[n, m] = sum_k W[n, k] x[m, k] for 1 to MAX_ROWS rows m.
 
 Owns: loading weight tiles before the dependency wait, multiplying by FMA or on the tensor cores, the RMSNorm prologue, the
-merge of programs that share a tile, L2 prefetch. Knows neither epilogues nor launches; linear.py and head.py build on it.
+merge of programs that share a tile, L2 prefetch, and what a launch needs. Knows no epilogue: linear.py and head.py add those.
 Letters: M rows of x (MP padded to a power of two), N output features, K input features, R weight rows of a program's tile.
 
 The RMSNorm costs no pass of its own: a program multiplies by x * norm and sums x^2 from the same loads; the factor
@@ -12,10 +12,18 @@ FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, beca
 shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET
+from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels
+from kernels.formats import PLAIN_FORMATS
+from kernels.tiles import Tile, tile_for
+
+MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
+MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
 
 WIDEN_DOT = tl.constexpr(INTERPRET)  # Triton's interpreter multiplies the bit patterns of bfloat16
 
@@ -296,3 +304,98 @@ def _load_rows(x_ptr, k, M, K, MP: tl.constexpr, MASK_K: tl.constexpr):
 def _sum_squares(x, MP: tl.constexpr, SQUARES: tl.constexpr):
     x = x.to(tl.float32).reshape([MP, SQUARES, 8])
     return tl.sum(x * x, 2)
+
+
+# ---------------------------------------------------------------- launching
+
+
+def uses_kernel(x: torch.Tensor) -> bool:
+    """Whether x goes through a Triton kernel: 16-bit on a GPU or under the interpreter."""
+    return runs_kernels(x) and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def tile_of(op: str, x: torch.Tensor, N: int) -> Tile:
+    (M, K), sms = x.shape, num_sms(x.device.index or 0)
+    return tile_for(op, PLAIN_FORMATS[x.dtype], M, N, K, sms)
+
+
+def rms_norm_ref(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (float64 stays), rounded once to x.dtype."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def check_matmul(x, weight, bias, norm):
+    """The operands that every operator here shares."""
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x and weight: found {tuple(x.shape)} and {tuple(weight.shape)}, expected [M, K] and [N, K]")
+    (M, K), N = x.shape, weight.shape[0]
+    if not 1 <= M <= MAX_ROWS:
+        raise ValueError(f"x: found {M} rows, expected 1 to {MAX_ROWS}")
+    if K % 64 or N % 16:
+        raise ValueError(f"weight: found {N} x {K}, expected a multiple of 16 rows and of 64 columns")
+    for name, t, size in (("weight", weight, None), ("bias", bias, N), ("norm", norm, K)):
+        if t is not None and (t.dtype != x.dtype or (size is not None and t.shape != (size,))):
+            expected = f"{x.dtype}" if size is None else f"{x.dtype} [{size}]"
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected {expected}")
+    for name, t in (("x", x), ("weight", weight)):
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
+
+
+def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
+    """What every kernel built on inner_loops is launched with: (arguments, Triton's own options)."""
+    (M, K), N = x.shape, weight.shape[0]
+    words = 1 if tile.dot else 2  # columns in an element of the kernel's pointers
+    columns, chunk = K // words, max(16, tile.chunk // words)
+    chunks = triton.cdiv(triton.cdiv(columns, chunk), tile.split)
+    arguments = {
+        "x_ptr": x if tile.dot else x.view(torch.int32),
+        "w_ptr": weight if tile.dot else weight.view(torch.int32),
+        "M": M,
+        "N": N,
+        "K": K,
+        "columns": columns,
+        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
+        "DOT": tile.dot,
+        "M_FMA": 0 if tile.dot else M,
+        "MP": max(16, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
+        "R": tile.rows,
+        "CHUNK": chunk,
+        "CHUNKS": chunks,
+        "PRELOAD": chunks if tile.grid else min(tile.preload, chunks),
+        "STAGES": tile.stages,
+        "MASK_N": N % tile.rows != 0,
+        "MASK_K": chunk * chunks * tile.split != columns,
+        "LATE": tile.late,
+        "STREAM": tile.stream,
+        # x * norm before its division by the root mean square must not overflow float16
+        "X_SCALE": 1.0 / 64 if tile.dot and x.dtype == torch.float16 else 1.0,
+        "PREFETCH": tile.prefetch,
+    }
+    options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
+    return arguments, options
+
+
+@functools.cache
+def counters(device: torch.device) -> torch.Tensor:
+    """The arrival counters of one device: zero before and after every kernel. Not for launches on two streams at once.
+
+    They must not be born inside a CUDA graph's memory pool: call this once while loading, before anything is captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("kernels._matmul.counters(device) must be called once before a CUDA graph is captured")
+    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
+
+
+def scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:
+    """Memory through which the programs of a group meet; nothing where each is alone."""
+    if groups == programs:
+        return {"partial_ptr": None, "squares_ptr": None, "counter_ptr": None}
+    if groups > MAX_GROUPS:
+        raise ValueError(f"a split matmul: found {groups} groups of programs, expected at most {MAX_GROUPS}")
+    return {
+        "partial_ptr": torch.empty(programs * tile.rows * MP, dtype=torch.float32, device=x.device),
+        "squares_ptr": torch.empty(programs * MP, dtype=torch.float32, device=x.device),
+        "counter_ptr": counters(x.device),
+    }
