@@ -218,7 +218,7 @@ def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constex
 @triton.jit
 def _advance_kernel(
     max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
-    embedding_ptr, x_ptr, ring_size, stops, K,
+    embedding_ptr, x_ptr, partials, ring_size, stops, K,
     PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence. Never triggers early: what it writes is final before any kernel of the next step starts."""
@@ -230,7 +230,9 @@ def _advance_kernel(
     pdl_wait(PDL)
 
     p = tl.arange(0, PARTIALS)
-    value, ids = tl.load(max_ptr + b * PARTIALS + p), tl.load(id_ptr + b * PARTIALS + p)
+    value = tl.load(max_ptr + b * partials + p, mask=p < partials, other=float("-inf"))
+    ids = tl.load(id_ptr + b * partials + p, mask=p < partials, other=0x7FFFFFFF)
+    value = tl.where(value == value, value, float("inf"))  # whoever made the candidates: NaN must not lose
     best = tl.max(value, 0)
     chosen = tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0)
     active = (done == 0) & (length > 0)
@@ -386,8 +388,8 @@ def _advance(
         return
     _advance_kernel[(token.numel(),)](
         partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x,
-        ring.shape[1], stop_ids.shape[1], x.shape[1],
-        PARTIALS=PARTIALS, STOPS=triton.next_power_of_2(stop_ids.shape[1]),
+        partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
+        PARTIALS=triton.next_power_of_2(partial_max.shape[1]), STOPS=triton.next_power_of_2(stop_ids.shape[1]),
         BLOCK=min(4096, triton.next_power_of_2(x.shape[1])), num_warps=8, **launch_options(x),
     )  # fmt: skip
 
@@ -414,7 +416,7 @@ def advance(
 ) -> None:
     """Chooses each sequence's token and moves it on by one; the last kernel of a step, one query token a sequence.
 
-    Of the candidates [B, P] the largest wins, of equals the lowest id. All state is int32 [B] and changed in place:
+    Of the candidates [B, any number] the largest wins, of equals the lowest id. All state is int32 [B] and changed in place:
     token, ring [B, R] at cursor % R, cursor, done, flag, lengths; limit and stop_ids [B, any number, padded with -1] are read.
     A sequence that is done, or has length 0, is left alone. One whose token is in stop_ids, or whose length + 1 exceeds
     limit (the rows of the cache that it may use), is done: its length becomes 0, which ends its work. Where a logit is NaN or
