@@ -12,9 +12,10 @@ Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G =
 M query rows (G * T, padded) and N cache rows of a tile.
 """
 
+import contextlib
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -74,13 +75,13 @@ def _first_row(length, window, T: tl.constexpr, CHUNK: tl.constexpr, WINDOWED: t
 
 
 @triton.jit
-def _num_parts(chunks, total_chunks, spare_programs, MIN_CHUNKS: tl.constexpr, SPLIT_CHUNKS: tl.constexpr):
+def _num_parts(chunks, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS: tl.constexpr):
     """Parts in which `chunks` chunks are worked on: one, and a share of the spare programs; or parts of a fixed size."""
     if SPLIT_CHUNKS > 0:
         parts = tl.cdiv(chunks, SPLIT_CHUNKS)
     else:
         share = chunks.to(tl.uint32) * spare_programs.to(tl.uint32) // tl.maximum(total_chunks, 1).to(tl.uint32)
-        parts = tl.minimum(share.to(tl.int32) + 1, chunks // MIN_CHUNKS)
+        parts = tl.minimum(share.to(tl.int32) + 1, chunks // min_chunks)
     return tl.maximum(parts, 1)
 
 
@@ -195,7 +196,7 @@ def _merge(partial_ptr, stats_ptr, slot, slot_step, parts, mask, D: tl.constexpr
     return acc, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "table_width", "page_size", "spare_programs", "min_chunks", "window"])
 def _flash_decode_kernel(
     q_ptr,
     k_ptr,
@@ -214,6 +215,7 @@ def _flash_decode_kernel(
     table_width,
     page_size,
     spare_programs,  # beyond one for each (sequence, KV head)
+    min_chunks,  # of a part, where there is more than one
     HKV: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -225,7 +227,6 @@ def _flash_decode_kernel(
     ROWS: tl.constexpr,  # query rows of a tile that a partial result keeps, a power of two
     CHUNK: tl.constexpr,  # cache rows loaded before the wait; parts are whole chunks
     N: tl.constexpr,  # cache rows of a step of the loop after it
-    MIN_CHUNKS: tl.constexpr,
     SPLIT_CHUNKS: tl.constexpr,
     MERGED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -244,7 +245,7 @@ def _flash_decode_kernel(
     lengths = tl.load(lengths_ptr + sequence, mask=in_batch, other=0)
     chunks = tl.cdiv(lengths - _first_row(lengths, window, T, CHUNK, WINDOWED), CHUNK)
     total_chunks = tl.sum(chunks, 0) * HKV
-    items = _num_parts(chunks, total_chunks, spare_programs, MIN_CHUNKS, SPLIT_CHUNKS) * HKV
+    items = _num_parts(chunks, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS) * HKV
     item_ends = tl.cumsum(tl.where(in_batch, items, 0), 0)
 
     # A program does one item; with splits of a fixed size, where the length decides how many there are, as many as come.
@@ -262,7 +263,7 @@ def _flash_decode_kernel(
             length = tl.load(lengths_ptr + b)
             first_row = _first_row(length, window, T, CHUNK, WINDOWED)
             chunks_b = tl.cdiv(length - first_row, CHUNK)
-            parts = _num_parts(chunks_b, total_chunks, spare_programs, MIN_CHUNKS, SPLIT_CHUNKS)
+            parts = _num_parts(chunks_b, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS)
             item_b = item - tl.max(tl.where(before, item_ends, 0), 0)
             head, part = item_b // parts, item_b % parts
             if SPLIT_CHUNKS > 0:
@@ -430,6 +431,20 @@ def choose_launch(
     )
 
 
+_overrides: dict = {}
+
+
+@contextlib.contextmanager
+def override_launch(**changes):
+    """Every launch inside has these fields of Launch changed: for measuring and for tests. Not for concurrent use."""
+    global _overrides
+    before, _overrides = _overrides, changes
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
 MAX_COUNTERS = 65536  # (sequence, KV head, tile) triples of one call
 _counters: dict[torch.device, torch.Tensor] = {}
 
@@ -472,6 +487,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         table.shape[1],
         page_size,
         launch.programs - B * Hkv,
+        launch.min_rows // launch.chunk_rows,
         HKV=Hkv,
         G=Hq // Hkv,
         T=T,
@@ -483,7 +499,6 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         ROWS=launch.kept_rows,
         CHUNK=launch.chunk_rows,
         N=launch.block_rows,
-        MIN_CHUNKS=launch.min_rows // launch.chunk_rows,
         SPLIT_CHUNKS=launch.split_rows // launch.chunk_rows,
         MERGED=launch.merged,
         STAGES=launch.stages,
@@ -560,7 +575,7 @@ def _flash_decode(
         split_size=split_size,
         sms=num_sms(q.device.index or 0),
     )
-    return launch_flash_decode(q, k_cache, v_cache, lengths, table, launch, **options)
+    return launch_flash_decode(q, k_cache, v_cache, lengths, table, replace(launch, **_overrides), **options)
 
 
 @_flash_decode.register_fake

@@ -142,7 +142,8 @@ def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: t
 def _head_kernel(
     x_ptr, w_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr,
     M, T, N, K, columns, eps, vocab_size,
-    PARTIALS: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
+    PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -194,7 +195,7 @@ def _head_kernel(
             value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
             best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
             best = tl.maximum(best, value)
-    _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS, MP)
+    _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS, SLOTS)
 
 
 @triton.jit
@@ -207,12 +208,14 @@ def _store_logits(logits, logits_ptr, rows, m, M, N, vocab_size):
 
 
 @triton.jit
-def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constexpr, MP: tl.constexpr):
+def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constexpr, SLOTS: tl.constexpr):
     """This program's candidate, and -inf in each num_programs-th slot after it, so that all PARTIALS are written."""
-    for slot in tl.range(tl.program_id(0), PARTIALS, tl.num_programs(0)):
-        mine = slot == tl.program_id(0)
-        tl.store(max_ptr + m * PARTIALS + slot, tl.where(mine, best, float("-inf")), mask=m < M)
-        tl.store(id_ptr + m * PARTIALS + slot, tl.where(mine, best_id, 0), mask=m < M)
+    slot = tl.program_id(0) + tl.arange(0, SLOTS)[:, None] * tl.num_programs(0)
+    mine = slot == tl.program_id(0)
+    mask = (slot < PARTIALS) & (m < M)[None, :]
+    offset = m[None, :] * PARTIALS + slot
+    tl.store(max_ptr + offset, tl.where(mine, best[None, :], float("-inf")), mask=mask)
+    tl.store(id_ptr + offset, tl.where(mine, best_id[None, :], 0), mask=mask)
 
 
 @triton.jit
@@ -318,6 +321,7 @@ def _head(
         eps=eps,
         vocab_size=vocab_size,
         PARTIALS=PARTIALS,
+        SLOTS=triton.next_power_of_2(triton.cdiv(PARTIALS, programs)),
         LOOPS=programs < count,
         **arguments,
         **options,

@@ -12,7 +12,7 @@ import torch
 from torch.library import opcheck
 
 from kernels._common import INTERPRET, pdl_disabled
-from kernels.flash_decode import _zeroed_counters, choose_launch, flash_decode, flash_decode_ref, launch_flash_decode
+from kernels.flash_decode import _zeroed_counters, choose_launch, flash_decode, flash_decode_ref, override_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -168,24 +168,8 @@ LAUNCHES = {
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches(name):
     for case in (Case([700, 3, 0]), Case([300, 520], tokens=2, head_dim=128)):
-        q, k_cache, table = (case.tensors[n] for n in ("q", "k_cache", "table"))
-        launch = launch_for(q, k_cache, table)
-        launch = replace(launch, **LAUNCHES[name], programs=launch.programs + 7, items=launch.items + 7)
-        case.check(launch_flash_decode(**case.tensors, launch=launch, **case.options))
-
-
-def launch_for(q, k_cache, table, **options):
-    (B, T, Hq, D), (_, Hkv, page_size, _), pages = q.shape, k_cache.shape, table.shape[1]
-    return choose_launch(
-        batch=B,
-        tokens=T,
-        num_heads=Hq,
-        num_kv_heads=Hkv,
-        head_dim=D,
-        capacity=pages * page_size,
-        page_size=page_size if pages > 1 else None,
-        **options,
-    )
+        with override_launch(**LAUNCHES[name], programs=37, items=37):
+            case.check(case.run())
 
 
 def test_zeros_where_nothing_is_visible():
