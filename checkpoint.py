@@ -33,6 +33,7 @@ from model import ModelConfig
 FORMAT_VERSION = 1
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_LAYERS = 10_000
 STAGING_BYTES = 16 * 2**20  # of one reader; pinned where the destination is a GPU
 READERS = 4  # threads: while some copy to the device, others read
 COMPANIONS = (  # copied along with the weights where present
@@ -110,7 +111,7 @@ def refuse_placeholder(path: Path) -> None:
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file; what the header claims is checked against the file's real size."""
     refuse_placeholder(path)
-    size, entries = path.stat().st_size, []
+    size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > MAX_HEADER_BYTES:
@@ -118,16 +119,13 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         if size < 8 + length:
             raise ValueError(f"{path}: truncated: found {size} bytes, expected more than {8 + length}")
         try:
-            for name, entry in json.loads(file.read(length)).items():
-                if name != "__metadata__":
-                    shape, (start, stop) = tuple(entry["shape"]), entry["data_offsets"]
-                    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
-                        raise ValueError(
-                            f"{name}: shape {shape}, data_offsets [{start}, {stop}]: expected integers of at least 0"
-                        )
-                    entries.append((start, stop, name, STORED_DTYPES[entry["dtype"]], shape))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: malformed safetensors header: {type(error).__name__} {str(error)[:200]}") from None
+            header = json.loads(file.read(length))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: safetensors header: invalid JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path}: safetensors header: found a JSON {type(header).__name__}, expected an object")
+    header.pop("__metadata__", None)
+    entries = [_parse_entry(path, name, entry) for name, entry in header.items()]
 
     tensors, end = {}, 0  # tensors must fill the rest of the file: no hole, no overlap
     for start, stop, name, dtype, shape in sorted(entries, key=lambda entry: entry[:2]):
@@ -139,6 +137,15 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         what = "truncated" if size < 8 + length + end else "bytes after the last tensor"
         raise ValueError(f"{path}: {what}: found {size} bytes, expected {8 + length + end}")
     return tensors
+
+
+def _parse_entry(path: Path, name: str, entry) -> tuple[int, int, str, torch.dtype, tuple[int, ...]]:
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]}:
+            if dtype in STORED_DTYPES and all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+                return start, stop, name, STORED_DTYPES[dtype], tuple(shape)
+    known = f"dtype (one of {', '.join(STORED_DTYPES)}), shape and data_offsets (integers)"
+    raise ValueError(f"{path}: tensor {name}: found {str(entry)[:200]}, expected {known}")
 
 
 def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -177,7 +184,7 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
     for name, shape in expected.items():
         info = found[name]
         if info.shape != shape:
-            raise ValueError(f"{info.path}: tensor {name}: shape: found {list(info.shape)}, config: {list(shape)}")
+            raise ValueError(f"{info.path}: tensor {name}: shape: found {list(info.shape)}, expected {list(shape)}")
         if info.dtype not in FLOAT_DTYPES.values():
             raise ValueError(
                 f"{info.path}: tensor {name}: dtype: found {DTYPE_NAMES[info.dtype]}, expected {some(FLOAT_DTYPES)}"
@@ -199,12 +206,14 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict]:
         raise ValueError(f"{path}: rooflama: found {ours!r}, expected an object (convert_hf_checkpoint.py makes one)")
     for name, expected in (("format_version", FORMAT_VERSION), ("quantization", None)):
         if ours.get(name) != expected:
-            raise ValueError(f"{path}: rooflama.{name}: found {ours.get(name)!r}, supported: {expected}")
+            raise ValueError(f"{path}: rooflama.{name}: found {ours.get(name)!r}, supported: {expected or 'none'}")
     return ModelConfig.from_dict(raw, str(path)), raw
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of model.Transformer's state dict, in the order in which they are saved."""
+    if config.num_layers > MAX_LAYERS:  # a hostile config must not make us list them
+        raise ValueError(f"config: num_hidden_layers: found {config.num_layers}, expected at most {MAX_LAYERS}")
     hidden, inner, qkv = config.hidden_size, config.intermediate_size, config.q_size + 2 * config.kv_size
     layer = {"attention_norm.weight": (hidden,), "attention.wqkv.weight": (qkv, hidden)}
     if config.qkv_bias:

@@ -279,9 +279,9 @@ def download(repo: str, revision: str | None = None, token: str | None = None) -
         raise ValueError(
             f"{where}: no such directory, and no such repository on the hub, or a private one (HF_TOKEN)"
         ) from None
-    except errors.LocalEntryNotFoundError:
-        offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub cannot be reached"
-        raise ConnectionError(f"{where}: {offline} and it is not in the cache, {constants.HF_HUB_CACHE} (HF_HOME)") from None
+    except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub does not answer ({error.__cause__})"
+        raise ConnectionError(f"{where}: {why}, and the cache, {constants.HF_HUB_CACHE} (HF_HOME), does not hold it") from None
     except (OSError, ValueError):
         raise  # a full disk, an answer of the hub, a malformed name: they say so themselves
     except Exception as error:  # whatever the network library raises

@@ -90,7 +90,13 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
     draw = {} if kind == "greedy" else {n: getattr(s, n)[rows] for n in ("temperature", "seed", "sample")}
     if fused(hidden):
         logits, best, token = kernels.head(
-            hidden, model.head, norm=model.norm.weight, eps=model.config.norm_eps, vocab_size=model.vocab_limit, lengths=lengths, **draw
+            hidden,
+            model.head,
+            norm=model.norm.weight,
+            eps=model.config.norm_eps,
+            vocab_size=model.vocab_limit,
+            lengths=lengths,
+            **draw,
         )
     else:
         logits = model.logits(hidden)
@@ -129,6 +135,7 @@ class Decoder:
             raise ValueError(f"decode mode: found {mode} on {session.x.device}, expected a CUDA device")
         self.mode = mode
         self.step = decode_one_token
+        torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one
         if mode in ("compile", "reduce-overhead"):
             self.step = torch.compile(decode_one_token, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
         elif mode == "graph" and not self.in_kernels:
@@ -163,7 +170,7 @@ class Decoder:
             steps -= n
 
     def _graph(self, steps: int, kind: str) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The captured graph of so many steps and its last step's logits, made when it is first asked for. All share one pool."""
+        """The captured graph of so many steps and its last step's logits, made when first asked for. All share one pool."""
         key = (steps, kind)
         if key not in self.graphs:
             started = time.perf_counter()
@@ -180,7 +187,8 @@ class Decoder:
     def _warm_up(self, kind: str) -> None:
         """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
         session = self.session
-        lengths, done = session.cache.lengths.clone(), session.done.clone()
+        state = (session.cache.lengths, session.done, session.x)
+        saved = [t.clone() for t in state]
         session.cache.lengths.zero_()
         session.done.fill_(1)
         stream = torch.cuda.Stream()
@@ -188,8 +196,8 @@ class Decoder:
         with torch.cuda.stream(stream):
             self.step(self.model, session, kind)
         torch.cuda.current_stream().wait_stream(stream)
-        session.cache.lengths.copy_(lengths)
-        session.done.copy_(done)
+        for tensor, value in zip(state, saved, strict=True):
+            tensor.copy_(value)
 
 
 class StatusReader:
@@ -281,7 +289,7 @@ class Engine:
         tokenizer = load_tokenizer(directory, config.vocab_size)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
-                f"{directory}: the tokenizer: found {tokenizer.vocab_size} tokens, expected at most vocab_size, {config.vocab_size}"
+                f"{directory}: the tokenizer: found {tokenizer.vocab_size} tokens, expected at most {config.vocab_size}"
             )
         engine = cls(model, tokenizer, **options)
         if tokenizer:

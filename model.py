@@ -333,10 +333,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None) -> torch.Tensor:
-    """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual."""
+def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None, ahead=None) -> torch.Tensor:
+    """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual.
+
+    `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits.
+    """
     if fused(x):
-        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual)
+        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, ahead=ahead)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     y = F.linear(x, weight.dequantized(), weight.bias)
@@ -438,8 +441,8 @@ class Attention(nn.Module):
         self.q_norm = Scale(config.head_dim, **where) if config.qk_norm else None
         self.k_norm = Scale(config.head_dim, **where) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, norm: torch.Tensor, rope, step: Step) -> torch.Tensor:
-        """x [N, H] -> x + attention(norm(x)) [N, H]."""
+    def forward(self, x: torch.Tensor, norm: torch.Tensor, rope, step: Step, ahead: Weight) -> torch.Tensor:
+        """x [N, H] -> x + attention(norm(x)) [N, H]; `ahead` as in `linear`."""
         c = self.config
         if fused(x) and isinstance(step, DecodeStep):
             k_cache, v_cache = step.cache.layer(self.layer)
@@ -448,6 +451,7 @@ class Attention(nn.Module):
                 q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight,
                 cos=rope[0], sin=rope[1], lengths=step.cache.lengths, table=step.cache.table, k_cache=k_cache, v_cache=v_cache,
                 page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+                ahead=self.wo,
             )  # fmt: skip
             attended = step.attend(self.layer, q, self.window, self.scale)
         else:
@@ -455,7 +459,7 @@ class Attention(nn.Module):
             step.append(self.layer, k, v)
             fresh = () if isinstance(step, DecodeStep) else (k, v)
             attended = step.attend(self.layer, q, *fresh, self.window, self.scale)
-        return add_projection(x, attended.flatten(1), self.wo)
+        return add_projection(x, attended.flatten(1), self.wo, ahead)
 
     def _project(self, x, norm, rope, positions):
         """q [N, Hq, D], k and v [N, Hkv, D] in plain PyTorch, normed and rotated."""
@@ -479,17 +483,17 @@ class FeedForward(nn.Module):
         self.w13 = Weight(2 * config.intermediate_size, config.hidden_size, **where)
         self.w2 = Weight(config.hidden_size, config.intermediate_size, **where)
 
-    def forward(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """x [N, H] -> x + feed_forward(norm(x)) [N, H]."""
-        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul")
-        return add_projection(x, hidden, self.w2)
+    def forward(self, x: torch.Tensor, norm: torch.Tensor, ahead: Weight) -> torch.Tensor:
+        """x [N, H] -> x + feed_forward(norm(x)) [N, H]; `ahead` as in `linear`."""
+        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", ahead=self.w2)
+        return add_projection(x, hidden, self.w2, ahead)
 
 
-def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight) -> torch.Tensor:
+def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight, ahead: Weight) -> torch.Tensor:
     """residual + all_reduce(x @ weight.T); on one device the sum is the kernel's own epilogue."""
     if WORLD_SIZE == 1:
-        return linear(x, weight, residual=residual)
-    return residual + all_reduce(linear(x, weight))
+        return linear(x, weight, residual=residual, ahead=ahead)
+    return residual + all_reduce(linear(x, weight, ahead=ahead))
 
 
 class Scale(nn.Module):
@@ -508,9 +512,9 @@ class Layer(nn.Module):
         self.ffn_norm = Scale(config.hidden_size, **where)
         self.feed_forward = FeedForward(config, **where)
 
-    def forward(self, x: torch.Tensor, rope, step: Step) -> torch.Tensor:
-        x = self.attention(x, self.attention_norm.weight, rope, step)
-        return self.feed_forward(x, self.ffn_norm.weight)
+    def forward(self, x: torch.Tensor, rope, step: Step, ahead: Weight) -> torch.Tensor:
+        x = self.attention(x, self.attention_norm.weight, rope, step, ahead=self.feed_forward.w13)
+        return self.feed_forward(x, self.ffn_norm.weight, ahead)
 
 
 class Transformer(nn.Module):
@@ -544,8 +548,9 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm."""
-        for layer in self.layers:
-            x = layer(x, (self.cos, self.sin), step)
+        following = [*(layer.attention.wqkv for layer in self.layers[1:]), self.head]
+        for layer, ahead in zip(self.layers, following, strict=True):
+            x = layer(x, (self.cos, self.sin), step, ahead)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -56,17 +56,20 @@ class Tokenizer:
         names = sorted(self.special_tokens, key=len, reverse=True)  # the longest match wins
         self._control = re.compile("(" + "|".join(map(re.escape, names)) + ")" if names else "((?!))")
 
-        self.named_tokens = named = _named_tokens(config)  # bos_token, eos_token, ... as templates know them
+        self.named_tokens = _named_tokens(config)  # bos_token, eos_token, ... as templates know them
         if "bos_token" not in config:
             likely = [*(self._special_names.get(i) for i in prefix or ()), "<|begin_of_text|>", "<s>"]
-            named |= {"bos_token": name for name in reversed(likely) if name in self.special_tokens}  # noqa: B035  the first
-        bos_id = self.special_tokens.get(named.get("bos_token"))
+            bos = [name for name in likely if name in self.special_tokens]
+            self.named_tokens |= {"bos_token": bos[0]} if bos else {}
+        bos_id = self.special_tokens.get(self.named_tokens.get("bos_token"))
         adds_bos = config.get("add_bos_token")
-        self.bos_id = bos_id if (prefix is None or bos_id in prefix if adds_bos is None else adds_bos) else None
-        ends = [name for name in (named.get("eos_token"), *END_TOKENS) if name in self.special_tokens]
+        if adds_bos is None:
+            adds_bos = prefix is None or bos_id in prefix
+        self.bos_id = bos_id if adds_bos else None
+        ends = [name for name in (self.named_tokens.get("eos_token"), *END_TOKENS) if name in self.special_tokens]
         self.eos_ids = tuple(dict.fromkeys(self.special_tokens[name] for name in ends))
         if "eos_token" not in config and ends:
-            named["eos_token"] = ends[0]
+            self.named_tokens["eos_token"] = ends[0]
         self.chat: chat_template.ChatTemplate | None = None
 
     @property

@@ -128,7 +128,7 @@ def _gumbel(seed, sample, position, first_id, R: tl.constexpr, MP: tl.constexpr)
 def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: tl.constexpr, MP: tl.constexpr):
     """Each row's best (value [MP], id [MP]) of the logits [R, MP]."""
     value = logits
-    if temperature is not None:  # noqa: SIM102 (the first is known when compiling)
+    if temperature is not None:
         if tl.max(temperature, 0) > 0:
             sampled = temperature > 0
             noise = _gumbel(seed, sample, position, first_id, R, MP)
@@ -142,7 +142,8 @@ def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: t
 def _head_kernel(
     x_ptr, w_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr,
     M, T, N, K, columns, eps, vocab_size,
-    PARTIALS: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
+    PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     PREFETCH: tl.constexpr, PDL: tl.constexpr,
@@ -194,7 +195,7 @@ def _head_kernel(
             value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
             best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
             best = tl.maximum(best, value)
-    _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS, MP)
+    _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS, SLOTS)
 
 
 @triton.jit
@@ -207,18 +208,20 @@ def _store_logits(logits, logits_ptr, rows, m, M, N, vocab_size):
 
 
 @triton.jit
-def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constexpr, MP: tl.constexpr):
+def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constexpr, SLOTS: tl.constexpr):
     """This program's candidate, and -inf in each num_programs-th slot after it, so that all PARTIALS are written."""
-    for slot in tl.range(tl.program_id(0), PARTIALS, tl.num_programs(0)):
-        mine = slot == tl.program_id(0)
-        tl.store(max_ptr + m * PARTIALS + slot, tl.where(mine, best, float("-inf")), mask=m < M)
-        tl.store(id_ptr + m * PARTIALS + slot, tl.where(mine, best_id, 0), mask=m < M)
+    slot = tl.program_id(0) + tl.arange(0, SLOTS)[:, None] * tl.num_programs(0)
+    mine = slot == tl.program_id(0)
+    mask = (slot < PARTIALS) & (m < M)[None, :]
+    offset = m[None, :] * PARTIALS + slot
+    tl.store(max_ptr + offset, tl.where(mine, best[None, :], float("-inf")), mask=mask)
+    tl.store(id_ptr + offset, tl.where(mine, best_id[None, :], 0), mask=mask)
 
 
 @triton.jit
 def _advance_kernel(
     max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
-    embedding_ptr, x_ptr, ring_size, stops, K,
+    embedding_ptr, x_ptr, partials, ring_size, stops, K,
     PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program a sequence. Never triggers early: what it writes is final before any kernel of the next step starts."""
@@ -230,7 +233,9 @@ def _advance_kernel(
     pdl_wait(PDL)
 
     p = tl.arange(0, PARTIALS)
-    value, ids = tl.load(max_ptr + b * PARTIALS + p), tl.load(id_ptr + b * PARTIALS + p)
+    value = tl.load(max_ptr + b * partials + p, mask=p < partials, other=float("-inf"))
+    ids = tl.load(id_ptr + b * partials + p, mask=p < partials, other=0x7FFFFFFF)
+    value = tl.where(value == value, value, float("inf"))  # whoever made the candidates: NaN must not lose
     best = tl.max(value, 0)
     chosen = tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0)
     active = (done == 0) & (length > 0)
@@ -316,6 +321,7 @@ def _head(
         eps=eps,
         vocab_size=vocab_size,
         PARTIALS=PARTIALS,
+        SLOTS=triton.next_power_of_2(triton.cdiv(PARTIALS, programs)),
         LOOPS=programs < count,
         **arguments,
         **options,
@@ -386,8 +392,8 @@ def _advance(
         return
     _advance_kernel[(token.numel(),)](
         partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x,
-        ring.shape[1], stop_ids.shape[1], x.shape[1],
-        PARTIALS=PARTIALS, STOPS=triton.next_power_of_2(stop_ids.shape[1]),
+        partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
+        PARTIALS=triton.next_power_of_2(partial_max.shape[1]), STOPS=triton.next_power_of_2(stop_ids.shape[1]),
         BLOCK=min(4096, triton.next_power_of_2(x.shape[1])), num_warps=8, **launch_options(x),
     )  # fmt: skip
 
@@ -414,7 +420,7 @@ def advance(
 ) -> None:
     """Chooses each sequence's token and moves it on by one; the last kernel of a step, one query token a sequence.
 
-    Of the candidates [B, P] the largest wins, of equals the lowest id. All state is int32 [B] and changed in place:
+    Of the candidates [B, any number] the largest wins, of equals the lowest id. All state is int32 [B] and changed in place:
     token, ring [B, R] at cursor % R, cursor, done, flag, lengths; limit and stop_ids [B, any number, padded with -1] are read.
     A sequence that is done, or has length 0, is left alone. One whose token is in stop_ids, or whose length + 1 exceeds
     limit (the rows of the cache that it may use), is done: its length becomes 0, which ends its work. Where a logit is NaN or

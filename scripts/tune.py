@@ -9,6 +9,7 @@ Prints the entries to put into kernels/tiles.py (MEASURED), and writes every mea
 
 import argparse
 import concurrent.futures
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -23,11 +24,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for
-
 import kernels
 from generate import STEPS_PER_GRAPH, Engine, add_flag, decode_one_token, floor_ms
 from kernels.formats import Weight
+from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for
 from model import SHAPES
 
 MIN_GAIN = 0.998  # of the time before: less is noise
@@ -62,7 +62,7 @@ def compile_tile(job) -> tuple | None:
                 kernels.qkv_rope_append(
                     x, weight, norm=norm, eps=1e-5, q_norm=qk, k_norm=qk, qk_eps=1e-5, cos=rope, sin=rope, lengths=lengths,
                     table=make(rows, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
-                    num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+                    page_size=64, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, ahead=weight,
                 )  # fmt: skip
             elif op == "head":
                 sampling = {"temperature": make(rows, dtype=torch.float32), "seed": make(rows, dtype=torch.int64)}
@@ -77,9 +77,9 @@ def compile_tile(job) -> tuple | None:
                     **sampling,
                 )
             elif op == "silu_mul":
-                kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
+                kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", ahead=weight)
             else:
-                kernels.linear(x, weight, residual=make(rows, N))
+                kernels.linear(x, weight, residual=make(rows, N), ahead=weight)
         torch.cuda.synchronize()
     except Exception as error:  # a tile that does not fit the card is a result, not a fault
         return (op, N, K, tile, f"{type(error).__name__}: {str(error)[:80]}")
@@ -123,60 +123,67 @@ class StepTimer:
         return statistics.median(times)
 
 
+def neighbours(tile: Tile, op: str) -> list[Tile]:
+    """Moves that change how a tile's loads overlap with other kernels, not its shape."""
+    change = lambda **fields: dataclasses.replace(tile, **fields)
+    moves = [change(ahead=kib) for kib in (0, 1024, 2048, 4096, 8192, 12288, 16384) if op != "head"]
+    moves += [change(late=not tile.late), change(stream=not tile.stream)]
+    moves += [change(registers=r) for r in (None, 64, 96, 128, 168)]
+    return [m for m in dict.fromkeys(moves) if m != tile]
+
+
 def tune(shape: str, args, pool) -> None:
     config, rows = SHAPES[shape], args.batch_size
-    rng = random.Random(0)
-    jobs = {}
-    for op, N, K in operators(config):
-        tiles = candidate_tiles(op, rows, N, K)
-        rng.shuffle(tiles)
-        jobs[op, N, K] = tiles[: args.candidates]
-    started = time.perf_counter()
-    failed = {}
-    for done in pool.map(compile_tile, [(shape, rows, *key, t) for key, tiles in jobs.items() for t in tiles]):
-        if done:
-            failed[done[:4]] = done[4]
-    print(
-        f"{shape}: {sum(map(len, jobs.values()))} tiles compiled in {time.perf_counter() - started:.0f} s, "
-        f"{len(failed)} do not fit",
-        flush=True,
-    )
-
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    rng = random.Random(args.seed)
     timer = StepTimer(shape, rows, args.context)
-    best: dict[tuple, Tile] = {}
+    best = {key: tile_for(key[0], "bf16", rows, *key[1:], sms) for key in operators(config)}
     best_us = timer.us_per_step(best)
     floor = floor_ms(timer.engine, rows, args.context, 4.44e12) * 1e3
     print(f"{shape} batch {rows}: {best_us:.1f} us a step with the present tiles; bytes at 4.44 TB/s: {floor:.1f}", flush=True)
+    failed: dict[tuple, str] = {}
     deadline = time.perf_counter() + args.seconds
-    results: dict[tuple, float] = {}
-    for round_ in range(2):
-        for (op, N, K), tiles in jobs.items():
-            if round_:  # once more around the best one, now that the others are chosen
-                tiles = sorted(tiles, key=lambda t: results.get((op, N, K, t), 1e9))[:4]
-            for tile in tiles:
-                if time.perf_counter() > deadline:
-                    break
-                if (op, N, K, tile) in failed:
-                    continue
-                try:
-                    us = timer.us_per_step({**best, (op, N, K): tile})
-                except Exception as error:
-                    failed[op, N, K, tile] = str(error)
-                    continue
-                results[op, N, K, tile] = us
-                if args.output:
-                    with args.output.open("a") as file:
-                        file.write(
-                            json.dumps({"model": shape, "rows": rows, "op": op, "N": N, "K": K, "tile": repr(tile), "us": us})
-                            + "\n"
-                        )
-                if us < best_us * MIN_GAIN:
-                    best_us, best[op, N, K] = us, tile
-                    print(f"  {op} {N} x {K}: {us:.1f} us with {tile}", flush=True)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    print(f"{shape} batch {rows}: {best_us:.1f} us a step, {floor / best_us:.1%} of 4.44 TB/s", flush=True)
-    for op, N, K in operators(config):
-        tile = best.get((op, N, K)) or tile_for(op, "bf16", rows, N, K, sms)
+
+    def try_all(jobs: list[tuple]) -> None:
+        nonlocal best_us
+        compiled = [pool.submit(compile_tile, (shape, rows, *key, tile)) for key, tile in jobs]
+        for (key, tile), future in zip(jobs, compiled, strict=True):
+            if time.perf_counter() > deadline:
+                future.cancel()
+                continue
+            if fault := future.result():
+                failed[fault[:4]] = fault[4]
+                continue
+            try:
+                us = timer.us_per_step({**best, key: tile})
+            except Exception as error:
+                failed[(*key, tile)] = str(error)
+                continue
+            if args.output:
+                record = {"model": shape, "rows": rows, "op": key[0], "N": key[1], "K": key[2], "tile": repr(tile), "us": us}
+                with args.output.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            if us < best_us * MIN_GAIN:
+                best_us, best[key] = us, tile
+                print(f"  {us:8.1f} us  {key[0]} {key[1]} x {key[2]}: {tile}", flush=True)
+
+    for _ in range(args.rounds):
+        jobs = []
+        for key in best:  # shapes
+            tiles = candidate_tiles(key[0], rows, *key[1:])
+            keep = ("ahead", "late", "stream", "registers")
+            tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
+            jobs += [(key, t) for t in rng.sample(tiles, min(len(tiles), args.candidates))]
+        try_all(jobs)
+        for key in best:  # overlaps
+            try_all([(key, t) for t in neighbours(best[key], key[0])])
+    print(
+        f"{shape} batch {rows}: {best_us:.1f} us a step, {floor / best_us:.1%} of 4.44 TB/s; {len(failed)} tiles failed",
+        flush=True,
+    )
+    for error in sorted(set(failed.values()))[:3]:
+        print(f"    {error}", flush=True)
+    for (op, N, K), tile in best.items():
         print(f"    ({sms}, {op!r}, {N}, {K}): {tile},", flush=True)
 
 
@@ -187,6 +194,8 @@ def main(argv=None) -> int:
     add_flag(parser, "context", type=int, default=96, help="cached tokens a sequence")
     add_flag(parser, "seconds", type=float, default=60, help="of measuring, for each shape")
     add_flag(parser, "candidates", type=int, default=48, help="tiles tried for each operator")
+    add_flag(parser, "rounds", type=int, default=2)
+    add_flag(parser, "seed", type=int, default=0)
     add_flag(parser, "output", type=Path)
     args = parser.parse_args(argv)
     context = multiprocessing.get_context("spawn")
