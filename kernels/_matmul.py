@@ -1,0 +1,401 @@
+# ruff: noqa: RUF005 (Triton knows no star in a tuple)
+"""What the small-batch matmul kernels share: sums[n, m] = sum_k W[n, k] x[m, k] for 1 to MAX_ROWS rows m.
+
+Owns: loading weight tiles before the dependency wait, multiplying by FMA or on the tensor cores, the RMSNorm prologue, the
+merge of programs that share a tile, L2 prefetch, and what a launch needs. Knows no epilogue: linear.py and head.py add those.
+Letters: M rows of x (MP padded to a power of two), N output features, K input features, R weight rows of a program's tile.
+
+The RMSNorm costs no pass of its own: a program multiplies by x * norm and sums x^2 from the same loads; the factor
+1 / sqrt(mean(x^2) + eps) is one number per row of x, applied to the finished sums.
+
+FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, because a word is widened to two float32 by one
+shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels
+from kernels.formats import PLAIN_FORMATS
+from kernels.tiles import Tile, tile_for
+
+MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
+MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
+
+WIDEN_DOT = tl.constexpr(INTERPRET)  # Triton's interpreter multiplies the bit patterns of bfloat16
+
+# ---------------------------------------------------------------- loading
+
+
+@triton.jit
+def load_weights(w_ptr, rows, k, N, K, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr):
+    """W[rows, k] as [R, CHUNK]; zero outside the matrix, which only MASK_N and MASK_K allow for."""
+    address = w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]
+    policy: tl.constexpr = "evict_first" if STREAM else ""
+    if MASK_N and MASK_K:
+        tile = tl.load(address, mask=(rows < N)[:, None] & (k < K)[None, :], other=0, eviction_policy=policy)
+    elif MASK_N:
+        tile = tl.load(address, mask=(rows < N)[:, None], other=0, eviction_policy=policy)
+    elif MASK_K:
+        tile = tl.load(address, mask=(k < K)[None, :], other=0, eviction_policy=policy)
+    else:
+        tile = tl.load(address, eviction_policy=policy)
+    return tile
+
+
+@triton.jit
+def load_vector(ptr, k, K, MASK_K: tl.constexpr):
+    """ptr[k] as [1, CHUNK]: the layout of a weight tile's row, so that no thread needs another's element."""
+    if MASK_K:
+        vector = tl.load(ptr + k[None, :], mask=(k < K)[None, :], other=0)
+    else:
+        vector = tl.load(ptr + k[None, :])
+    return vector
+
+
+@triton.jit
+def preload(
+    w_ptr, norm_ptr, rows, k0, N, K,
+    CHUNK: tl.constexpr, PRELOAD: tl.constexpr, NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
+    STREAM: tl.constexpr,
+):  # fmt: skip
+    """The first PRELOAD chunks of W[rows, k0:] and of the norm's weight, in registers: to be called before the wait."""
+    tiles, norms = (), ()
+    for c in tl.static_range(PRELOAD):
+        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+        tiles = tiles + (load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM),)
+    for c in tl.static_range(PRELOAD):
+        if NORM:
+            k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+            norms = norms + (load_vector(norm_ptr, k, K, MASK_K),)
+    return tiles, norms
+
+
+@triton.jit
+def prefetch_l2(address, num_bytes, LANES: tl.constexpr):
+    """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred own; .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.lt.u32 own, thread, $3;
+        @own cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,n",
+        [address.to(tl.int64), num_bytes, LANES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_rows(w_ptr, rows, k, N, K, wanted_bytes, R: tl.constexpr):
+    """Brings up to `wanted_bytes` of W[rows, k:] into L2."""
+    BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
+    num_bytes = tl.minimum(wanted_bytes // R, (K - k) * BYTES) // 16 * 16
+    if num_bytes > 0:
+        prefetch_l2(w_ptr + tl.minimum(rows, N - 1).to(tl.int64) * K + k, num_bytes, R)
+
+
+@triton.jit
+def prefetch_ahead(ptr, total_bytes, ahead_bytes):
+    """Each program brings its share of the first `ahead_bytes` of the next kernel's weight into L2."""
+    share = (tl.cdiv(ahead_bytes, tl.num_programs(0)) + 127) // 128 * 128
+    start = tl.program_id(0).to(tl.int64) * share
+    if start + share <= total_bytes:
+        prefetch_l2(ptr.to(tl.int64) + start, share, 1)
+
+
+# ---------------------------------------------------------------- FMA
+
+
+@triton.jit
+def widen(words, DTYPE: tl.constexpr):
+    """The two 16-bit floats of each 32-bit word as float32: even columns, odd columns."""
+    if tl.bfloat16 == DTYPE:  # a bfloat16 is the upper half of a float32
+        even = (words << 16).to(tl.float32, bitcast=True)
+        odd = (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        even = words.to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+        odd = (words >> 16).to(tl.int16).to(DTYPE, bitcast=True).to(tl.float32)
+    return even, odd
+
+
+@triton.jit
+def fma(
+    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K,
+    M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Multiplies W[rows, k0 : k0 + CHUNKS * CHUNK] by the M rows of x; `tiles` and `norms` are preloaded.
+
+    Returns sums [R, MP], the sums of x^2 [MP], and the widened x * norm of every chunk and row, for `fma_again`.
+    """
+    xs = ()
+    for c in tl.static_range(PRELOAD):
+        for m in tl.static_range(M):
+            xs = xs + (load_vector(x_ptr + m * K, k0 + c * CHUNK + tl.arange(0, CHUNK), K, MASK_K),)
+    sums, squares, widened = (), (), ()
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros([R, CHUNK], tl.float32),)
+        squares = squares + (tl.zeros([1, CHUNK], tl.float32),)
+    for c in tl.static_range(CHUNKS):
+        if c + PRELOAD < CHUNKS:  # as many chunks stay in flight as were preloaded
+            k = k0 + (c + PRELOAD) * CHUNK + tl.arange(0, CHUNK)
+            tiles = tiles + (load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM),)
+            if NORM:
+                norms = norms + (load_vector(norm_ptr, k, K, MASK_K),)
+            for m in tl.static_range(M):
+                xs = xs + (load_vector(x_ptr + m * K, k, K, MASK_K),)
+        w_even, w_odd = widen(tiles[c], DTYPE)
+        next_sums, next_squares = (), ()
+        for m in tl.static_range(M):
+            x_even, x_odd = widen(xs[c * M + m], DTYPE)
+            if NORM:
+                next_squares = next_squares + (squares[m] + x_even * x_even + x_odd * x_odd,)
+                norm_even, norm_odd = widen(norms[c], DTYPE)
+                x_even *= norm_even
+                x_odd *= norm_odd
+            next_sums = next_sums + (sums[m] + w_even * x_even + w_odd * x_odd,)
+            widened = widened + (x_even, x_odd)
+        sums = next_sums
+        if NORM:
+            squares = next_squares
+    return _columns(sums, R, M, MP), _columns(squares, 1, M, MP).reshape([MP]), widened
+
+
+@triton.jit
+def fma_again(
+    widened, w_ptr, rows, N, K,
+    M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The sums [R, MP] of a further tile, from the x that `fma` returned."""
+    tiles, sums = (), ()
+    for c in tl.static_range(CHUNKS):
+        tiles = tiles + (load_weights(w_ptr, rows, c * CHUNK + tl.arange(0, CHUNK), N, K, MASK_N, MASK_K, STREAM),)
+    for _ in tl.static_range(M):
+        sums = sums + (tl.zeros([R, CHUNK], tl.float32),)
+    for c in tl.static_range(CHUNKS):
+        w_even, w_odd = widen(tiles[c], DTYPE)
+        next_sums = ()
+        for m in tl.static_range(M):
+            next_sums = next_sums + (sums[m] + w_even * widened[2 * (c * M + m)] + w_odd * widened[2 * (c * M + m) + 1],)
+        sums = next_sums
+    return _columns(sums, R, M, MP)
+
+
+@triton.jit
+def _columns(sums, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
+    """Sums each [R, CHUNK] over its columns and sets the M results side by side: [R, MP]."""
+    if MP == 1:
+        out = tl.sum(sums[0], 1)[:, None]
+    else:
+        m = tl.arange(0, MP)[None, :]
+        out = tl.zeros([R, MP], tl.float32)
+        for i in tl.static_range(M):
+            out = tl.where(m == i, tl.sum(sums[i], 1)[:, None], out)
+    return out
+
+
+# ---------------------------------------------------------------- the RMSNorm's factor
+
+
+@triton.jit
+def rms_factor(squares, K, eps):
+    """1 / sqrt(mean(x^2) + eps) from the sums of x^2 over K columns."""
+    return tl.rsqrt(squares / K + eps)
+
+
+# ---------------------------------------------------------------- programs that share a tile
+
+
+@triton.jit
+def arrive(
+    sums, squares, partial_ptr, squares_ptr, counter_ptr, group, part,
+    PARTS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
+    """Stores this program's part of its group; true in the program that arrives last, which then merges.
+
+    The last arrival sets the counter back to zero, so that no kernel has to. To be called after the wait.
+    """
+    r, m = tl.arange(0, R), tl.arange(0, MP)
+    program = group * PARTS + part
+    tl.store(partial_ptr + program * (R * MP) + r[:, None] * MP + m[None, :], sums)
+    tl.store(squares_ptr + program * MP + m, squares)
+    tl.debug_barrier()  # every thread's part is stored before one thread's release
+    last = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel") == PARTS - 1
+    if last:
+        tl.store(counter_ptr + group, 0)
+    return last
+
+
+@triton.jit
+def merge(partial_ptr, squares_ptr, group, TILES: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, MP: tl.constexpr):
+    """A group's sums [TILES * R, MP] and sums of squares [MP], its splits of K added in a fixed order."""
+    row, m = tl.arange(0, TILES * R), tl.arange(0, MP)
+    first = group * (TILES * SPLIT)
+    sums = tl.zeros([TILES * R, MP], tl.float32)
+    squares = tl.zeros([MP], tl.float32)
+    for s in tl.static_range(SPLIT):
+        program = first + row // R * SPLIT + s
+        address = partial_ptr + (program * (R * MP) + row % R * MP)[:, None] + m[None, :]
+        sums += tl.load(address, cache_modifier=".cg")  # other SMs wrote these: never from L1
+        squares += tl.load(squares_ptr + (first + s) * MP + m, cache_modifier=".cg")
+    return sums, squares
+
+
+# ---------------------------------------------------------------- the tensor cores
+
+
+@triton.jit
+def dot(
+    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
+    MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+):  # fmt: skip
+    """`fma` by tl.dot, the weights as the large operand: sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [MP]."""
+    SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
+    sums = tl.zeros([R, MP], tl.float32)
+    squares = tl.zeros([MP, SQUARES], tl.float32)
+    for c in tl.static_range(PRELOAD):
+        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+        x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
+        if NORM:
+            squares += _sum_squares(x, MP, SQUARES)
+            x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
+        sums = _dot(tiles[c], x, sums)
+    for c in tl.range(PRELOAD, CHUNKS, num_stages=STAGES):
+        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
+        tile = load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM)
+        x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
+        if NORM:
+            norm = load_vector(norm_ptr, k, K, MASK_K)
+            squares += _sum_squares(x, MP, SQUARES)
+            x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
+        sums = _dot(tile, x, sums)
+    return sums, tl.sum(squares, 1)
+
+
+@triton.jit
+def _dot(w, x, sums):
+    """sums + w @ x.T"""
+    if WIDEN_DOT:
+        w, x = w.to(tl.float32), x.to(tl.float32)
+    return tl.dot(w, tl.trans(x), sums)
+
+
+@triton.jit
+def _load_rows(x_ptr, k, M, K, MP: tl.constexpr, MASK_K: tl.constexpr):
+    """x[:, k] as [MP, CHUNK], zero below row M."""
+    m = tl.arange(0, MP)
+    mask = (m < M)[:, None]
+    if MASK_K:
+        mask = mask & (k < K)[None, :]
+    return tl.load(x_ptr + m[:, None] * K + k[None, :], mask=mask, other=0)
+
+
+@triton.jit
+def _sum_squares(x, MP: tl.constexpr, SQUARES: tl.constexpr):
+    x = x.to(tl.float32).reshape([MP, SQUARES, 8])
+    return tl.sum(x * x, 2)
+
+
+# ---------------------------------------------------------------- launching
+
+
+def uses_kernel(x: torch.Tensor) -> bool:
+    """Whether x goes through a Triton kernel: 16-bit on a GPU or under the interpreter."""
+    return runs_kernels(x) and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def tile_of(op: str, x: torch.Tensor, N: int) -> Tile:
+    (M, K), sms = x.shape, num_sms(x.device.index or 0)
+    return tile_for(op, PLAIN_FORMATS[x.dtype], M, N, K, sms)
+
+
+def rms_norm_ref(x, weight, eps):
+    """x / sqrt(mean(x^2) + eps) * weight, in float32 (float64 stays), rounded once to x.dtype."""
+    wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def check_matmul(x, weight, bias, norm):
+    """The operands that every operator here shares."""
+    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
+        raise ValueError(f"x and weight: found {tuple(x.shape)} and {tuple(weight.shape)}, expected [M, K] and [N, K]")
+    (M, K), N = x.shape, weight.shape[0]
+    if not 1 <= M <= MAX_ROWS:
+        raise ValueError(f"x: found {M} rows, expected 1 to {MAX_ROWS}")
+    if K % 64 or N % 16:
+        raise ValueError(f"weight: found {N} x {K}, expected a multiple of 16 rows and of 64 columns")
+    for name, t, size in (("weight", weight, None), ("bias", bias, N), ("norm", norm, K)):
+        if t is not None and (t.dtype != x.dtype or (size is not None and t.shape != (size,))):
+            expected = f"{x.dtype}" if size is None else f"{x.dtype} [{size}]"
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected {expected}")
+    for name, t in (("x", x), ("weight", weight)):
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
+
+
+def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
+    """What every kernel built on inner_loops is launched with: (arguments, Triton's own options)."""
+    (M, K), N = x.shape, weight.shape[0]
+    words = 1 if tile.dot else 2  # columns in an element of the kernel's pointers
+    columns, chunk = K // words, max(16, tile.chunk // words)
+    chunks = triton.cdiv(triton.cdiv(columns, chunk), tile.split)
+    arguments = {
+        "x_ptr": x if tile.dot else x.view(torch.int32),
+        "w_ptr": weight if tile.dot else weight.view(torch.int32),
+        "M": M,
+        "N": N,
+        "K": K,
+        "columns": columns,
+        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
+        "DOT": tile.dot,
+        "M_FMA": 0 if tile.dot else M,
+        "MP": max(16, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
+        "R": tile.rows,
+        "CHUNK": chunk,
+        "CHUNKS": chunks,
+        "PRELOAD": chunks if tile.grid else min(tile.preload, chunks),
+        "STAGES": tile.stages,
+        "MASK_N": N % tile.rows != 0,
+        "MASK_K": chunk * chunks * tile.split != columns,
+        "LATE": tile.late,
+        "STREAM": tile.stream,
+        # x * norm before its division by the root mean square must not overflow float16
+        "X_SCALE": 1.0 / 64 if tile.dot and x.dtype == torch.float16 else 1.0,
+        "PREFETCH": tile.prefetch,
+    }
+    options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
+    return arguments, options
+
+
+@functools.cache
+def counters(device: torch.device) -> torch.Tensor:
+    """The arrival counters of one device: zero before and after every kernel. Not for launches on two streams at once.
+
+    They must not be born inside a CUDA graph's memory pool: call this once while loading, before anything is captured.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("kernels._matmul.counters(device) must be called once before a CUDA graph is captured")
+    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
+
+
+def scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:
+    """Memory through which the programs of a group meet; nothing where each is alone."""
+    if groups == programs:
+        return {"partial_ptr": None, "squares_ptr": None, "counter_ptr": None}
+    if groups > MAX_GROUPS:
+        raise ValueError(f"a split matmul: found {groups} groups of programs, expected at most {MAX_GROUPS}")
+    return {
+        "partial_ptr": torch.empty(programs * tile.rows * MP, dtype=torch.float32, device=x.device),
+        "squares_ptr": torch.empty(programs * MP, dtype=torch.float32, device=x.device),
+        "counter_ptr": counters(x.device),
+    }

@@ -1,0 +1,432 @@
+"""The end of a decode step: logits, the choice of a token, and the step's bookkeeping.
+
+Owns `head` (RMSNorm + projection to float32 logits + the best candidate of every program: greedy, or Gumbel-max with a
+temperature) and `advance` (the choice, stopping, the output ring, the next step's input). Does not know the model.
+Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), K hidden size,
+V rows of the head's weight, P = PARTIALS candidates a row.
+
+Sampling adds to each logit / temperature a Gumbel draw and takes the largest: exactly a draw from the softmax (Gumbel 1954;
+Maddison et al. 2014, "A* sampling"). The draw of token `id` is lane id % 4 of Philox-4x32-10 with the key `seed` and the
+counter (id // 4, position, sample, 0), where position is the one that the chosen token will have: it depends on nothing else.
+
+A NaN logit becomes an infinite candidate, so that it reaches `advance` through any maximum and is flagged there.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._common import launch_options, num_sms, pdl_trigger, pdl_wait
+from kernels._matmul import (
+    check_matmul,
+    dot,
+    fma,
+    fma_again,
+    matmul_arguments,
+    prefetch_rows,
+    preload,
+    rms_factor,
+    rms_norm_ref,
+    tile_of,
+    uses_kernel,
+)
+from kernels.formats import Weight
+
+PARTIALS = 4096  # candidates a row, whatever the tile: a program that has no candidate left to give fills up with -inf
+
+
+# ---------------------------------------------------------------- reference
+
+
+def philox_ref(key: torch.Tensor, counter: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Philox-4x32-10 (Salmon et al. 2011): four words of 32 random bits, as int64. `key` int64, `counter` four of 32 bits."""
+    mask = 0xFFFFFFFF
+    c0, c1, c2, c3 = (c.long() & mask for c in counter)
+    k0, k1 = key & mask, (key >> 32) & mask
+    for _ in range(10):
+        product0, product2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits: the sign bit is one of them
+        c0, c1 = ((product2 >> 32) & mask) ^ c1 ^ k0, product2 & mask
+        c2, c3 = ((product0 >> 32) & mask) ^ c3 ^ k1, product0 & mask
+        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
+    return [c0, c1, c2, c3]
+
+
+def gumbel_ref(seed, sample, position, V: int) -> torch.Tensor:
+    """The Gumbel draws [M, V] float32 for seed, sample and position [M]."""
+    quad = torch.arange((V + 3) // 4, device=seed.device)[None, :]
+    counter = torch.broadcast_tensors(quad, position[:, None], sample[:, None], torch.zeros_like(quad))
+    bits = torch.stack(philox_ref(seed[:, None].long(), counter), dim=-1).flatten(1)[:, :V]
+    uniform = ((bits.double() + 0.5) * 2.0**-32).float()
+    return -torch.log(-torch.log1p(-uniform))
+
+
+def _positions(lengths, M):
+    """The position that the token chosen by each row will have."""
+    T = M // lengths.numel()
+    row = torch.arange(M, device=lengths.device)
+    return row // T, lengths[row // T] - T + row % T + 1
+
+
+def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths):
+    """Logits [M, V] float32, and each row's best candidate as (value, id), [M] each."""
+    h = rms_norm_ref(x, norm, eps)
+    wide = torch.promote_types(x.dtype, torch.float32)
+    rows = weight.split(8192)  # widened a slice at a time: the whole would take gigabytes
+    logits = torch.cat([torch.nn.functional.linear(h.to(wide), w.to(wide)) for w in rows], dim=-1).to(torch.float32)
+    logits[:, vocab_size:] = -math.inf
+    value = logits
+    if temperature is not None:
+        sequence, position = _positions(lengths, x.shape[0])
+        t = temperature[sequence, None]
+        noise = gumbel_ref(seed[sequence], sample[sequence], position, weight.shape[0])
+        value = torch.where(t > 0, logits / torch.where(t > 0, t, 1.0) + noise, logits)
+    value = value.masked_fill(value.isnan(), math.inf)
+    best = value.max(dim=-1, keepdim=True).values
+    index = torch.arange(weight.shape[0], device=x.device).expand_as(value)
+    return logits, best.squeeze(-1), index.masked_fill(value != best, weight.shape[0]).min(dim=-1).values.int()
+
+
+def advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):
+    """One step of every sequence's bookkeeping; the arguments as in `advance`."""
+    best = partial_max.max(dim=-1, keepdim=True).values
+    chosen = torch.where(partial_max == best, partial_id, embedding.shape[0]).min(dim=-1).values
+    active = (done == 0) & (lengths > 0)
+    broken = active & ~best.squeeze(-1).isfinite()
+    emits = active & ~broken
+    token.copy_(torch.where(emits, chosen, token))
+    slot = (cursor % ring.shape[1]).long().unsqueeze(-1)
+    ring.scatter_(1, slot, torch.where(emits.unsqueeze(-1), token.unsqueeze(-1), ring.gather(1, slot)))
+    cursor.add_(emits.int())
+    stops = broken | (emits & ((stop_ids == token.unsqueeze(-1)).any(dim=-1) | (lengths + 1 > limit)))
+    flag.copy_(torch.where(broken, 1, flag))
+    done.copy_(torch.where(stops, 1, done))
+    lengths.copy_(torch.where(stops, 0, lengths + emits.int()))
+    x.copy_(embedding[token.long()])
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _gumbel(seed, sample, position, first_id, R: tl.constexpr, MP: tl.constexpr):
+    """The Gumbel draws [R, MP] of ids first_id to first_id + R, both multiples of 4, for the keys [MP] of each row."""
+    quad = (first_id // 4 + tl.arange(0, R // 4)).to(tl.uint32)[:, None] + tl.zeros([R // 4, MP], tl.uint32)
+    zero = tl.zeros([R // 4, MP], tl.uint32)
+    c1 = zero + position.to(tl.uint32)[None, :]
+    c2 = zero + sample.to(tl.uint32)[None, :]
+    a, b, c, d = tl.philox(seed[None, :], quad, c1, c2, zero)
+    bits = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 2, 3, 1).reshape([R, MP])
+    uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32; in (0, 1]
+    # -log(1 - u), whose series keeps the small ones exact: they are the large draws, which decide
+    series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3 + uniform * 0.25)))
+    return -tl.log(tl.where(uniform < 0.01, series, -tl.log(1.0 - uniform)))
+
+
+@triton.jit
+def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: tl.constexpr, MP: tl.constexpr):
+    """Each row's best (value [MP], id [MP]) of the logits [R, MP]."""
+    value = logits
+    if temperature is not None:
+        if tl.max(temperature, 0) > 0:
+            sampled = temperature > 0
+            noise = _gumbel(seed, sample, position, first_id, R, MP)
+            value = tl.where(sampled[None, :], logits / tl.where(sampled, temperature, 1.0)[None, :] + noise, logits)
+    value = tl.where(value == value, value, float("inf"))
+    best = tl.max(value, 0)
+    return best, tl.min(tl.where(value == best[None, :], ids[:, None], 0x7FFFFFFF), 0)
+
+
+@triton.jit(do_not_specialize=["M", "T"])
+def _head_kernel(
+    x_ptr, w_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr,
+    M, T, N, K, columns, eps, vocab_size,
+    PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Logits and best candidate of tile program_id, and of each num_programs-th tile after it where LOOPS."""
+    if not LATE:
+        pdl_trigger(PDL)
+    pid, programs = tl.program_id(0), tl.num_programs(0)
+    m, r = tl.arange(0, MP), tl.arange(0, R)
+    rows = pid * R + r
+    tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, True, MASK_N, MASK_K, STREAM)
+    if LATE:
+        pdl_trigger(PDL)
+    if PDL and PREFETCH > 0:
+        if LOOPS:
+            prefetch_rows(w_ptr, rows + programs * R, 0, N, columns, PREFETCH * 1024, R)
+        else:
+            prefetch_rows(w_ptr, rows, PRELOAD * CHUNK, N, columns, PREFETCH * 1024, R)
+    if temperature_ptr is not None:  # the host writes these between steps, never during one
+        sequence = m // T
+        real = m < M
+        temperature = tl.load(temperature_ptr + sequence, mask=real, other=0.0)
+        seed = tl.load(seed_ptr + sequence, mask=real, other=0)
+        sample = tl.load(sample_ptr + sequence, mask=real, other=0)
+        position = tl.load(lengths_ptr + sequence, mask=real, other=0) - T + m % T + 1
+    else:
+        temperature: tl.constexpr = None
+        seed, sample, position = m, m, m
+    pdl_wait(PDL)
+
+    if DOT:
+        sums, squares = dot(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, True, MASK_N, MASK_K, STREAM, X_SCALE,
+        )  # fmt: skip
+    else:
+        sums, squares, widened = fma(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns,
+            M_FMA, MP, R, CHUNK, CHUNKS, PRELOAD, True, MASK_N, MASK_K, STREAM, DTYPE,
+        )  # fmt: skip
+    factor = (rms_factor(squares, K, eps) / X_SCALE)[None, :]
+    logits = _store_logits(sums * factor, logits_ptr, rows, m, M, N, vocab_size)
+    best, best_id = _candidates(logits, rows, pid * R, temperature, seed, sample, position, R, MP)
+    if LOOPS:
+        for tile in tl.range(pid + programs, tl.cdiv(N, R), programs, num_stages=STAGES):
+            rows = tile * R + r
+            sums = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, R, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
+            logits = _store_logits(sums * factor, logits_ptr, rows, m, M, N, vocab_size)
+            value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
+            best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
+            best = tl.maximum(best, value)
+    _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS, SLOTS)
+
+
+@triton.jit
+def _store_logits(logits, logits_ptr, rows, m, M, N, vocab_size):
+    """Stores one tile; returns it with -inf where there is no token."""
+    logits = tl.where((rows < vocab_size)[:, None], logits, float("-inf"))
+    address = logits_ptr + m.to(tl.int64)[None, :] * N + rows[:, None]
+    tl.store(address, logits, mask=(rows < N)[:, None] & (m < M)[None, :])
+    return logits
+
+
+@triton.jit
+def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constexpr, SLOTS: tl.constexpr):
+    """This program's candidate, and -inf in each num_programs-th slot after it, so that all PARTIALS are written."""
+    slot = tl.program_id(0) + tl.arange(0, SLOTS)[:, None] * tl.num_programs(0)
+    mine = slot == tl.program_id(0)
+    mask = (slot < PARTIALS) & (m < M)[None, :]
+    offset = m[None, :] * PARTIALS + slot
+    tl.store(max_ptr + offset, tl.where(mine, best[None, :], float("-inf")), mask=mask)
+    tl.store(id_ptr + offset, tl.where(mine, best_id[None, :], 0), mask=mask)
+
+
+@triton.jit
+def _advance_kernel(
+    max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
+    embedding_ptr, x_ptr, partials, ring_size, stops, K,
+    PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence. Never triggers early: what it writes is final before any kernel of the next step starts."""
+    b = tl.program_id(0)
+    length, done, cursor = tl.load(lengths_ptr + b), tl.load(done_ptr + b), tl.load(cursor_ptr + b)
+    limit, before = tl.load(limit_ptr + b), tl.load(token_ptr + b)
+    s = tl.arange(0, STOPS)
+    stop = tl.load(stop_ptr + b * stops + s, mask=s < stops, other=-1)
+    pdl_wait(PDL)
+
+    p = tl.arange(0, PARTIALS)
+    value = tl.load(max_ptr + b * partials + p, mask=p < partials, other=float("-inf"))
+    ids = tl.load(id_ptr + b * partials + p, mask=p < partials, other=0x7FFFFFFF)
+    value = tl.where(value == value, value, float("inf"))  # whoever made the candidates: NaN must not lose
+    best = tl.max(value, 0)
+    chosen = tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0)
+    active = (done == 0) & (length > 0)
+    broken = active & ((best == float("inf")) | (best == float("-inf")))
+    emits = active & (broken == 0)
+    token = tl.where(emits, chosen, before)
+    k = tl.arange(0, BLOCK)
+    for k0 in tl.range(0, K, BLOCK):
+        row = tl.load(embedding_ptr + token.to(tl.int64) * K + k0 + k, mask=k0 + k < K)
+        tl.store(x_ptr + b * K + k0 + k, row, mask=k0 + k < K)
+    stops_here = (length + 1 > limit) | (tl.max((stop == token).to(tl.int32), 0) > 0)
+    stopped = broken | (emits & stops_here)
+    tl.store(token_ptr + b, token)
+    tl.store(ring_ptr + b * ring_size + cursor % ring_size, token, mask=emits)
+    tl.store(cursor_ptr + b, cursor + 1, mask=emits)
+    tl.store(flag_ptr + b, 1, mask=broken)
+    tl.store(done_ptr + b, 1, mask=stopped)
+    tl.store(lengths_ptr + b, tl.where(stopped, 0, length + 1), mask=active)
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _head_outputs(x, weight, norm, vocab_size, temperature, seed, sample, lengths):
+    check_matmul(x, weight, None, norm)
+    M, V = x.shape[0], weight.shape[0]
+    if not 1 <= vocab_size <= V:
+        raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to the weight's {V} rows")
+    B = lengths.numel()
+    if lengths.dtype != torch.int32 or lengths.dim() != 1 or M % B:
+        raise ValueError(f"lengths: found {lengths.dtype} {list(lengths.shape)}, expected int32 [B], B dividing {M} rows")
+    for name, t, dtype in (
+        ("temperature", temperature, torch.float32),
+        ("seed", seed, torch.int64),
+        ("sample", sample, torch.int32),
+    ):
+        if (t is None) != (temperature is None) or (t is not None and (t.dtype != dtype or t.shape != (B,))):
+            raise ValueError(f"{name}: found {t if t is None else (t.dtype, list(t.shape))}, expected {dtype} [{B}]")
+    return (
+        x.new_empty(M, V, dtype=torch.float32),
+        x.new_empty(M, PARTIALS, dtype=torch.float32),
+        x.new_empty(M, PARTIALS, dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op("rooflama::head", mutates_args=())
+def _head(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    norm: torch.Tensor,
+    eps: float,
+    vocab_size: int,
+    temperature: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    sample: torch.Tensor | None,
+    lengths: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    logits, partial_max, partial_id = _head_outputs(x, weight, norm, vocab_size, temperature, seed, sample, lengths)
+    if not uses_kernel(x):
+        logits, best, best_id = head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths)
+        partial_max.fill_(-math.inf)[:, 0] = best
+        partial_id.zero_()[:, 0] = best_id
+        return logits, partial_max, partial_id
+    M, V = logits.shape
+    tile = tile_of("head", x, V)
+    arguments, options = matmul_arguments(tile, x, weight)
+    count = triton.cdiv(V, tile.rows)
+    programs = min(count, tile.grid * num_sms(x.device.index or 0) or PARTIALS, PARTIALS)
+    assert tile.rows % 4 == 0, f"Tile.rows: found {tile.rows}, expected a multiple of 4 (random bits come by fours)"
+    assert programs == count or not tile.dot, f"Tile.rows: found {tile.rows}, expected at least {V / PARTIALS:.0f} with dot"
+    if programs < count:
+        arguments["PRELOAD"] = arguments["CHUNKS"]  # further tiles use x as the first one widened it
+    _head_kernel[(programs,)](
+        norm_ptr=norm if tile.dot else norm.view(torch.int32),
+        logits_ptr=logits,
+        max_ptr=partial_max,
+        id_ptr=partial_id,
+        temperature_ptr=temperature,
+        seed_ptr=seed,
+        sample_ptr=sample,
+        lengths_ptr=lengths,
+        T=M // lengths.numel(),
+        eps=eps,
+        vocab_size=vocab_size,
+        PARTIALS=PARTIALS,
+        SLOTS=triton.next_power_of_2(triton.cdiv(PARTIALS, programs)),
+        LOOPS=programs < count,
+        **arguments,
+        **options,
+    )
+    return logits, partial_max, partial_id
+
+
+@_head.register_fake
+def _(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths):
+    return _head_outputs(x, weight, norm, vocab_size, temperature, seed, sample, lengths)
+
+
+def head(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm: torch.Tensor,
+    eps: float,
+    vocab_size: int,
+    lengths: torch.Tensor,
+    temperature: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    sample: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rmsnorm(x) @ weight.T, and the candidates among which `advance` chooses.
+
+    x [M, K]; weight [V, K]; norm [K]; lengths [B] int32. temperature [B] float32 (0 = greedy), seed [B] int64 and sample [B]
+    int32, or all None: greedy throughout. Returns logits [M, V] float32 (-inf at and above vocab_size), and candidates as
+    (value [M, P] float32, id [M, P] int32): the one of largest value, and of these the one of lowest id, is the choice.
+    ValueError: a shape or dtype that does not fit.
+    """
+    return torch.ops.rooflama.head(x, weight.weight, norm, eps, vocab_size, temperature, seed, sample, lengths)
+
+
+def _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):
+    B = token.numel()
+    if partial_max.dim() != 2 or partial_max.shape[0] != B or partial_id.shape != partial_max.shape:
+        raise ValueError(f"partial_max: found {list(partial_max.shape)}, {list(partial_id.shape)}, expected two of [{B}, P]")
+    states = {"token": token, "cursor": cursor, "done": done, "flag": flag, "lengths": lengths, "limit": limit}
+    for name, t in states.items():
+        if t.shape != (B,) or t.dtype != torch.int32:
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}]")
+    for name, t in (("ring", ring), ("stop_ids", stop_ids)):
+        if t.dim() != 2 or t.shape[0] != B or t.shape[1] < 1 or t.dtype != torch.int32:
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}, at least 1]")
+    if x.shape != (B, embedding.shape[1]) or x.dtype != embedding.dtype:
+        raise ValueError(f"x: found {x.dtype} {list(x.shape)}, expected {embedding.dtype} [{B}, {embedding.shape[1]}]")
+
+
+@torch.library.custom_op("rooflama::advance", mutates_args=("token", "ring", "cursor", "done", "flag", "lengths", "x"))
+def _advance(
+    partial_max: torch.Tensor,
+    partial_id: torch.Tensor,
+    token: torch.Tensor,
+    ring: torch.Tensor,
+    cursor: torch.Tensor,
+    done: torch.Tensor,
+    flag: torch.Tensor,
+    lengths: torch.Tensor,
+    limit: torch.Tensor,
+    stop_ids: torch.Tensor,
+    embedding: torch.Tensor,
+    x: torch.Tensor,
+) -> None:
+    _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
+    if not uses_kernel(x):
+        advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
+        return
+    _advance_kernel[(token.numel(),)](
+        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x,
+        partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
+        PARTIALS=triton.next_power_of_2(partial_max.shape[1]), STOPS=triton.next_power_of_2(stop_ids.shape[1]),
+        BLOCK=min(4096, triton.next_power_of_2(x.shape[1])), num_warps=8, **launch_options(x),
+    )  # fmt: skip
+
+
+@_advance.register_fake
+def _(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):
+    _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
+
+
+def advance(
+    partial_max: torch.Tensor,
+    partial_id: torch.Tensor,
+    *,
+    token: torch.Tensor,
+    ring: torch.Tensor,
+    cursor: torch.Tensor,
+    done: torch.Tensor,
+    flag: torch.Tensor,
+    lengths: torch.Tensor,
+    limit: torch.Tensor,
+    stop_ids: torch.Tensor,
+    embedding: torch.Tensor,
+    x: torch.Tensor,
+) -> None:
+    """Chooses each sequence's token and moves it on by one; the last kernel of a step, one query token a sequence.
+
+    Of the candidates [B, any number] the largest wins, of equals the lowest id. All state is int32 [B] and changed in place:
+    token, ring [B, R] at cursor % R, cursor, done, flag, lengths; limit and stop_ids [B, any number, padded with -1] are read.
+    A sequence that is done, or has length 0, is left alone. One whose token is in stop_ids, or whose length + 1 exceeds
+    limit (the rows of the cache that it may use), is done: its length becomes 0, which ends its work. Where a logit is NaN or
+    infinite, flag becomes 1, nothing is emitted and the sequence is done.
+    x [B, K] receives the embedding's row of each token. ValueError: a shape or dtype that does not fit.
+    """
+    torch.ops.rooflama.advance(
+        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x
+    )  # fmt: skip

@@ -1,0 +1,566 @@
+"""Linear layers of the decode step: one kernel each, from the RMSNorm before it to the activation or cache append behind it.
+
+Owns `linear` (plain, or SiLU x up; bias; residual) and `qkv_rope_append` (bias, qk-norm, RoPE, append to the KV cache), for
+1 to MAX_ROWS rows. Does not know the model; _matmul.py does the multiplying, tiles.py chooses the tiles.
+Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), K input features,
+N output features, F = N / 2 for SiLU x up, Hq/Hkv heads, D head size, S cache rows; R weight rows of a tile, MP padded M.
+
+Two rows that an epilogue combines (gate and up; the halves of a RoPE pair) are neighbours in a tile: row j of a tile is
+member j % 2 of pair j // 2.
+"""
+
+import dataclasses
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._common import num_sms, pdl_trigger, pdl_wait
+from kernels._matmul import (
+    MAX_ROWS,
+    arrive,
+    check_matmul,
+    dot,
+    fma,
+    fma_again,
+    matmul_arguments,
+    merge,
+    prefetch_ahead,
+    prefetch_rows,
+    preload,
+    rms_factor,
+    rms_norm_ref,
+    scratch,
+    tile_of,
+    uses_kernel,
+)
+from kernels.formats import Weight
+from kernels.tiles import Tile
+
+__all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
+
+
+# ---------------------------------------------------------------- reference
+
+
+def linear_ref(x, weight, bias=None, norm=None, eps=0.0, activation="none", residual=None):
+    """activation(rmsnorm(x) @ weight.T + bias) + residual."""
+    h = x if norm is None else rms_norm_ref(x, norm, eps)
+    y = torch.nn.functional.linear(h, weight, bias)
+    if activation == "silu_mul":
+        gate, up = y.chunk(2, dim=-1)
+        y = torch.nn.functional.silu(gate) * up
+    return y if residual is None else y + residual
+
+
+def qkv_rope_append_ref(
+    x, weight, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
+    page_size, num_heads, num_kv_heads, head_dim,
+):  # fmt: skip
+    """rmsnorm -> projection + bias -> qk-norm -> RoPE -> append. No step waits for the host, so that it can be captured."""
+    M, B, D = x.shape[0], lengths.numel(), head_dim
+    T = M // B
+    qkv = linear_ref(x, weight, bias, norm, eps).view(M, num_heads + 2 * num_kv_heads, D)
+    q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    if q_norm is not None:
+        q, k = rms_norm_ref(q, q_norm, qk_eps), rms_norm_ref(k, k_norm, qk_eps)
+    row = torch.arange(M, device=x.device)
+    position = lengths.long()[row // T] - T + row % T
+    at = position.clamp(min=0)
+    cos_row, sin_row = (t[at].unsqueeze(1) for t in (cos, sin))
+
+    def rotate(z):
+        a, b = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=-1)
+        return torch.cat([a * cos_row - b * sin_row, b * cos_row + a * sin_row], dim=-1).to(z.dtype)
+
+    q, k = rotate(q), rotate(k)
+    # A row without a position repeats the write of one that has one; where none has, the old content is written again.
+    writes = position >= 0
+    row = torch.where(writes, row, writes.int().argmax())
+    at = at[row]
+    page = table.long()[row // T, at // page_size]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        old = cache[page, :, at % page_size]
+        cache[page, :, at % page_size] = torch.where(writes.any(), new[row].to(cache.dtype), old)
+    return q.contiguous()
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _pairs(sums, R: tl.constexpr, MP: tl.constexpr):
+    """The two members of each pair, [R / 2, MP] each."""
+    return tl.split(sums.reshape([R // 2, 2, MP]).permute(0, 2, 1))
+
+
+@triton.jit
+def _add_rows(sums, vector_ptr, rows, N, MASK_N: tl.constexpr):
+    """Adds vector[rows] to every column, if there is a vector."""
+    if vector_ptr is not None:
+        if MASK_N:
+            sums += tl.load(vector_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
+        else:
+            sums += tl.load(vector_ptr + rows).to(tl.float32)[:, None]
+    return sums
+
+
+@triton.jit
+def _linear_rows(tile, F, R: tl.constexpr, SILU_MUL: tl.constexpr):
+    """The weight rows of a tile, and the output features that it computes."""
+    if SILU_MUL:
+        j = tl.arange(0, R)
+        rows = tile * (R // 2) + j // 2 + j % 2 * F
+        features = tile * (R // 2) + tl.arange(0, R // 2)
+    else:
+        rows = tile * R + tl.arange(0, R)
+        features = rows
+    return rows, features
+
+
+@triton.jit
+def _linear_residual(residual_ptr, features, m, M, F):
+    if residual_ptr is not None:
+        mask = (features < F)[:, None] & (m < M)[None, :]
+        residual = tl.load(residual_ptr + m[None, :] * F + features[:, None], mask=mask, other=0).to(tl.float32)
+    else:
+        residual = 0.0
+    return residual
+
+
+@triton.jit
+def _linear_epilogue(
+    sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F,
+    R: tl.constexpr, MP: tl.constexpr, SILU_MUL: tl.constexpr, MASK_N: tl.constexpr,
+):  # fmt: skip
+    """Norm factor, bias, activation, residual, store."""
+    y = _add_rows(sums * factor, bias_ptr, rows, N, MASK_N)
+    if SILU_MUL:
+        gate, up = _pairs(y, R, MP)
+        y = gate / (1.0 + tl.exp(-gate)) * up
+    y += residual
+    mask = (features < F)[:, None] & (m < M)[None, :]
+    tl.store(y_ptr + m[None, :] * F + features[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _linear_kernel(
+    x_ptr, w_ptr, norm_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
+    M, N, F, K, columns, eps,
+    SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual. `columns` is K in units of w_ptr and x_ptr."""
+    if not LATE:
+        pdl_trigger(PDL)
+    tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+    k0 = part * (CHUNKS * CHUNK)
+    m = tl.arange(0, MP)
+    NORM: tl.constexpr = norm_ptr is not None
+    rows, features = _linear_rows(tile, F, R, SILU_MUL)
+    tiles, norms = preload(w_ptr, norm_ptr, rows, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
+    if LATE:
+        pdl_trigger(PDL)
+    if PDL and PREFETCH > 0:
+        if GRID:
+            later, _ = _linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL)
+            prefetch_rows(w_ptr, later, 0, N, columns, PREFETCH * 1024, R)
+        else:
+            prefetch_rows(w_ptr, rows, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024, R)
+    if PDL and AHEAD > 0:
+        prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
+    pdl_wait(PDL)
+
+    residual = _linear_residual(residual_ptr, features, m, M, F)
+    if DOT:
+        sums, squares = dot(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns, M,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
+        )  # fmt: skip
+    else:
+        sums, squares, widened = fma(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns,
+            M_FMA, MP, R, CHUNK, CHUNKS, PRELOAD, NORM, MASK_N, MASK_K, STREAM, DTYPE,
+        )  # fmt: skip
+    if SPLIT > 1:
+        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R, MP):
+            all_sums, all_squares = merge(partial_ptr, squares_ptr, tile, 1, SPLIT, R, MP)
+            factor = (rms_factor(all_squares, K, eps) / X_SCALE)[None, :] if NORM else 1.0
+            _linear_epilogue(
+                all_sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F, R, MP, SILU_MUL, MASK_N
+            )  # fmt: skip
+    else:
+        factor = (rms_factor(squares, K, eps) / X_SCALE)[None, :] if NORM else 1.0
+        _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F, R, MP, SILU_MUL, MASK_N)
+        if GRID:
+            count = tl.cdiv(N, R)
+            for later_tile in tl.range(tile + tl.num_programs(0), count, tl.num_programs(0), num_stages=STAGES):
+                rows, features = _linear_rows(later_tile, F, R, SILU_MUL)
+                sums = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, R, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
+                residual = _linear_residual(residual_ptr, features, m, M, F)
+                _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F, R, MP, SILU_MUL, MASK_N)
+
+
+@triton.jit
+def _token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size):
+    """Position and cache page of each row of x; a position below 0 where there is nothing to append."""
+    sequence = m // T
+    position = tl.load(lengths_ptr + sequence, mask=m < M, other=0) - T + m % T
+    page = tl.load(table_ptr + sequence * P + position // page_size, mask=(m < M) & (position >= 0), other=0)
+    return position, page.to(tl.int64)
+
+
+@triton.jit
+def _rope_factors(cos_ptr, sin_ptr, pair, position, HALF: tl.constexpr):
+    """cos and sin [pairs, MP]."""
+    offset = tl.maximum(position, 0)[None, :] * HALF + pair[:, None]
+    return tl.load(cos_ptr + offset), tl.load(sin_ptr + offset)
+
+
+@triton.jit
+def _head_norm(a, b, weight_ptr, pair, eps, HALF: tl.constexpr):
+    """RMSNorm over a whole head, given as the halves of its pairs."""
+    factor = rms_factor(tl.sum(a * a, 0) + tl.sum(b * b, 0), 2 * HALF, eps)[None, :]
+    a *= factor * tl.load(weight_ptr + pair).to(tl.float32)[:, None]
+    b *= factor * tl.load(weight_ptr + HALF + pair).to(tl.float32)[:, None]
+    return a, b
+
+
+@triton.jit
+def _qkv_epilogue(
+    sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
+    head, pair, rows, m, M, N, page_size,
+    R: tl.constexpr, MP: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """Norm factor, bias, qk-norm, RoPE; a query head to q, a key or value head to the row of the cache that is its position."""
+    HALF: tl.constexpr = D // 2
+    a, b = _pairs(_add_rows(sums * factor, bias_ptr, rows, N, False), R, MP)
+    if q_norm_ptr is not None:
+        if head < HQ:
+            a, b = _head_norm(a, b, q_norm_ptr, pair, qk_eps, HALF)
+        elif head < HQ + HKV:
+            a, b = _head_norm(a, b, k_norm_ptr, pair, qk_eps, HALF)
+    rotated_a, rotated_b = a * cos - b * sin, b * cos + a * sin
+    if head < HQ:
+        address = q_ptr + (m * HQ + head)[None, :].to(tl.int64) * D + pair[:, None]
+        mask = (m < M)[None, :]
+        tl.store(address, rotated_a.to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(address + HALF, rotated_b.to(q_ptr.dtype.element_ty), mask=mask)
+    else:
+        writes = (m < M) & (position >= 0)
+        kv_head = (head - HQ) % HKV
+        row = (page * HKV + kv_head) * page_size + position % page_size
+        offset = row[None, :] * D + pair[:, None]
+        mask = writes[None, :]
+        if head < HQ + HKV:
+            tl.store(k_ptr + offset, rotated_a.to(k_ptr.dtype.element_ty), mask=mask)
+            tl.store(k_ptr + offset + HALF, rotated_b.to(k_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(v_ptr + offset, a.to(v_ptr.dtype.element_ty), mask=mask)
+            tl.store(v_ptr + offset + HALF, b.to(v_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "T", "P"])
+def _qkv_kernel(
+    x_ptr, w_ptr, norm_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, lengths_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
+    partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
+    M, T, P, N, K, columns, eps, qk_eps, page_size,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One tile of pairs of one head. TILES tiles of a head and SPLIT parts of K form a group that its last arrival merges:
+    TILES is 1, or with qk-norm, which needs the whole head, D / R."""
+    if not LATE:
+        pdl_trigger(PDL)
+    HALF: tl.constexpr = D // 2
+    tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
+    k0 = part * (CHUNKS * CHUNK)
+    m = tl.arange(0, MP)
+    head = tile // (D // R)
+    first_pair = tile % (D // R) * (R // 2)
+    j = tl.arange(0, R)
+    rows = head * D + first_pair + j // 2 + j % 2 * HALF
+    tiles, norms = preload(w_ptr, norm_ptr, rows, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
+    if LATE:
+        pdl_trigger(PDL)
+    if PDL and PREFETCH > 0:
+        prefetch_rows(w_ptr, rows, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024, R)
+    if PDL and AHEAD > 0:
+        prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
+    # lengths, table, cos and sin are constant during a step
+    position, page = _token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
+    pair = first_pair + tl.arange(0, R // 2)
+    if TILES == 1:
+        cos, sin = _rope_factors(cos_ptr, sin_ptr, pair, position, HALF)
+    pdl_wait(PDL)
+
+    if DOT:
+        sums, squares = dot(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns, M,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, True, False, MASK_K, STREAM, X_SCALE,
+        )  # fmt: skip
+    else:
+        sums, squares, _ = fma(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns,
+            M_FMA, MP, R, CHUNK, CHUNKS, PRELOAD, True, False, MASK_K, STREAM, DTYPE,
+        )  # fmt: skip
+    if TILES * SPLIT > 1:
+        group = tile // TILES
+        member = tile % TILES * SPLIT + part
+        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, group, member, TILES * SPLIT, R, MP):
+            all_sums, all_squares = merge(partial_ptr, squares_ptr, group, TILES, SPLIT, R, MP)
+            factor = (rms_factor(all_squares, K, eps) / X_SCALE)[None, :]
+            if TILES > 1:  # the whole head
+                all_pair, all_j = tl.arange(0, HALF), tl.arange(0, D)
+                all_rows = head * D + all_j // 2 + all_j % 2 * HALF
+                all_cos, all_sin = _rope_factors(cos_ptr, sin_ptr, all_pair, position, HALF)
+                _qkv_epilogue(
+                    all_sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, all_cos, all_sin, position, page,
+                    q_ptr, k_ptr, v_ptr, head, all_pair, all_rows, m, M, N, page_size, D, MP, HQ, HKV, D,
+                )  # fmt: skip
+            else:
+                _qkv_epilogue(
+                    all_sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
+                    head, pair, rows, m, M, N, page_size, R, MP, HQ, HKV, D,
+                )  # fmt: skip
+    else:
+        factor = (rms_factor(squares, K, eps) / X_SCALE)[None, :]
+        _qkv_epilogue(
+            sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
+            head, pair, rows, m, M, N, page_size, R, MP, HQ, HKV, D,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------- launching
+
+
+def _ahead_arguments(tile: Tile, ahead) -> dict:
+    """The next kernel's weight, and how many KiB of it to bring into L2."""
+    ahead_bytes = 0 if ahead is None else ahead.numel() * ahead.element_size()
+    return {"ahead_ptr": ahead, "ahead_bytes": ahead_bytes, "AHEAD": min(tile.ahead, ahead_bytes // 1024)}
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _linear_output(x, weight, bias, norm, activation, residual):
+    check_matmul(x, weight, bias, norm)
+    if activation not in ("none", "silu_mul"):
+        raise ValueError(f"activation: found {activation!r}, expected 'none' or 'silu_mul'")
+    y = x.new_empty(x.shape[0], weight.shape[0] // (2 if activation == "silu_mul" else 1))
+    if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_contiguous()):
+        raise ValueError(
+            f"residual: found {residual.dtype} {list(residual.shape)}, expected {y.dtype} {list(y.shape)}, contiguous"
+        )
+    return y
+
+
+@torch.library.custom_op("rooflama::linear", mutates_args=())
+def _linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    eps: float,
+    activation: str,
+    residual: torch.Tensor | None,
+    ahead: torch.Tensor | None,
+) -> torch.Tensor:
+    y = _linear_output(x, weight, bias, norm, activation, residual)
+    if not uses_kernel(x):
+        return linear_ref(x, weight, bias, norm, eps, activation, residual)
+    tile = tile_of("silu_mul" if activation == "silu_mul" else "linear", x, weight.shape[0])
+    arguments, options = matmul_arguments(tile, x, weight)
+    tiles = triton.cdiv(weight.shape[0], tile.rows)
+    programs = min(tile.grid * num_sms(x.device.index or 0), tiles) if tile.grid else tiles * tile.split
+    _linear_kernel[(programs,)](
+        norm_ptr=norm if norm is None or tile.dot else norm.view(torch.int32),
+        bias_ptr=bias,
+        residual_ptr=residual,
+        y_ptr=y,
+        F=y.shape[1],
+        eps=eps,
+        SILU_MUL=activation == "silu_mul",
+        GRID=tile.grid,
+        SPLIT=tile.split,
+        **arguments,
+        **_ahead_arguments(tile, ahead),
+        **scratch(x, programs, tile, arguments["MP"], programs if tile.grid else tiles),
+        **options,
+    )
+    return y
+
+
+@_linear.register_fake
+def _(x, weight, bias, norm, eps, activation, residual, ahead):
+    return _linear_output(x, weight, bias, norm, activation, residual)
+
+
+def linear(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    activation: str = "none",
+    residual: torch.Tensor | None = None,
+    ahead: Weight | None = None,
+) -> torch.Tensor:
+    """activation(rmsnorm(x) @ weight.T + bias) + residual, in x.dtype.
+
+    x [M, K], M of 1 to MAX_ROWS; norm [K] or None for no RMSNorm; residual [M, N].
+    activation "none" gives [M, N]; "silu_mul" gives silu(gate) * up [M, N / 2] of a weight whose first half is gate.
+    `ahead` is the weight that a later kernel reads: some of it may be brought into L2 meanwhile. It changes no result.
+    ValueError: a shape, dtype or activation that does not fit.
+    """
+    following = None if ahead is None else ahead.weight
+    return torch.ops.rooflama.linear(x, weight.weight, weight.bias, norm, eps, activation, residual, following)
+
+
+def _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D):
+    check_matmul(x, weight, bias, norm)
+    M, B = x.shape[0], lengths.numel()
+    if weight.shape[0] != (Hq + 2 * Hkv) * D or D % 16:
+        raise ValueError(f"weight: found {weight.shape[0]} rows, expected ({Hq} + 2 * {Hkv}) heads of {D}, a multiple of 16")
+    if lengths.dim() != 1 or lengths.dtype != torch.int32 or M % B:
+        raise ValueError(f"lengths: found {lengths.dtype} {list(lengths.shape)}, expected int32 [B], B dividing {M} rows")
+    if table.dim() != 2 or table.dtype != torch.int32 or table.shape[0] != B:
+        raise ValueError(f"table: found {table.dtype} {list(table.shape)}, expected int32 [{B}, P]")
+    for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if cache.dim() != 4 or cache.shape[1:] != (Hkv, page_size, D):
+            raise ValueError(f"{name}: found {list(cache.shape)}, expected [pages, {Hkv}, {page_size}, {D}]")
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.dim() != 2 or t.shape[1] != D // 2 or t.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected float32 [max_positions, {D // 2}]")
+    for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if t is not None and (t.shape != (D,) or t.dtype != x.dtype):
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected {x.dtype} [{D}]")
+    if (q_norm is None) != (k_norm is None):
+        raise ValueError("q_norm and k_norm: found one, expected both or neither")
+    contiguous = {"lengths": lengths, "table": table, "k_cache": k_cache, "v_cache": v_cache, "cos": cos, "sin": sin}
+    for name, t in contiguous.items():
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
+    return x.new_empty(M, Hq, D)
+
+
+@torch.library.custom_op("rooflama::qkv_rope_append", mutates_args=("k_cache", "v_cache"))
+def _qkv_rope_append(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: torch.Tensor,
+    eps: float,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    qk_eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ahead: torch.Tensor | None,
+) -> torch.Tensor:
+    Hq, Hkv, D = num_heads, num_kv_heads, head_dim
+    q = _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
+    if not uses_kernel(x):
+        return qkv_rope_append_ref(
+            x, weight, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
+            page_size, Hq, Hkv, D,
+        )  # fmt: skip
+    tile = fit_to_head(tile_of("qkv", x, weight.shape[0]), D)
+    if q_norm is not None and D & (D - 1):
+        raise ValueError(f"head_dim: found {D}, expected a power of two where queries and keys are normalised")
+    tiles_of_head = D // tile.rows if q_norm is not None else 1
+    arguments, options = matmul_arguments(tile, x, weight)
+    tiles = weight.shape[0] // tile.rows
+    programs = tiles * tile.split
+    _qkv_kernel[(programs,)](
+        norm_ptr=norm if tile.dot else norm.view(torch.int32),
+        bias_ptr=bias,
+        q_norm_ptr=q_norm,
+        k_norm_ptr=k_norm,
+        cos_ptr=cos,
+        sin_ptr=sin,
+        lengths_ptr=lengths,
+        table_ptr=table,
+        q_ptr=q,
+        k_ptr=k_cache,
+        v_ptr=v_cache,
+        T=x.shape[0] // lengths.numel(),
+        P=table.shape[1],
+        eps=eps,
+        qk_eps=qk_eps,
+        page_size=page_size,
+        HQ=Hq,
+        HKV=Hkv,
+        D=D,
+        TILES=tiles_of_head,
+        SPLIT=tile.split,
+        **arguments,
+        **_ahead_arguments(tile, ahead),
+        **scratch(x, programs, tile, arguments["MP"], tiles // tiles_of_head),
+        **options,
+    )
+    return q
+
+
+@_qkv_rope_append.register_fake
+def _(
+    x, weight, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
+    page_size, num_heads, num_kv_heads, head_dim, ahead,
+):  # fmt: skip
+    Hq, Hkv, D = num_heads, num_kv_heads, head_dim
+    return _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
+
+
+def fit_to_head(tile: Tile, head_dim: int) -> Tile:
+    """The tile with its rows cut down so that whole tiles make a head, and without a persistent grid, which has no use here."""
+    rows = max(2, math.gcd(tile.rows, head_dim))
+    return dataclasses.replace(tile, rows=rows, grid=0)
+
+
+def qkv_rope_append(
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    norm: torch.Tensor,
+    eps: float,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    qk_eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    page_size: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    ahead: Weight | None = None,
+) -> torch.Tensor:
+    """Queries [M, Hq, D] of x [M, K]; keys and values are appended to the cache.
+
+    RMSNorm, projection with `weight` [(Hq + 2 Hkv) D, K] and its bias, RMSNorm of each query and key head (q_norm, k_norm [D]
+    or None), RoPE (rotate-half) with cos and sin [max_positions, D / 2] float32, append.
+    Token t of sequence b is at position p = lengths[b] - T + t; it goes to row p % page_size of page table[b, p // page_size]
+    of k_cache and v_cache [pages, Hkv, page_size, D]. Nothing is written where p is below 0. lengths [B], table [B, P] int32.
+    `ahead` as in `linear`. ValueError: a shape or dtype that does not fit.
+    """
+    return torch.ops.rooflama.qkv_rope_append(
+        x, weight.weight, weight.bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
+        page_size, num_heads, num_kv_heads, head_dim, None if ahead is None else ahead.weight,
+    )  # fmt: skip

@@ -1,0 +1,175 @@
+"""Tiles: how a small-batch matmul is cut into programs.
+
+Owns the measured table, the fall-back rule behind it, and the override that a tuner uses. Knows no kernel.
+Letters: M rows of x, N output features, K input features. `op` is one of OPS.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+from dataclasses import dataclass
+
+OPS = ("linear", "silu_mul", "qkv", "head")
+FMA_MAX_ROWS = 4  # above, multiplying on the tensor cores takes fewer instructions than there are bytes to hide them
+SHARED_BYTES = 227 * 1024  # shared memory a program may have (Hopper)
+
+
+def floor_power_of_two(n: int) -> int:
+    return 1 << (max(n, 1).bit_length() - 1)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One launch choice. A program computes `rows` output features from `chunk` columns at a time."""
+
+    rows: int  # weight rows a program holds; gate and up, and the two halves of a RoPE pair, count as two
+    chunk: int  # columns of one load step, a power of two
+    warps: int
+    preload: int = 64  # chunks loaded before the dependency wait, and kept in flight after it
+    dot: bool = False  # multiply by tl.dot on the tensor cores; else by FMA, M <= FMA_MAX_ROWS
+    split: int = 1  # programs that share one tile's K; the last to arrive merges
+    stages: int = 1  # pipeline depth of the loads behind the preloaded ones
+    grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
+    late: bool = False  # trigger the next kernel after this one's first loads, not before
+    stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
+    prefetch: int = 0  # KiB of a program's later weights that are brought into L2 before the wait (Hopper)
+    ahead: int = 0  # KiB of the next kernel's weight that the whole grid brings into L2 before the wait (Hopper)
+    registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
+
+    def __post_init__(self):
+        for name in ("rows", "chunk", "warps"):
+            value = getattr(self, name)
+            assert value == floor_power_of_two(value), f"Tile.{name}: found {value}, expected a power of two"
+        assert not (self.grid and (self.dot or self.split > 1)), "Tile.grid: a persistent grid takes neither dot nor split"
+
+
+# ---------------------------------------------------------------- the measured table
+
+# One H200 (132 SMs), bf16, M = 1, tuned inside the whole decode step (a kernel alone chooses larger tiles than a chain
+# of kernels that preload beside each other). Each entry names what it was chosen over.
+MEASURED = {
+    # Llama-3.2-1B: 721.7 us a step
+    (132, "qkv", 3072, 2048): Tile(8, 1024, 4),  # 4 pairs: 739.5 us; 2 pairs: 743-750; 1 pair: 751
+    (132, "linear", 2048, 2048): Tile(1, 512, 2),  # 721.7; 2 rows: 726.7 (4 warps), 739.5 (2); 4 rows: 746.1
+    (132, "silu_mul", 16384, 2048): Tile(8, 1024, 4),  # 743.3; persistent, 2 to 6 programs an SM: 753 to 975
+    (132, "linear", 2048, 8192): Tile(1, 4096, 16),  # 722.0; 8 warps: 740.5; 2 rows: 749.7
+    (132, "head", 128256, 2048): Tile(4, 1024, 4, grid=8, stages=2),  # 743.3; one program a tile: 747.1; grid 2: 858
+    # Llama-3.1-8B: 3871 us a step
+    (132, "qkv", 6144, 4096): Tile(4, 512, 2),  # 3872; 1 pair: 3884; 2 pairs on 8 warps: 3875
+    (132, "linear", 4096, 4096): Tile(1, 1024, 4),  # 3872; 2 warps: 3903; 2 rows: 3894
+    (132, "silu_mul", 28672, 4096): Tile(4, 1024, 4, grid=4, stages=2),  # 3893; one program a tile: 3905; grid 6: 3950
+    (132, "linear", 4096, 14336): Tile(2, 1024, 4, preload=2),  # 3871; 4 rows: 3946; 1 row: 3939
+    (132, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),  # 3907; one program a tile: 3917
+}
+
+
+# ---------------------------------------------------------------- choosing
+
+
+def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
+    """The tile for `rows` rows of x: the measured one where there is one, else the rule. Pure."""
+    assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
+    if rows > FMA_MAX_ROWS:
+        return _dot_rule(op, rows, N, K, sms)
+    if rows == 1 and fmt in ("bf16", "fp16") and (sms, op, N, K) in MEASURED:
+        return MEASURED[sms, op, N, K]
+    return _fma_rule(op, N, K, sms)
+
+
+def invariant_tile(op: str, fmt: str, N: int, K: int, sms: int) -> Tile:
+    """The tile that serves every number of rows alike, so that a row's result does not depend on its neighbours."""
+    return _dot_rule(op, 64, N, K, sms)
+
+
+def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
+    """32 KiB of weights a program over 4 warps: 64 registers of loads a thread, several programs an SM."""
+    least = {"linear": 1, "silu_mul": 2, "qkv": 2, "head": 4}[op]
+    warps = 8 if K > 8192 else 4
+    chunk = power_chunk(K, 256 * warps)
+    rows = max(least, min(8, floor_power_of_two(16384 // K)))
+    while rows > least and N // rows < 2 * sms:  # at least two programs an SM, for their loads to overlap
+        rows //= 2
+    return Tile(rows, chunk, warps, preload=max(1, 256 * warps * 8 // (rows * chunk)))
+
+
+def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
+    """64 weight rows a program (x is read again by every program: fewer, fatter ones), K split until every SM has two."""
+    wide = 64
+    chunk = power_chunk(K, 128)
+    split = 1
+    while op != "head" and split < 8 and (N // wide) * split < 2 * sms and K // (2 * split) >= 4 * chunk:
+        split *= 2
+    return Tile(wide, chunk, 4, preload=2, dot=True, split=split, stages=4)
+
+
+def candidate_tiles(op: str, rows: int, N: int, K: int) -> list[Tile]:
+    """The tiles worth measuring for one shape inside the whole step."""
+    tiles = []
+    if rows <= FMA_MAX_ROWS:
+        least = {"linear": 1, "silu_mul": 2, "qkv": 2, "head": 4}[op]
+        for height, warps, steps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2)):
+            chunk = power_chunk(K, 256 * warps * steps)
+            registers = height * K // (64 * warps)  # of one thread, when the whole tile is preloaded
+            if height < least or N % height or registers > 512 or registers < 4:
+                continue
+            whole = -(-K // chunk)
+            for preload in {whole, max(1, whole // 2), max(1, whole // 4)}:
+                if height * chunk * preload // (64 * warps) <= 128:
+                    tiles.append(Tile(height, chunk, warps, preload))
+        tiles += [
+            dataclasses.replace(t, grid=grid, stages=stages)
+            for t in tiles
+            if N // t.rows > 1024 and t.rows * K >= 8192 and t.preload * t.chunk >= K
+            for grid, stages in ((2, 2), (4, 2), (8, 2), (4, 1), (8, 1))
+        ]
+    else:
+        for height, width, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 6)):
+            if height * width * 2 * stages > SHARED_BYTES // 2 or K % width:
+                continue
+            for split in (1, 2, 4, 8):
+                if split == 1 or (op != "head" and N // height * split <= 1024 and K // split >= 2 * width):
+                    tiles.append(Tile(height, width, warps, 2, dot=True, split=split, stages=stages))
+    return tiles
+
+
+def power_chunk(K: int, most: int) -> int:
+    """Columns of a load step: the largest power of two that divides K, at most `most`; a masked one where that is small."""
+    divides = min(K & -K, most)
+    masked = min(1 << (K - 1).bit_length(), most)
+    return divides if divides >= min(512, most) or masked - K % masked > masked // 4 else masked
+
+
+# ---------------------------------------------------------------- overriding
+
+_overrides: dict = {}
+_batch_invariant = False
+
+
+@contextlib.contextmanager
+def override_tiles(tiles: dict):
+    """Within, an op uses `tiles[op, N, K]`, else `tiles[op]`, else its own choice. For tuners; not for concurrent use."""
+    global _overrides
+    before, _overrides = _overrides, {**_overrides, **tiles}
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
+@contextlib.contextmanager
+def batch_invariant(enabled: bool = True):
+    """Within, tiles do not depend on the number of rows: a row's result is the same in every batch, at some cost in speed."""
+    global _batch_invariant
+    before, _batch_invariant = _batch_invariant, enabled
+    try:
+        yield
+    finally:
+        _batch_invariant = before
+
+
+def tile_for(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
+    """What a kernel asks: the override, the batch-invariant tile, or the choice."""
+    tile = _overrides.get((op, N, K), _overrides.get(op))
+    if tile is not None:
+        return tile
+    return invariant_tile(op, fmt, N, K, sms) if _batch_invariant else choose_tile(op, fmt, rows, N, K, sms)

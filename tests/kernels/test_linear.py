@@ -1,0 +1,337 @@
+"""linear and qkv_rope_append against float64: odd shapes, every kind of tile, memory that nobody may read or write."""
+
+import itertools
+
+import pytest
+import torch
+from tolerance import assert_within
+
+from kernels._common import INTERPRET
+from kernels.formats import Weight
+from kernels.linear import MAX_ROWS, linear, linear_ref, qkv_rope_append, qkv_rope_append_ref
+from kernels.tiles import Tile, batch_invariant, choose_tile, override_tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EPS = 1e-5
+
+FMA_TILES = [
+    Tile(16, 1024, 4),  # K masked, all of it preloaded
+    Tile(4, 64, 2, preload=3),  # K in many chunks, three in flight
+    Tile(4, 128, 1, preload=1, late=True, stream=True),
+    Tile(32, 64, 4, preload=2, split=3),  # N masked where it is no multiple; the last of three merges
+    Tile(8, 64, 4, grid=1),  # a persistent grid, further tiles in the loop
+    Tile(4, 256, 4, grid=2, stages=2),
+]
+DOT_TILES = [
+    Tile(64, 64, 4, preload=2, dot=True, stages=3),
+    Tile(16, 64, 4, preload=64, dot=True),  # everything preloaded
+    Tile(32, 128, 4, preload=1, dot=True, split=4, stages=2),  # more parts of K than chunks of it
+    Tile(128, 32, 8, preload=3, dot=True, split=2),
+]
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that a kernel allocates and does not fill holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with it comes fill_uninitialized_memory
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def few_sms(monkeypatch):
+    """A GPU of three multiprocessors, so that a persistent grid has more tiles than programs."""
+    for module in ("kernels._matmul", "kernels.linear"):
+        monkeypatch.setattr(f"{module}.num_sms", lambda index=0: 3)
+
+
+def randn(*size, dtype, scale=1.0):
+    return (torch.randn(*size) * scale).to(dtype).to(DEVICE)
+
+
+def make_weight(N, K, dtype, bias=False) -> Weight:
+    weight = Weight(N, K, bias=bias, dtype=dtype, device=DEVICE)
+    weight.weight.copy_(randn(N, K, dtype=dtype, scale=K**-0.5))
+    if bias:
+        weight.bias.copy_(randn(N, dtype=dtype))
+    return weight
+
+
+def wide(t):
+    return t.double() if t is not None and t.is_floating_point() else t
+
+
+def check_linear(M, N, K, dtype=torch.bfloat16, norm=True, bias=False, activation="none", residual=False, tile=None):
+    weight, x = make_weight(N, K, dtype, bias), randn(M, K, dtype=dtype)
+    nw = randn(K, dtype=dtype) if norm else None
+    res = randn(M, N // 2 if activation == "silu_mul" else N, dtype=dtype) if residual else None
+    op = "silu_mul" if activation == "silu_mul" else "linear"
+    with override_tiles({op: tile} if tile else {}):
+        y = linear(x, weight, norm=nw, eps=EPS, activation=activation, residual=res)
+    assert y.dtype == dtype
+    arguments = (x, weight.weight, weight.bias, nw, EPS, activation, res)
+    exact = linear_ref(*(wide(a) if torch.is_tensor(a) else a for a in arguments))
+    assert_within(y, linear_ref(*arguments), exact)
+    return x, weight, nw, y
+
+
+SHAPES = [(1, 64), (1, 3072), (2, 448), (4, 192), (5, 64), (16, 1024), (33, 192), (64, 448)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("M", "K"), SHAPES)
+def test_linear(M, K, dtype):
+    check_linear(M, 48, K, dtype, bias=True, residual=True)
+    check_linear(M, 32, K, dtype, norm=False, activation="silu_mul")
+
+
+@pytest.mark.parametrize("tile", FMA_TILES, ids=lambda t: f"{t.rows}x{t.chunk}-{t.preload}-{t.split}-{t.grid}")
+def test_linear_fma_tiles(tile, few_sms):
+    check_linear(1, 48, 448, tile=tile, bias=True, residual=True)
+    check_linear(3, 80, 192, torch.float16, tile=tile, activation="silu_mul")
+
+
+@pytest.mark.parametrize("tile", DOT_TILES, ids=lambda t: f"{t.rows}x{t.chunk}-{t.preload}-{t.split}")
+def test_linear_dot_tiles(tile):
+    check_linear(1, 48, 448, torch.float16, tile=tile, bias=True, residual=True)
+    check_linear(20, 112, 192, tile=tile, activation="silu_mul", bias=True, residual=True)
+
+
+def test_float32_takes_the_reference():
+    x, weight, norm, y = check_linear(3, 48, 128, torch.float32)
+    assert torch.equal(y, linear_ref(x, weight.weight, None, norm, EPS))
+
+
+def test_float16_does_not_overflow_before_the_norm_divides():
+    """x * norm exceeds float16 where x / rms(x) * norm does not."""
+    weight = make_weight(16, 64, torch.float16)
+    x, norm = randn(8, 64, dtype=torch.float16, scale=3e3), randn(64, dtype=torch.float16, scale=30)
+    y = linear(x, weight, norm=norm, eps=EPS)
+    exact = linear_ref(x.double(), weight.weight.double(), None, norm.double(), EPS)
+    assert_within(y, linear_ref(x, weight.weight, None, norm, EPS), exact)
+
+
+def test_rows_are_independent_of_the_batch():
+    """With batch_invariant, a row's result is bitwise the same alone and among others."""
+    weight, x, norm = make_weight(80, 448, torch.float16), randn(40, 448, dtype=torch.float16), randn(448, dtype=torch.float16)
+    with batch_invariant():
+        together = linear(x, weight, norm=norm, eps=EPS)
+        for rows in (slice(0, 1), slice(3, 8), slice(7, 40)):
+            assert torch.equal(linear(x[rows], weight, norm=norm, eps=EPS), together[rows])
+
+
+def test_a_weight_to_come_changes_nothing():
+    weight, ahead, x = (
+        make_weight(48, 192, torch.bfloat16),
+        make_weight(64, 128, torch.bfloat16),
+        randn(1, 192, dtype=torch.bfloat16),
+    )
+    with override_tiles({"linear": Tile(4, 64, 4, ahead=4, prefetch=2, preload=1)}):
+        assert torch.equal(linear(x, weight, ahead=ahead), linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(MAX_ROWS + 1, 128)}, "x: found 65 rows, expected 1 to 64"),
+        ({"x": torch.zeros(1, 192)}, r"found \(1, 192\) and \(32, 128\)"),
+        ({"x": torch.zeros(1, 256)[:, ::2]}, "expected a contiguous tensor"),
+        ({"norm": torch.ones(64)}, r"norm: found torch.float32 \[64\], expected torch.float32 \[128\]"),
+        ({"norm": torch.ones(128).half()}, r"norm: found torch.float16 \[128\], expected torch.float32"),
+        ({"activation": "gelu"}, "activation: found 'gelu'"),
+        ({"residual": torch.ones(1, 16)}, r"residual: found torch.float32 \[1, 16\], expected torch.float32 \[1, 32\]"),
+        (
+            {"weight": Weight(32, 72, dtype=torch.float32), "x": torch.zeros(1, 72)},
+            "found 32 x 72, expected a multiple of 16 rows",
+        ),
+    ],
+)
+def test_linear_refuses(change, message):
+    arguments = {"x": torch.zeros(1, 128), "weight": Weight(32, 128, dtype=torch.float32), **change}
+    with pytest.raises(ValueError, match=message):
+        linear(arguments.pop("x"), arguments.pop("weight"), **arguments)
+
+
+# ---------------------------------------------------------------- qkv
+
+
+def make_qkv(B, T, K, Hq, Hkv, D, lengths, dtype, bias=False, qk_norm=False, page_size=8, pages=3) -> dict:
+    """The arguments of qkv_rope_append: a cache full of NaN, its pages in random order."""
+    angle = torch.arange(page_size * pages)[:, None] * torch.rand(D // 2)
+    return {
+        "x": randn(B * T, K, dtype=dtype),
+        "weight": make_weight((Hq + 2 * Hkv) * D, K, dtype, bias),
+        "norm": randn(K, dtype=dtype),
+        "eps": EPS,
+        "q_norm": randn(D, dtype=dtype) if qk_norm else None,
+        "k_norm": randn(D, dtype=dtype) if qk_norm else None,
+        "qk_eps": 1e-6,
+        "cos": angle.cos().to(DEVICE),
+        "sin": angle.sin().to(DEVICE),
+        "lengths": torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        "table": torch.randperm(B * pages, dtype=torch.int32).view(B, pages).to(DEVICE),
+        "k_cache": torch.full((B * pages, Hkv, page_size, D), float("nan"), dtype=dtype, device=DEVICE),
+        "v_cache": torch.full((B * pages, Hkv, page_size, D), float("nan"), dtype=dtype, device=DEVICE),
+        "page_size": page_size,
+        "num_heads": Hq,
+        "num_kv_heads": Hkv,
+        "head_dim": D,
+    }
+
+
+def qkv_reference(arguments: dict, convert) -> tuple:
+    a = {name: convert(value) if torch.is_tensor(value) else value for name, value in arguments.items()}
+    weight = a.pop("weight")
+    a["k_cache"], a["v_cache"] = a["k_cache"].clone(), a["v_cache"].clone()
+    q = qkv_rope_append_ref(weight=convert(weight.weight), bias=convert(weight.bias), **a)
+    return q, a["k_cache"], a["v_cache"]
+
+
+def check_qkv(tile=None, **shape):
+    a = make_qkv(**shape)
+    exact, working = qkv_reference(a, wide), qkv_reference(a, lambda t: t)
+    with override_tiles({"qkv": tile} if tile else {}):
+        q = qkv_rope_append(**a)
+    assert_within(q, working[0], exact[0])
+    B, T = shape["B"], shape["T"]
+    written = torch.zeros(a["k_cache"].shape[0], a["page_size"], dtype=torch.bool)
+    for b, t in itertools.product(range(B), range(T)):
+        position = int(a["lengths"][b]) - T + t
+        if position >= 0:
+            written[a["table"][b, position // a["page_size"]], position % a["page_size"]] = True
+    for got, work, true in zip((a["k_cache"], a["v_cache"]), working[1:], exact[1:], strict=True):
+        got, work, true = (t.transpose(1, 2).cpu() for t in (got, work, true))
+        assert got[~written].isnan().all(), "a row of the cache was written that holds no token of this step"
+        if written.any():
+            assert_within(got[written], work[written], true[written])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"B": 1, "T": 1, "K": 192, "Hq": 4, "Hkv": 2, "D": 16, "lengths": [7], "bias": True},
+        {"B": 1, "T": 1, "K": 448, "Hq": 2, "Hkv": 2, "D": 48, "lengths": [24]},  # a head size that is no power of two
+        {"B": 1, "T": 1, "K": 64, "Hq": 2, "Hkv": 1, "D": 32, "lengths": [9], "qk_norm": True},
+        {"B": 3, "T": 1, "K": 192, "Hq": 3, "Hkv": 1, "D": 32, "lengths": [0, 3, 9], "qk_norm": True, "bias": True},
+        {"B": 2, "T": 4, "K": 1024, "Hq": 2, "Hkv": 1, "D": 16, "lengths": [2, 17]},  # two positions below 0
+        {"B": 3, "T": 11, "K": 64, "Hq": 4, "Hkv": 2, "D": 32, "lengths": [0, 11, 24], "bias": True},
+        {"B": 64, "T": 1, "K": 64, "Hq": 2, "Hkv": 1, "D": 16, "lengths": [i % 25 for i in range(64)], "qk_norm": True},
+        {"B": 2, "T": 1, "K": 64, "Hq": 2, "Hkv": 1, "D": 16, "lengths": [0, 0]},
+    ],
+    ids=lambda s: f"{s['B']}x{s['T']}-{s['K']}-{s['Hq']}:{s['Hkv']}x{s['D']}",
+)
+def test_qkv(shape, dtype):
+    check_qkv(**shape, dtype=dtype)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize(
+    "tile",
+    [
+        Tile(4, 128, 1, preload=1),
+        Tile(32, 128, 4, preload=2),  # the whole head in one program
+        Tile(8, 64, 2, split=2, late=True),
+        Tile(16, 64, 4, dot=True, split=3, preload=1, stages=2),
+        Tile(64, 64, 4, dot=True),  # more rows than a head has
+    ],
+    ids=lambda t: f"{t.rows}x{t.chunk}-{t.split}-{t.dot}",
+)
+def test_qkv_tiles(tile, qk_norm):
+    check_qkv(tile, B=2, T=2, K=192, Hq=2, Hkv=1, D=32, lengths=[5, 13], dtype=torch.float16, qk_norm=qk_norm)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": torch.zeros(2, dtype=torch.int64)}, r"lengths: found torch.int64 \[2\], expected int32"),
+        ({"lengths": torch.zeros(3, dtype=torch.int32)}, r"B dividing 2 rows"),
+        ({"table": torch.zeros(3, 1, dtype=torch.int32)}, r"table: found torch.int32 \[3, 1\], expected int32 \[2, P\]"),
+        ({"k_cache": torch.zeros(2, 1, 9, 16)}, r"k_cache: found \[2, 1, 9, 16\], expected \[pages, 1, 8, 16\]"),
+        ({"num_heads": 3}, r"expected \(3 \+ 2 \* 1\) heads of 16"),
+        ({"q_norm": torch.ones(16)}, "expected both or neither"),
+        ({"cos": torch.ones(9, 16)}, r"cos: found torch.float32 \[9, 16\], expected float32 \[max_positions, 8\]"),
+    ],
+)
+def test_qkv_refuses(change, message):
+    a = make_qkv(B=2, T=1, K=64, Hq=2, Hkv=1, D=16, lengths=[1, 2], dtype=torch.float32)
+    with pytest.raises(ValueError, match=message):
+        qkv_rope_append(**{**a, **change})
+
+
+# ---------------------------------------------------------------- operators
+
+
+def operator_arguments(dtype):
+    """(operator, its positional arguments) for opcheck."""
+    a = make_qkv(B=2, T=2, K=64, Hq=2, Hkv=1, D=16, lengths=[2, 7], dtype=dtype, bias=True, qk_norm=True)
+    weight = a.pop("weight")
+    a["k_cache"].zero_(), a["v_cache"].zero_()
+    qkv = (a["x"], weight.weight, weight.bias, *list(a.values())[1:], None)
+    w, x, res = make_weight(32, 64, dtype, True), randn(3, 64, dtype=dtype), randn(3, 16, dtype=dtype)
+    yield torch.ops.rooflama.qkv_rope_append.default, qkv
+    yield torch.ops.rooflama.linear.default, (x, w.weight, w.bias, randn(64, dtype=dtype), EPS, "silu_mul", res, None)
+    yield torch.ops.rooflama.linear.default, (x, w.weight, None, None, 0.0, "none", None, w.weight)
+
+
+def test_opcheck():
+    with override_tiles({"qkv": Tile(16, 64, 4), "silu_mul": Tile(32, 64, 4), "linear": Tile(32, 64, 4)}):  # few programs
+        for operator, arguments in operator_arguments(torch.float16):
+            torch.library.opcheck(operator, arguments)
+
+
+def test_compiled_whole():
+    """Inside torch.compile(fullgraph=True) the operators are opaque and their mutations are kept."""
+    a = make_qkv(B=1, T=1, K=64, Hq=2, Hkv=1, D=16, lengths=[5], dtype=torch.float16)
+    w13, w2 = (
+        make_weight(64, 64, torch.float16),
+        make_weight(64, 32, torch.float16) if False else make_weight(32, 64, torch.float16),
+    )
+    a["k_cache"].zero_(), a["v_cache"].zero_()
+
+    def step(x, k_cache, v_cache):
+        q = qkv_rope_append(**{**a, "x": x, "k_cache": k_cache, "v_cache": v_cache})
+        h = linear(x, w13, norm=a["norm"], eps=EPS, residual=x)
+        return q.flatten(1) * 2, linear(h, w2, activation="silu_mul")
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        k, v = a["k_cache"].clone(), a["v_cache"].clone()
+        results.append((*run(a["x"], k, v), k, v))
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+    assert results[0][2].any()
+
+
+# ---------------------------------------------------------------- tiles
+
+
+@pytest.mark.parametrize("op", ["linear", "silu_mul", "qkv", "head"])
+@pytest.mark.parametrize("sms", [16, 132])
+def test_choose_tile_fits(op, sms):
+    """Every shape of the families: the preloaded tile leaves registers for the rest, and every SM gets work."""
+    for rows, (N, K) in itertools.product(
+        (1, 2, 4, 5, 16, 64), [(3072, 2048), (2048, 8192), (37888, 3584), (3584, 18944), (128256, 4096), (64, 64), (448, 192)]
+    ):
+        tile = choose_tile(op, "bf16", rows, N, K, sms)
+        words_a_thread = tile.rows * min(tile.chunk * tile.preload, K * 2) // (64 * tile.warps)
+        assert words_a_thread <= 128, (tile, rows, N, K)
+        assert tile.dot == (rows > 4)
+        assert op != "head" or tile.rows % 4 == 0
+        if N * K > 1 << 22 and op != "head":
+            programs = min(tile.grid * sms, N // tile.rows) if tile.grid else -(-N // tile.rows) * tile.split
+            assert programs >= sms, (tile, rows, N, K)
+
+
+def test_override_goes_back():
+    before = choose_tile("linear", "bf16", 1, 2048, 2048, 132)
+    with override_tiles({"linear": Tile(2, 64, 1)}), override_tiles({("linear", 32, 64): Tile(4, 64, 1)}):
+        pass
+    assert choose_tile("linear", "bf16", 1, 2048, 2048, 132) == before
+
+
+@pytest.mark.skipif(not INTERPRET, reason="shows that under TRITON_INTERPRET=1 these tests run kernels, not references")
+def test_kernels_are_what_is_tested(monkeypatch):
+    monkeypatch.setattr("kernels.linear.linear_ref", None)
+    assert linear(randn(1, 64, dtype=torch.float16), make_weight(16, 64, torch.float16)).shape == (1, 16)
