@@ -263,9 +263,11 @@ def dot(
     SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
     sums = tl.zeros([R, MP], tl.float32)
     squares = tl.zeros([MP, SQUARES], tl.float32)
+    xs = ()
+    for c in tl.static_range(PRELOAD):  # all in flight at once: no load may pass the barriers that a dot brings
+        xs = xs + (_load_rows(x_ptr, k0 + c * CHUNK + tl.arange(0, CHUNK), M, K, MP, MASK_K),)
     for c in tl.static_range(PRELOAD):
-        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
-        x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
+        x = xs[c]
         if NORM:
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
