@@ -9,6 +9,15 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+import kv_cache
+from kernels.formats import Weight
+from kv_cache import KVCache
+
+WORLD_SIZE = 1  # devices that share one model's weights
 
 # ---------------------------------------------------------------- configuration
 
@@ -69,7 +78,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, hf: dict, source: str = "config.json") -> "ModelConfig":
-        """From a config.json of transformers, old style or version 5. ValueError names `source`, the field and what was found."""
+        """From a config.json of transformers, old style or version 5. ValueError names the field and what was found."""
         return _parse_config(hf, source)
 
     def to_dict(self) -> dict:
@@ -206,7 +215,9 @@ def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float,
 
     if kind == "yarn" and any(rope.get(k) is not None for k in ("mscale", "mscale_all_dim")):
         fail(f"{name}.mscale", rope.get("mscale"), "no such field (DeepSeek's variant of YaRN is not supported)")
-    original = None if kind == "linear" else int(number("original_max_position_embeddings", max_positions if kind == "yarn" else None))
+    original = (
+        None if kind == "linear" else int(number("original_max_position_embeddings", max_positions if kind == "yarn" else None))
+    )
     scaling = {"type": kind, "factor": float(number("factor")), "original_max_position_embeddings": original}
     if kind == "llama3":
         scaling |= {f: float(number(f)) for f in ("low_freq_factor", "high_freq_factor")}
@@ -235,7 +246,9 @@ def _parse_window(hf, model_type, num_layers, number, flag, fail) -> tuple[int |
     return None, ()  # llama has no such field
 
 
-def _shape(model_type, vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, theta, context, tied=False, eps=1e-5, **more):
+def _shape(
+    model_type, vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, theta, context, tied=False, eps=1e-5, **more
+):
     rope3 = RopeScaling("llama3", more.pop("llama3"), 8192) if "llama3" in more else None
     return ModelConfig(
         model_type, vocab, hidden, intermediate, layers, heads, kv_heads, head_dim, eps, theta, rope3, context, tied, **more
@@ -251,3 +264,303 @@ SHAPES = {  # the shapes that --random_weights makes, from the models' public co
     "qwen3-8b": _shape("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, 1e6, 40960, eps=1e-6, qk_norm=True),
     "mistral-7b": _shape("mistral", 32768, 4096, 14336, 32, 32, 8, 128, 1e6, 32768),
 }
+
+# ---------------------------------------------------------------- RoPE
+
+
+def rope_tables(config: ModelConfig, length: int, device=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, D/2] float32, scalings applied (the formulas of transformers' modeling_rope_utils)."""
+    half = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    inv_freq = 1.0 / config.rope_theta**half
+    amplitude = 1.0
+    if scaling := config.rope_scaling:
+        if scaling.type == "linear":
+            inv_freq = inv_freq / scaling.factor
+        elif scaling.type == "llama3":
+            inv_freq = _llama3_frequencies(inv_freq, scaling)
+        else:
+            inv_freq = _yarn_frequencies(inv_freq, scaling, config)
+            amplitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+    angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq.to(device)
+    return angles.cos() * amplitude, angles.sin() * amplitude
+
+
+def _llama3_frequencies(inv_freq: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    wavelength = 2 * math.pi / inv_freq
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    context = scaling.original_max_position_embeddings
+    smooth = (context / wavelength - low) / (high - low)
+    between = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
+    scaled = torch.where(wavelength > context / low, inv_freq / scaling.factor, between)
+    return torch.where(wavelength < context / high, inv_freq, scaled)
+
+
+def _yarn_frequencies(inv_freq: torch.Tensor, scaling: RopeScaling, config: ModelConfig) -> torch.Tensor:
+    """YaRN (arXiv:2309.00071): frequencies that turn fewer than beta_slow times in the trained context are stretched, those
+    that turn more than beta_fast times kept, with a linear ramp between."""
+    dim, base, context = config.head_dim, config.rope_theta, scaling.original_max_position_embeddings
+
+    def dimension_of(rotations):
+        return dim * math.log(context / (rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(scaling.beta_slow)), dim - 1)
+    ramp = ((torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inv_freq / scaling.factor * ramp + inv_freq * (1 - ramp)
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates x [N, heads, D] by cos, sin [N, D/2]: element i turns with element i + D/2 (rotate-half)."""
+    a, b = x.float().chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+# ---------------------------------------------------------------- operations on rows
+# Few rows (a decode step): one fused kernel a linear layer. Many rows, or no GPU: plain PyTorch, for cuBLAS and Inductor.
+# Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
+
+
+def fused(x: torch.Tensor) -> bool:
+    """True where the rows of x [N, K] go through the small-batch kernels."""
+    return x.shape[0] <= kernels.MAX_ROWS and kernels.runs_kernels(x) and x.dtype != torch.float32
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm over the last dimension: statistics and product in float32, one rounding to x's dtype."""
+    wide = x.float()
+    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
+
+
+def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None, ahead=None) -> torch.Tensor:
+    """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual.
+
+    `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits.
+    """
+    if fused(x):
+        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, ahead=ahead)
+    if norm is not None:
+        x = rms_norm(x, norm, eps)
+    y = F.linear(x, weight.dequantized(), weight.bias)
+    if activation == "silu_mul":
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def all_reduce(x: torch.Tensor) -> torch.Tensor:
+    """Where the partial sums of sharded weights will meet, before the residual is added. One device: nothing to do."""
+    return x
+
+
+def attend_prefill(q, k, v, start: int, window: int | None, scale: float) -> torch.Tensor:
+    """Causal attention of q [N, Hq, D], positions start.., over k and v [Hkv, start + N, D] -> [N, Hq, D]."""
+    q, k, v = q.transpose(0, 1)[None], k[None], v[None]
+    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if window is None and start == 0:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    else:
+        i = torch.arange(start, k.shape[2], device=q.device)[:, None]  # a query's position
+        j = torch.arange(k.shape[2], device=q.device)[None]
+        seen = (j <= i) if window is None else (j <= i) & (j > i - window)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options)
+    return out[0].transpose(0, 1)
+
+
+# ---------------------------------------------------------------- steps: which rows a forward works on
+
+
+@dataclass(frozen=True)
+class DecodeStep:
+    """T new tokens for each of the cache's B sequences; everything is read from the cache's buffers on the device."""
+
+    cache: KVCache
+    tokens_each: int = 1  # T
+
+    def positions(self) -> torch.Tensor:
+        """Position of each row [B * T]; negative where a sequence is absent."""
+        t = torch.arange(self.tokens_each, dtype=torch.int32, device=self.cache.lengths.device) - self.tokens_each
+        return (self.cache.lengths[:, None] + t).flatten()
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v [N, Hkv, D] into the cache; an absent sequence's row is kept as it was."""
+        position = self.positions()
+        slot = self.cache.table[:, 0].repeat_interleave(self.tokens_each, output_size=position.shape[0])
+        row = position.clamp(min=0)
+        for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
+            kept = torch.where((position >= 0)[:, None, None], new.to(cached.dtype), cached[slot, :, row])
+            cached[slot, :, row] = kept
+
+    def attend(self, layer: int, q: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
+        """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]."""
+        k, v = self.cache.layer(layer)
+        q = q.view(-1, self.tokens_each, *q.shape[1:])
+        return kernels.flash_decode(q, k, v, self.cache.lengths, self.cache.table, scale=scale, window=window).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """A run of new tokens of one sequence, from position `start` on; without a cache only they exist."""
+
+    num_tokens: int
+    cache: KVCache | None = None
+    slot: int = 0
+    start: int = 0
+
+    def positions(self) -> torch.Tensor | slice:
+        return slice(self.start, self.start + self.num_tokens)
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        if self.cache is not None:
+            for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
+                kv_cache.append(cached, new, self.slot, self.start)
+
+    def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
+        if self.start == 0:
+            k, v = k.transpose(0, 1), v.transpose(0, 1)
+        else:
+            k, v = (c[self.slot, :, : self.start + self.num_tokens] for c in self.cache.layer(layer))
+        return attend_prefill(q, k, v, self.start, window, scale)
+
+
+Step = DecodeStep | PrefillStep
+
+# ---------------------------------------------------------------- the transformer
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: q, k and v from one product, RoPE, the cache, the output projection."""
+
+    def __init__(self, config: ModelConfig, layer: int, **where):
+        super().__init__()
+        self.config, self.layer = config, layer
+        self.window, self.scale = config.layer_window(layer), config.head_dim**-0.5
+        self.wqkv = Weight(config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias, **where)
+        self.wo = Weight(config.hidden_size, config.q_size, **where)
+        self.q_norm = Scale(config.head_dim, **where) if config.qk_norm else None
+        self.k_norm = Scale(config.head_dim, **where) if config.qk_norm else None
+
+    def forward(self, x: torch.Tensor, norm: torch.Tensor, rope, step: Step, ahead: Weight) -> torch.Tensor:
+        """x [N, H] -> x + attention(norm(x)) [N, H]; `ahead` as in `linear`."""
+        c = self.config
+        if fused(x) and isinstance(step, DecodeStep):
+            k_cache, v_cache = step.cache.layer(self.layer)
+            q = kernels.qkv_rope_append(
+                x, self.wqkv, norm=norm, eps=c.norm_eps, qk_eps=c.norm_eps,
+                q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight,
+                cos=rope[0], sin=rope[1], lengths=step.cache.lengths, table=step.cache.table, k_cache=k_cache, v_cache=v_cache,
+                page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+                ahead=self.wo,
+            )  # fmt: skip
+            attended = step.attend(self.layer, q, self.window, self.scale)
+        else:
+            q, k, v = self._project(x, norm, rope, step.positions())
+            step.append(self.layer, k, v)
+            fresh = () if isinstance(step, DecodeStep) else (k, v)
+            attended = step.attend(self.layer, q, *fresh, self.window, self.scale)
+        return add_projection(x, attended.flatten(1), self.wo, ahead)
+
+    def _project(self, x, norm, rope, positions):
+        """q [N, Hq, D], k and v [N, Hkv, D] in plain PyTorch, normed and rotated."""
+        c = self.config
+        qkv = linear(x, self.wqkv, norm=norm, eps=c.norm_eps).unflatten(1, (-1, c.head_dim))
+        q, k, v = qkv.split([c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        if self.q_norm is not None:
+            q, k = rms_norm(q, self.q_norm.weight, c.norm_eps), rms_norm(k, self.k_norm.weight, c.norm_eps)
+        if not isinstance(positions, slice):
+            positions = positions.clamp(min=0)
+        cos, sin = rope[0][positions], rope[1][positions]
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: w2(silu(w1 x) * w3 x), gate and up fused into w13."""
+
+    def __init__(self, config: ModelConfig, **where):
+        super().__init__()
+        self.eps = config.norm_eps
+        self.w13 = Weight(2 * config.intermediate_size, config.hidden_size, **where)
+        self.w2 = Weight(config.hidden_size, config.intermediate_size, **where)
+
+    def forward(self, x: torch.Tensor, norm: torch.Tensor, ahead: Weight) -> torch.Tensor:
+        """x [N, H] -> x + feed_forward(norm(x)) [N, H]; `ahead` as in `linear`."""
+        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", ahead=self.w2)
+        return add_projection(x, hidden, self.w2, ahead)
+
+
+def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight, ahead: Weight) -> torch.Tensor:
+    """residual + all_reduce(x @ weight.T); on one device the sum is the kernel's own epilogue."""
+    if WORLD_SIZE == 1:
+        return linear(x, weight, residual=residual, ahead=ahead)
+    return residual + all_reduce(linear(x, weight, ahead=ahead))
+
+
+class Scale(nn.Module):
+    """The gain of an RMSNorm."""
+
+    def __init__(self, size: int, dtype=torch.bfloat16, device=None):
+        super().__init__()
+        self.register_buffer("weight", torch.empty(size, dtype=dtype, device=device))
+
+
+class Layer(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int, **where):
+        super().__init__()
+        self.attention_norm = Scale(config.hidden_size, **where)
+        self.attention = Attention(config, layer, **where)
+        self.ffn_norm = Scale(config.hidden_size, **where)
+        self.feed_forward = FeedForward(config, **where)
+
+    def forward(self, x: torch.Tensor, rope, step: Step, ahead: Weight) -> torch.Tensor:
+        x = self.attention(x, self.attention_norm.weight, rope, step, ahead=self.feed_forward.w13)
+        return self.feed_forward(x, self.ffn_norm.weight, ahead)
+
+
+class Transformer(nn.Module):
+    """Embedding, layers, final norm and head. Tensors [N, H]: the rows of one step, whatever sequences they belong to."""
+
+    def __init__(self, config: ModelConfig, device=None, dtype=None):
+        super().__init__()
+        where = {"device": device, "dtype": dtype or config.dtype}
+        self.config = config
+        self.tok_embeddings = Weight(config.vocab_size, config.hidden_size, **where)
+        self.layers = nn.ModuleList(Layer(config, i, **where) for i in range(config.num_layers))
+        self.norm = Scale(config.hidden_size, **where)
+        if not config.tie_word_embeddings:
+            self.output = Weight(config.vocab_size, config.hidden_size, **where)
+        self.vocab_limit = config.vocab_size  # ids from here on are padding: never sampled
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+
+    @property
+    def head(self) -> Weight:
+        """The output projection [V, H]; the embedding itself where they are tied."""
+        return self.tok_embeddings if self.config.tie_word_embeddings else self.output
+
+    def setup_rope(self, length: int) -> None:
+        """Builds the RoPE tables for positions below `length`. Call once, before the first forward."""
+        self.cos, self.sin = rope_tables(self.config, length, self.norm.weight.device)
+
+    def embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [N] -> [N, H]."""
+        return F.embedding(tokens, self.tok_embeddings.weight)
+
+    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
+        """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm."""
+        following = [*(layer.attention.wqkv for layer in self.layers[1:]), self.head]
+        for layer, ahead in zip(self.layers, following, strict=True):
+            x = layer(x, (self.cos, self.sin), step, ahead)
+        return x
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states [N, H] -> logits [N, V] float32, -inf for padding rows of the vocabulary."""
+        x, weight = rms_norm(x, self.norm.weight, self.config.norm_eps), self.head.dequantized()
+        if x.is_cuda and x.dtype != torch.float32:
+            logits = torch.mm(
+                x, weight.T, out_dtype=torch.float32
+            )  # bf16 logits would make ties that a greedy choice trips over
+        else:
+            logits = F.linear(x, weight).float()
+        logits[:, self.vocab_limit :] = -math.inf
+        return logits

@@ -19,6 +19,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, one program after another
 
+# For the ordering test: after triggering, every third program sleeps so long, so that what reads too early reads wrongly.
+DELAY_NS = tl.constexpr(int(os.environ.get("ROOFLAMA_DELAY_NS", "0")))
+
+NVIDIA = tl.constexpr(torch.version.hip is None and not INTERPRET)
+
 _pdl_enabled = True
 
 
@@ -27,6 +32,16 @@ def pdl_trigger(PDL: tl.constexpr):
     """Lets the next kernel of the stream start early. PDL is False under the interpreter and before Hopper."""
     if PDL:
         gdc_launch_dependents()
+    if DELAY_NS > 0:
+        if tl.program_id(0) % 3 == 1:
+            tl.inline_asm_elementwise(
+                "nanosleep.u32 $1; mov.u32 $0, 0;",
+                "=r,r",
+                [tl.full([], DELAY_NS, tl.int32)],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit
@@ -34,6 +49,17 @@ def pdl_wait(PDL: tl.constexpr):
     """Waits until every earlier kernel of the stream has finished and its writes can be seen."""
     if PDL:
         gdc_wait()
+
+
+@triton.jit
+def hold(x):
+    """Keeps `x`, loaded 8- or 16-bit values, in registers up to here. Triton puts the store of a dot's operand to shared memory
+    right behind its load; the asynchronous loads of a loop in between would not be issued until `x` has arrived."""
+    if NVIDIA:
+        x = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
+        )
+    return x
 
 
 def runs_kernels(x: torch.Tensor) -> bool:

@@ -128,7 +128,7 @@ def _gumbel(seed, sample, position, first_id, R: tl.constexpr, MP: tl.constexpr)
 def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: tl.constexpr, MP: tl.constexpr):
     """Each row's best (value [MP], id [MP]) of the logits [R, MP]."""
     value = logits
-    if temperature is not None:  # noqa: SIM102 (the first is known when compiling)
+    if temperature is not None:
         if tl.max(temperature, 0) > 0:
             sampled = temperature > 0
             noise = _gumbel(seed, sample, position, first_id, R, MP)

@@ -1,0 +1,25 @@
+# make demo: text from the embedded model. make test: every test. make lint. Each sets up .venv first, once.
+PYTHON ?= python3
+VENV := .venv/bin
+export OMP_NUM_THREADS ?= 2
+
+.PHONY: demo test lint setup
+setup: .venv/ready
+
+.venv/ready: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: .venv/ready
+	$(VENV)/python generate.py --prompt "ROMEO:" --max_new_tokens 200 --seed 1
+
+# The kernels run on a GPU where there is one, and in Triton's interpreter where there is none: a process of their own.
+test: .venv/ready
+	$(VENV)/python -m pytest tests --ignore tests/kernels
+	export TRITON_INTERPRET=$$($(VENV)/python -c "import torch; print(int(not torch.cuda.is_available()))"); \
+	$(VENV)/python -m pytest tests/kernels
+
+lint: .venv/ready
+	$(VENV)/ruff check .
+	$(VENV)/ruff format --check .

@@ -1,0 +1,383 @@
+"""Any checkpoint, read as ours: Hugging Face safetensors and Meta's consolidated.*.pth, from a directory or the hub.
+
+Owns the other layouts: their names, their order of weights, their configs. Knows nothing of inference.
+
+    python convert_hf_checkpoint.py --checkpoint_dir IN --output_dir OUT [--dtype bfloat16]
+    python convert_hf_checkpoint.py --checkpoint_dir IN --check
+"""
+
+import argparse
+import dataclasses
+import functools
+import math
+import pickle
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import checkpoint
+from checkpoint import FLOAT_DTYPES, Piece, Source, TensorInfo, check_tensors, expected_tensors, find_tensors, read_json, some
+from model import DTYPES, ModelConfig
+
+SUPPORTED_QUANT_METHODS = ()  # of quantization_config.quant_method
+IGNORED = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs")  # computed, yet stored by old checkpoints
+
+HF_NAMES = {  # ours -> theirs; several are stacked row-wise
+    "tok_embeddings": ("model.embed_tokens",),
+    "attention_norm": ("input_layernorm",),
+    "attention.wqkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attention.q_norm": ("self_attn.q_norm",),
+    "attention.k_norm": ("self_attn.k_norm",),
+    "attention.wo": ("self_attn.o_proj",),
+    "ffn_norm": ("post_attention_layernorm",),
+    "feed_forward.w13": ("mlp.gate_proj", "mlp.up_proj"),
+    "feed_forward.w2": ("mlp.down_proj",),
+    "norm": ("model.norm",),
+    "output": ("lm_head",),
+}
+META_NAMES = {  # Meta's other names are ours
+    "attention.wqkv": ("attention.wq", "attention.wk", "attention.wv"),
+    "feed_forward.w13": ("feed_forward.w1", "feed_forward.w3"),
+}
+
+
+# ---------------------------------------------------------------- opening
+
+
+def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True):
+    """Any checkpoint, converted in memory while it is read: (config, state dict in our names, LoadReport)."""
+    return checkpoint.load_source(open_source(directory), device, dtype, progress)
+
+
+def open_source(directory: str | Path) -> Source:
+    """Check a directory of any layout and say where each of our tensors comes from. ValueError or OSError names the fault."""
+    directory = Path(directory)
+    if not (directory / "config.json").exists() and (directory / "params.json").exists():
+        return _open_meta(directory)
+    raw = read_json(directory / "config.json")
+    return checkpoint.open_checkpoint(directory) if "rooflama" in raw else _open_hf(directory, raw)
+
+
+def _stored_parts(config: ModelConfig, names: dict[str, tuple[str, ...]], layer_prefix: str) -> tuple[dict, dict]:
+    """Of another layout: {our name: [(stored name, its rows in ours)]} and {stored name: its shape by the config}."""
+    rows = {
+        "attention.wqkv": (config.q_size, config.kv_size, config.kv_size),
+        "feed_forward.w13": (config.intermediate_size, config.intermediate_size),
+    }
+    parts, shapes = {}, {}
+    for name, shape in expected_tensors(config).items():
+        layer, stem, kind = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias)", name).groups()
+        parts[name], first = [], 0
+        for part, count in zip(names.get(stem, (stem,)), rows.get(stem, shape[:1]), strict=True):
+            stored = f"{layer_prefix + layer if layer else ''}{part}.{kind}"
+            parts[name].append((stored, slice(first, first + count)))
+            shapes[stored], first = (count, *shape[1:]), first + count
+    return parts, shapes
+
+
+# ---------------------------------------------------------------- Hugging Face
+
+
+def _open_hf(directory: Path, raw: dict) -> Source:
+    path = directory / "config.json"
+    if (quantization := raw.get("quantization_config")) is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        supported = ", ".join(SUPPORTED_QUANT_METHODS) or "none"
+        raise ValueError(f"{path}: quantization_config.quant_method: found {method!r}, supported: {supported}")
+    config = ModelConfig.from_dict(raw, str(path))
+    if not any(directory.glob("*.safetensors")) and (pickles := sorted(f.name for f in directory.glob("pytorch_model*.bin"))):
+        raise ValueError(f"{directory}: found {some(pickles)}, expected safetensors (pickled weights are not read)")
+    found, notes = find_tensors(directory)
+    found = {name: info for name, info in found.items() if not IGNORED.fullmatch(name)}
+
+    head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
+    if head is None and raw.get("tie_word_embeddings") is None:
+        config = dataclasses.replace(config, tie_word_embeddings=True)
+        notes.append("no lm_head.weight: the output layer is tied to the embeddings")
+    elif head and config.tie_word_embeddings:
+        if embedding and _same_data(head, embedding):
+            del found["lm_head.weight"]
+        else:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+            notes.append(
+                f"warning: {path}: tie_word_embeddings is true, but lm_head.weight differs; the file's lm_head is used"
+            )
+    if raw.get("dtype") is None and raw.get("torch_dtype") is None and embedding and embedding.dtype in FLOAT_DTYPES.values():
+        config = dataclasses.replace(config, dtype=embedding.dtype)
+
+    parts, shapes = _stored_parts(config, HF_NAMES, "model.")
+    check_tensors(found, shapes, directory)
+
+    def piece(part, rows):
+        return Piece(part, found[part], lambda out: out[rows])
+
+    pieces = {name: [piece(*part) for part in stored] for name, stored in parts.items()}
+    return Source(directory, "huggingface", config, pieces, notes)
+
+
+def _same_data(a: TensorInfo, b: TensorInfo) -> bool:
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = 2**24
+    with open(a.path, "rb") as file_a, open(b.path, "rb") as file_b:
+        file_a.seek(a.start), file_b.seek(b.start)
+        left = a.dtype.itemsize * math.prod(a.shape)
+        while left > 0 and file_a.read(min(step, left)) == file_b.read(min(step, left)):
+            left -= step
+    return left <= 0
+
+
+# ---------------------------------------------------------------- Meta
+
+
+def _open_meta(directory: Path) -> Source:
+    paths = sorted(directory.glob("consolidated.*.pth"))
+    expected = [directory / f"consolidated.{i:02d}.pth" for i in range(len(paths))]
+    if not paths or paths != expected:
+        found = some(path.name for path in paths) or "none"
+        raise ValueError(f"{directory}: shards: found {found}, expected consolidated.00.pth, consolidated.01.pth, ...")
+    shards = [_read_pickle(path) for path in paths]
+    for path, shard in zip(paths, shards, strict=True):
+        for name, tensor in shards[0].items():
+            if name not in shard or shard[name].shape != tensor.shape or shard.keys() - shards[0].keys():
+                raise ValueError(f"{path}: tensor {name}: names and shapes differ from those of {paths[0].name}")
+    config, notes = _meta_config(directory / "params.json", shards)
+    if config.num_kv_heads % len(shards):
+        raise ValueError(f"{directory}: found {len(shards)} shards, expected a divisor of n_kv_heads, {config.num_kv_heads}")
+
+    found = {}
+    for name, tensor in shards[0].items():
+        shape = list(tensor.shape)
+        if len(shape) == 2:
+            shape[_joined_dim(name, tensor, config)] *= len(shards)
+        found[name] = TensorInfo(paths[0], tensor.dtype, tuple(shape), 0)
+    if config.tie_word_embeddings:
+        found.pop("output.weight", None)
+    parts, shapes = _stored_parts(config, META_NAMES, "")
+    check_tensors(found, shapes, directory)
+
+    def pieces(part, rows):
+        heads = {"wq": config.num_heads, "wk": config.num_kv_heads}.get(part.split(".")[-2], 0) // len(shards)
+        for i, shard in enumerate(shards if shards[0][part].dim() == 2 else shards[:1]):  # norms are in every shard
+            yield _meta_piece(part, shard[part], rows, _joined_dim(part, shard[part], config), i, heads)
+
+    joined = {name: [piece for part in stored for piece in pieces(*part)] for name, stored in parts.items()}
+    return Source(directory, "meta", config, joined, notes)
+
+
+def _joined_dim(name: str, tensor: Tensor, config: ModelConfig) -> int:
+    """The dimension along which Meta's shards of a tensor are joined."""
+    if name == "tok_embeddings.weight":
+        return 0 if tensor.shape[-1] == config.hidden_size else 1  # Llama 3 splits the vocabulary, Llama 2 the width
+    return 1 if name.endswith(("attention.wo.weight", "feed_forward.w2.weight")) else 0
+
+
+def _meta_piece(name: str, tensor: Tensor, rows: slice, dim: int, index: int, heads: int) -> Piece:
+    """One shard's part. Meta rotates neighbouring rows of q and k (interleaved), we rotate halves of a head."""
+
+    def view(out):
+        size = tensor.shape[dim]
+        out = out[rows].narrow(dim, index * size, size)
+        return out.view(heads, 2, -1, out.shape[1]) if heads else out
+
+    stored = tensor.view(heads, -1, 2, tensor.shape[1]).transpose(1, 2) if heads else tensor
+    return Piece(name, stored, view)
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    """A .pth file, mapped, not read. Only tensors are unpickled."""
+    checkpoint.refuse_placeholder(path)
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {culprit[1]}" if culprit else str(error).splitlines()[0]
+        raise ValueError(f"{path}: refused: {what}; expected a pickle of nothing but tensors") from None
+    except Exception as error:  # the reader of a broken file may stumble anywhere
+        raise ValueError(f"{path}: truncated, or not a .pth file: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path}: found a pickled {type(tensors).__name__}, expected a dict of tensors")
+    return {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
+
+
+def _meta_config(path: Path, shards: list[dict[str, Tensor]]) -> tuple[ModelConfig, list[str]]:
+    """params.json says less than a config.json: sizes are completed from the tensors, the rest from what Meta released."""
+    params, first = read_json(path), shards[0]
+    for name in ("dim", "n_layers", "n_heads", "norm_eps"):
+        if not isinstance(params.get(name), int | float):
+            raise ValueError(f"{path}: {name}: found {params.get(name)!r}, expected a number")
+    for name in ("quantization_args", "lora_args"):
+        if params.get(name) is not None:
+            raise ValueError(f"{path}: {name}: found {params[name]!r}, supported: none")
+    if missing := [name for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight") if name not in first]:
+        raise ValueError(f"{path.parent}: tensors are missing: {some(missing)}")
+
+    embedding, dim = first["tok_embeddings.weight"], params["dim"]
+    is_tied = "output.weight" not in first or all(torch.equal(s["output.weight"], s["tok_embeddings.weight"]) for s in shards)
+    vocab_size = embedding.shape[0] * (len(shards) if embedding.shape[1] == dim else 1)
+    is_llama3, is_long = vocab_size >= 128256, bool(params.get("use_scaled_rope"))
+    hf = {
+        "model_type": "llama",
+        "vocab_size": vocab_size,
+        "hidden_size": dim,
+        "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * len(shards),
+        "num_hidden_layers": params["n_layers"],
+        "num_attention_heads": params["n_heads"],
+        "num_key_value_heads": params.get("n_kv_heads"),
+        "rms_norm_eps": params["norm_eps"],
+        "rope_theta": params.get("rope_theta"),
+        "max_position_embeddings": 131072 if is_long else 8192 if is_llama3 else 4096,
+        "tie_word_embeddings": is_tied,
+        "bos_token_id": 128000 if is_llama3 else 1,
+        "eos_token_id": [128001, 128008, 128009] if is_llama3 else [2],
+        "dtype": str(embedding.dtype),
+    }  # fmt: skip
+    notes = [f"{path.name} has no context length: {hf['max_position_embeddings']} positions, as Meta released"]
+    if is_long:
+        # Meta's code (llama-models) scales by 8 for every size; on the hub its 1B and 3B (Llama 3.2) have 32, the others 8.
+        factor = params.get("rope_scaling_factor") or (32.0 if dim <= 3072 else 8.0)
+        hf["rope_scaling"] = {"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": 8192}
+        hf["rope_scaling"] |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        notes.append(f"{path.name}: use_scaled_rope: llama3 RoPE scaling by {factor:g}, as the hub has for this size")
+    return ModelConfig.from_dict(hf, str(path)), notes
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def resolve(name: str, revision: str | None = None) -> Path:
+    """A directory as it is, or a hub name (owner/model), downloaded into the hub's cache."""
+    if Path(name).is_dir():
+        return Path(name)
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ValueError(f"{name}: expected a directory, or a hub name like owner/model")
+    return download(name, revision)
+
+
+def download(repo: str, revision: str | None = None, token: str | None = None) -> Path:
+    """Fetch a repository's weights, config and tokenizer into the hub's cache (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE hold)."""
+    from huggingface_hub import constants, errors, snapshot_download
+
+    where = f"{repo}@{revision or 'main'}"
+    fetch = functools.partial(snapshot_download, repo, revision=revision, token=token)
+    try:
+        wanted = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "merges.txt"]
+        path = Path(fetch(allow_patterns=wanted, ignore_patterns=["original/*", "consolidated*"]))
+        return path if any(path.glob("*.safetensors")) else Path(fetch(allow_patterns=["*.pth", "*.json", "tokenizer*"]))
+    except errors.GatedRepoError:
+        page = f"https://huggingface.co/{repo}"
+        raise ValueError(f"{where}: gated: accept its licence at {page} and set HF_TOKEN to a token of that account") from None
+    except errors.RevisionNotFoundError:
+        raise ValueError(f"{where}: no such revision") from None
+    except errors.RepositoryNotFoundError:
+        raise ValueError(
+            f"{where}: no such directory, and no such repository on the hub, or a private one (HF_TOKEN)"
+        ) from None
+    except errors.LocalEntryNotFoundError as error:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub does not answer ({error.__cause__})"
+        raise ConnectionError(f"{where}: {why}, and the cache, {constants.HF_HUB_CACHE} (HF_HOME), does not hold it") from None
+    except (OSError, ValueError):
+        raise  # a full disk, an answer of the hub, a malformed name: they say so themselves
+    except Exception as error:  # whatever the network library raises
+        raise ConnectionError(f"{where}: download failed: {error}") from error
+
+
+# ---------------------------------------------------------------- converting and checking
+
+
+def finite_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors on the CPU, one at a time. ValueError names a stored tensor that holds NaN or Inf."""
+    for name, shape in expected_tensors(source.config).items():
+        out = torch.empty(shape, dtype=dtype)
+        checkpoint.fill(source, {name: out}, progress=False)
+        for piece in source.pieces[name]:
+            if not torch.stack(torch.aminmax(piece.view(out))).isfinite().all():  # aminmax passes NaN on
+                raise ValueError(f"{source.directory}: tensor {piece.name}: NaN or Inf among its values (as {dtype})")
+        yield name, out
+
+
+def convert(directory: Path, output: Path, dtype: torch.dtype | None = None, name: str = "", **options) -> Source:
+    """Write any checkpoint as one of ours. `name` is kept as its source; options go to save_checkpoint."""
+    if Path(output).resolve() == Path(directory).resolve():
+        raise ValueError(f"{output}: the output is the input; expected another directory")
+    source = open_source(directory)
+    config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
+    tensors = finite_tensors(source, config.dtype)
+    checkpoint.save_checkpoint(output, config, tensors, source=name or str(directory), companions=directory, **options)
+    return source
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--checkpoint_dir", required=True, help="a directory, or a hub name like owner/model")
+    parser.add_argument("--output_dir", help="where our checkpoint is written")
+    parser.add_argument("--dtype", choices=DTYPES, help="the checkpoint's own by default")
+    parser.add_argument("--revision", help="of the hub's repository: a branch, tag or commit")
+    parser.add_argument("--check", action="store_true", help="read everything, write nothing: present, shaped, finite")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(underscored(argv))
+    if args.check == bool(args.output_dir):
+        parser.error("expected either --output_dir or --check")
+    return args
+
+
+def underscored(argv: list[str]) -> list[str]:
+    """Flags written with dashes, as the parsers spell them."""
+    return [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
+
+
+def run(args: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    directory, dtype = resolve(args.checkpoint_dir, args.revision), DTYPES.get(args.dtype)
+    if args.check:
+        source = open_source(directory)
+        num_bytes = sum(tensor.nbytes for _, tensor in finite_tensors(source, dtype or source.config.dtype))
+        done = f"checked {len(source.pieces)} tensors, {num_bytes / 1e9:.2f} GB: present, shaped, finite"
+    else:
+        source = convert(directory, Path(args.output_dir), dtype, args.checkpoint_dir)
+        num_bytes = sum(file.stat().st_size for file in Path(args.output_dir).glob("*.safetensors"))
+        done = (
+            f"wrote {args.output_dir}: {num_bytes / 1e9:.2f} GB {args.dtype or str(source.config.dtype).removeprefix('torch.')}"
+        )
+    sec = time.perf_counter() - began
+    c = source.config
+    parameters = sum(torch.Size(shape).numel() for shape in expected_tensors(c).values())
+    for note in source.notes:
+        print(note, file=sys.stderr)
+    print(
+        f"read {directory}: {source.layout}, {c.model_type}, {c.num_layers} layers, {parameters / 1e9:.3f} B", file=sys.stderr
+    )
+    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    print(f"{done}, {sec:.1f} s, {num_bytes / 1e9 / sec:.2f} GB/s, peak memory {peak_gb:.2f} GB", file=sys.stderr)
+
+
+def report_errors(work: Callable[[], None], debug: bool) -> int:
+    """The exit status: 0, or 1 after one line on stderr; a traceback only to debug."""
+    try:
+        work()
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whoever raised it
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    return report_errors(lambda: run(args), args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,20 @@
+"""The public operators: what the model calls, whatever the device."""
+
+from kernels._common import pdl_disabled, pdl_supported, runs_kernels
+from kernels.flash_decode import flash_decode
+from kernels.head import advance, head
+from kernels.head import gumbel_ref as gumbel
+from kernels.linear import MAX_ROWS, linear, qkv_rope_append
+
+__all__ = [
+    "MAX_ROWS",
+    "advance",
+    "flash_decode",
+    "gumbel",
+    "head",
+    "linear",
+    "pdl_disabled",
+    "pdl_supported",
+    "qkv_rope_append",
+    "runs_kernels",
+]

@@ -1,0 +1,599 @@
+"""Flash decoding: attention of a few query tokens per sequence over the KV cache, in one launch.
+
+Owns the attention of a decode or verify step and the split of its work over the GPU. Knows neither the model nor who fills
+the cache. Follows Flash-Decoding (Dao et al., 2023, https://pytorch.org/blog/flash-decoding): the cache rows of a sequence are
+split over programs, each keeps a running softmax (fp32, base 2), and the last program of a (sequence, KV head) merges them.
+
+The grid is fixed by the cache's capacity, so that a CUDA graph can hold it; what each program does follows the lengths on the
+device: 100 tokens in a 128k cache cost what 100 tokens cost. Work is counted in *items*: one part of the rows of one
+(sequence, KV head). K and V are read once for all query heads of a KV head and all query tokens (the M dimension of the dots).
+
+Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G = Hq/Hkv, D head size, P pages a sequence,
+M query rows (G * T, padded) and N cache rows of a tile.
+"""
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._common import INTERPRET, hold, launch_options, num_sms, pdl_supported, pdl_trigger, pdl_wait, runs_kernels
+
+HEAD_SIZES = (64, 96, 128)  # others take the reference path
+FLOOR = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
+INTERPRETED = tl.constexpr(INTERPRET)
+LOG2_E = math.log2(math.e)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Reference
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def flash_decode_ref(q, k_cache, v_cache, lengths, table, *, scale, window=None, k_scale=None, v_scale=None):
+    """`flash_decode` in plain PyTorch, for any dtype and head size; computes in fp32 (in fp64 for fp64 inputs)."""
+    B, T, Hq, D = q.shape
+    _, Hkv, page_size, _ = k_cache.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    if not q.is_cuda:  # reads only the pages in use; on a GPU that would make the host wait
+        table = table[:, : max(1, -(-int(lengths.max()) // page_size))]
+
+    def rows(cache, cache_scale):  # -> [B, Hkv, S, D]
+        x = cache[table.long()].transpose(1, 2).reshape(B, Hkv, -1, D).to(dtype)
+        x = x if cache_scale is None else x * cache_scale.to(dtype)[:, None, None]
+        in_use = torch.arange(x.shape[2], device=x.device) < lengths[:, None]
+        return x.masked_fill(~in_use[:, None, :, None], 0)  # rows past the length may hold NaN
+
+    k, v = rows(k_cache, k_scale), rows(v_cache, v_scale)
+    key = torch.arange(k.shape[2], device=q.device)
+    position = lengths[:, None] - T + torch.arange(T, device=q.device)  # [B, T]
+    visible = key <= position[:, :, None]  # [B, T, S]
+    if window is not None:
+        visible &= key > position[:, :, None] - window
+    queries = q.to(dtype).view(B, T, Hkv, -1, D).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, T, D]
+    scores = queries @ k[:, :, None].transpose(-1, -2) * scale
+    weights = scores.masked_fill(~visible[:, None, None], -math.inf).softmax(-1)
+    weights = weights.masked_fill(~visible.any(-1)[:, None, None, :, None], 0)  # a token that sees nothing gets zeros
+    return (weights @ v[:, :, None]).permute(0, 3, 1, 2, 4).reshape(B, T, Hq, D).to(q.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Kernel
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _first_row(length, window, T: tl.constexpr, CHUNK: tl.constexpr, WINDOWED: tl.constexpr):
+    """The first cache row that a token of this step sees, rounded down to a whole chunk."""
+    if WINDOWED:
+        return tl.maximum(length - T - window + 1, 0) // CHUNK * CHUNK
+    return length * 0
+
+
+@triton.jit
+def _num_parts(chunks, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS: tl.constexpr):
+    """Parts in which `chunks` chunks are worked on: one, and a share of the spare programs; or parts of a fixed size."""
+    if SPLIT_CHUNKS > 0:
+        parts = tl.cdiv(chunks, SPLIT_CHUNKS)
+    else:
+        share = chunks.to(tl.uint32) * spare_programs.to(tl.uint32) // tl.maximum(total_chunks, 1).to(tl.uint32)
+        parts = tl.minimum(share.to(tl.int32) + 1, chunks // min_chunks)
+    return tl.maximum(parts, 1)
+
+
+@triton.jit
+def _split_rows(x, GROUPS: tl.constexpr):
+    """[rows] -> [GROUPS, rows / GROUPS]; as it is for one group."""
+    if GROUPS == 1:
+        return x
+    else:
+        return tl.reshape(x, [GROUPS, x.shape[0] // GROUPS])
+
+
+@triton.jit
+def _load_k(start_ptr, keep, D: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, other):
+    """Consecutive rows of K as columns, [(GROUPS,) COLUMNS, rows]: `other` in rows not kept, which are not touched."""
+    row = _split_rows(tl.arange(0, keep.shape[0]), GROUPS)
+    column = tl.arange(0, COLUMNS)[:, None]
+    mask = tl.expand_dims(_split_rows(keep, GROUPS), -2)
+    if COLUMNS != D:
+        mask = mask & (column < D)
+    return tl.load(start_ptr + tl.expand_dims(row, -2) * D + column, mask=mask, other=other)
+
+
+@triton.jit
+def _load_v(start_ptr, keep, D: tl.constexpr, COLUMNS: tl.constexpr, GROUPS: tl.constexpr, other):
+    """Consecutive rows of V, [(GROUPS,) rows, COLUMNS]: `other` in rows not kept, which are not touched."""
+    row = _split_rows(tl.arange(0, keep.shape[0]), GROUPS)
+    column = tl.arange(0, COLUMNS)
+    mask = tl.expand_dims(_split_rows(keep, GROUPS), -1)
+    if COLUMNS != D:
+        mask = mask & (column < D)
+    return tl.load(start_ptr + tl.expand_dims(row, -1) * D + column, mask=mask, other=other)
+
+
+@triton.jit
+def _dot(a, b, acc):
+    """a @ b + acc. The interpreter takes bf16 for integers: there the operands, already rounded, go in as fp32."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _attend(q, k, v, row, position, window, qk_scale, top, total, acc, GROUPS: tl.constexpr, WINDOWED: tl.constexpr):
+    """Takes the keys in cache rows `row` into the running softmax: `top` maximum, `total` sum, `acc` weighted values."""
+    row = tl.expand_dims(_split_rows(row, GROUPS), -2)
+    visible = row <= position[:, None]
+    if WINDOWED:
+        visible = visible & (row > position[:, None] - window)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    scores = _dot(q, k, tl.zeros(visible.shape, tl.float32)) * qk_scale  # [(GROUPS,) M, rows], base 2
+    scores = tl.where(visible, scores, -float("inf"))
+    new_top = tl.maximum(top, tl.max(scores, -1))
+    decay = tl.exp2(top - new_top)
+    weights = tl.exp2(scores - tl.expand_dims(new_top, -1))
+    total = total * decay + tl.sum(weights, -1)
+    acc = _dot(weights.to(q.dtype), v, acc * tl.expand_dims(decay, -1))
+    return new_top, total, acc
+
+
+@triton.jit
+def _add_softmax(top_a, total_a, top_b, total_b):
+    top = tl.maximum(top_a, top_b)
+    return top, total_a * tl.exp2(top_a - top) + total_b * tl.exp2(top_b - top)
+
+
+@triton.jit
+def _sum_groups(x, GROUPS: tl.constexpr):
+    """[GROUPS, rows, columns] -> [rows, columns], in halves: one vectorised pass through shared memory each."""
+    if GROUPS == 1:
+        return tl.reshape(x, [x.shape[1], x.shape[2]])
+    else:
+        halves = tl.permute(tl.reshape(x, [2, GROUPS // 2, x.shape[1], x.shape[2]]), (1, 2, 3, 0))
+        first, second = tl.split(halves)
+        return _sum_groups(first + second, GROUPS // 2)
+
+
+@triton.jit
+def _store_out(out_ptr, acc, total, q_row, mask, D: tl.constexpr):
+    """Writes acc / total [rows, COLUMNS] to the query rows `q_row`; zeros where nothing was visible."""
+    out = acc / tl.where(total > 0, total, 1.0)[:, None]
+    column = tl.arange(0, acc.shape[1])
+    tl.store(out_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _merge(partial_ptr, stats_ptr, slot, slot_step, parts, mask, D: tl.constexpr, MERGED: tl.constexpr):
+    """The sum of `parts` partial results, the first in `slot`, taken in order, MERGED at a time -> acc, total."""
+    ROWS: tl.constexpr = mask.shape[0]
+    COLUMNS: tl.constexpr = mask.shape[1]
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    top = tl.full([ROWS], FLOOR, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for part_begin in range(0, parts, MERGED):
+        part = part_begin + tl.arange(0, MERGED)
+        start = (slot + part * slot_step).to(tl.int64) * ROWS
+        kept = (row >= 0)[:, None] & (part < parts)[None, :]  # [ROWS, MERGED]: in this order the sum stays within a thread
+        stats = stats_ptr + start[None, :] * 2 + row[:, None]
+        values = partial_ptr + (start[None, :] + row[:, None])[:, :, None] * D + column[None, None, :]
+        # .cg: from L2, where the other multiprocessors' results are
+        tops = tl.load(stats, mask=kept, other=FLOOR, cache_modifier=".cg")
+        totals = tl.load(stats + ROWS, mask=kept, other=0.0, cache_modifier=".cg")
+        accs = tl.load(values, mask=kept[:, :, None] & mask[:, None, :], other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops, 1))
+        decay = tl.exp2(top - new_top)
+        weights = tl.exp2(tops - new_top[:, None])
+        total = total * decay + tl.sum(totals * weights, 1)
+        acc = acc * decay[:, None] + tl.sum(accs * weights[:, :, None], 1)
+        top = new_top
+    return acc, total
+
+
+@triton.jit(do_not_specialize=["batch", "table_width", "page_size", "spare_programs", "min_chunks", "window"])
+def _flash_decode_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    lengths_ptr,
+    table_ptr,
+    k_scale_ptr,
+    v_scale_ptr,
+    out_ptr,
+    partial_ptr,  # [items, M tiles, ROWS, D] fp32: weighted values
+    stats_ptr,  # [items, M tiles, 2, ROWS] fp32: maximum and sum
+    counter_ptr,  # [B, Hkv, M tiles], zero before and after every launch
+    scale_log2,
+    window,
+    batch,
+    table_width,
+    page_size,
+    spare_programs,  # beyond one for each (sequence, KV head)
+    min_chunks,  # of a part, where there is more than one
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,  # D, padded to a power of two
+    SEQUENCES: tl.constexpr,  # B, padded to a power of two
+    M: tl.constexpr,
+    GROUPS: tl.constexpr,  # of cache rows within a tile, each with its own softmax: one a warp, or one in all
+    ROWS: tl.constexpr,  # query rows of a tile that a partial result keeps, a power of two
+    CHUNK: tl.constexpr,  # cache rows loaded before the wait; parts are whole chunks
+    N: tl.constexpr,  # cache rows of a step of the loop after it
+    SPLIT_CHUNKS: tl.constexpr,
+    MERGED: tl.constexpr,
+    STAGES: tl.constexpr,
+    PAGED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    SCALED: tl.constexpr,
+    EARLY: tl.constexpr,  # the rows that this step appends are read after the wait
+    PDL: tl.constexpr,
+):
+    pdl_trigger(PDL)
+    tile, num_tiles = tl.program_id(1), tl.num_programs(1)
+
+    # Which items there are: every program finds the same answer from the lengths.
+    sequence = tl.arange(0, SEQUENCES)
+    in_batch = sequence < batch
+    lengths = tl.load(lengths_ptr + sequence, mask=in_batch, other=0)
+    chunks = tl.cdiv(lengths - _first_row(lengths, window, T, CHUNK, WINDOWED), CHUNK)
+    total_chunks = tl.sum(chunks, 0) * HKV
+    items = _num_parts(chunks, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS) * HKV
+    item_ends = tl.cumsum(tl.where(in_batch, items, 0), 0)
+
+    # A program does one item; with splits of a fixed size, where the length decides how many there are, as many as come.
+    first_item = tl.program_id(0)
+    last_item, step = first_item + 1, 1
+    if SPLIT_CHUNKS > 0:
+        last_item, step = tl.maximum(last_item, tl.sum(tl.where(in_batch, items, 0), 0)), tl.num_programs(0)
+    for item in tl.range(first_item, last_item, step, num_stages=1):
+        # Which one this is.
+        before = in_batch & (item_ends <= item)
+        b = tl.sum(before.to(tl.int32), 0)
+        if b == batch:
+            pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
+        else:
+            length = tl.load(lengths_ptr + b)
+            first_row = _first_row(length, window, T, CHUNK, WINDOWED)
+            chunks_b = tl.cdiv(length - first_row, CHUNK)
+            parts = _num_parts(chunks_b, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS)
+            item_b = item - tl.max(tl.where(before, item_ends, 0), 0)
+            head, part = item_b // parts, item_b % parts
+            if SPLIT_CHUNKS > 0:
+                begin = first_row + part * (SPLIT_CHUNKS * CHUNK)
+                end = tl.minimum(begin + SPLIT_CHUNKS * CHUNK, length)
+            else:  # the first chunks_b % parts parts have one chunk more
+                begin = first_row + (part * (chunks_b // parts) + tl.minimum(part, chunks_b % parts)) * CHUNK
+                end = begin + (chunks_b // parts + (part < chunks_b % parts).to(tl.int32)) * CHUNK
+                end = tl.minimum(end, length)
+
+            # The first chunk comes into registers before the wait, but for rows that this step appends. Offsets are 64-bit: a
+            # cache may hold more than 2**31 values.
+            row = begin + tl.arange(0, CHUNK)
+            page, row_in_page = 0, begin
+            if PAGED:
+                page, row_in_page = begin // page_size, begin % page_size
+            page = tl.load(table_ptr + b * table_width + page).to(tl.int64)
+            offset = ((page * HKV + head) * page_size + row_in_page) * D
+            before_wait = row < end
+            if EARLY:
+                before_wait = before_wait & (row < length - T)
+            k_first = _load_k(k_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
+            v_first = _load_v(v_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
+            qk_scale = scale_log2
+            if SCALED:
+                qk_scale *= tl.load(k_scale_ptr + head)
+
+            pdl_wait(PDL)
+
+            m = tile * M + tl.arange(0, M)  # token major, query head of the group minor
+            token = m // G
+            q_row = (b * T + token) * (HKV * G) + head * G + m % G  # also the output's row
+            column = tl.arange(0, COLUMNS)
+            q_mask = (m < G * T)[:, None] & (column < D)[None, :]
+            q = tl.load(q_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], mask=q_mask, other=0.0)
+            position = tl.where(m < G * T, length - T + token, -1)
+            if EARLY:
+                after_wait = (row < end) & (row >= length - T)
+                k_first = _load_k(k_ptr + offset, after_wait, D, COLUMNS, GROUPS, k_first)
+                v_first = _load_v(v_ptr + offset, after_wait, D, COLUMNS, GROUPS, v_first)
+
+            top, total, acc = tl.full([M], FLOOR, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, COLUMNS], tl.float32)
+            if GROUPS > 1:
+                q = tl.broadcast_to(q[None], [GROUPS, M, COLUMNS])
+                top, total = tl.broadcast_to(top[None], [GROUPS, M]), tl.broadcast_to(total[None], [GROUPS, M])
+                acc = tl.broadcast_to(acc[None], [GROUPS, M, COLUMNS])
+            for block in tl.range(begin + CHUNK, end, N, num_stages=STAGES):
+                if PAGED:  # a block is never in two pages
+                    block_page = tl.load(table_ptr + b * table_width + block // page_size).to(tl.int64)
+                    block_offset = ((block_page * HKV + head) * page_size + block % page_size) * D
+                else:
+                    block_offset = offset + (block - begin).to(tl.int64) * D
+                block_row = block + tl.arange(0, N)
+                k = _load_k(k_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
+                v = _load_v(v_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
+                top, total, acc = _attend(q, k, v, block_row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
+            # The first chunk comes last: while it waits in registers the loop's loads are under way.
+            k_first, v_first = hold(k_first), hold(v_first)
+            top, total, acc = _attend(q, k_first, v_first, row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
+            if GROUPS > 1:
+                group_top = top
+                top, total = tl.reduce((group_top, total), 0, _add_softmax)
+                acc = _sum_groups(acc * tl.exp2(group_top - top[None])[:, :, None], GROUPS)
+            if SCALED:
+                acc *= tl.load(v_scale_ptr + head)
+
+            if parts == 1:
+                _store_out(out_ptr, acc, total, q_row, q_mask, D)
+            else:
+                slot = item * num_tiles + tile
+                local = slot.to(tl.int64) * ROWS + tl.arange(0, M)
+                tl.store(partial_ptr + local[:, None] * D + column[None, :], acc, mask=q_mask)
+                tl.store(stats_ptr + slot.to(tl.int64) * ROWS + local, top, mask=m < G * T)
+                tl.store(stats_ptr + slot.to(tl.int64) * ROWS + local + ROWS, total, mask=m < G * T)
+                tl.debug_barrier()  # every thread's stores come before the one thread's release
+                counter = counter_ptr + (b * HKV + head) * num_tiles + tile
+                if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
+                    tl.store(counter, 0)  # for the next launch
+                    merged_m = tile * M + tl.arange(0, ROWS)
+                    merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
+                    first_slot = (item - part) * num_tiles + tile
+                    merged_acc, merged_total = _merge(
+                        partial_ptr, stats_ptr, first_slot, num_tiles, parts, merged_mask, D, MERGED
+                    )
+                    merged_row = (b * T + merged_m // G) * (HKV * G) + head * G + merged_m % G
+                    _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Launch
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one call is laid out. Rows are cache rows unless said otherwise."""
+
+    programs: int  # programs for each tile of query rows
+    query_rows: int  # M: query rows of a tile, at least 16 for the tensor cores
+    query_tiles: int
+    kept_rows: int  # query rows of a tile that a partial result keeps
+    chunk_rows: int  # rows loaded before the dependency wait; parts are whole chunks
+    block_rows: int  # N: rows of a step of the loop after it
+    row_groups: int  # of rows within a tile, each with its own softmax
+    min_rows: int  # a smaller part is not worth a merge
+    split_rows: int  # rows of every part where the caller fixes them, else 0
+    items: int  # the most items there can be: sizes the scratch memory
+    merged: int  # partial results merged at a time
+    warps: int
+    stages: int
+    max_registers: int | None = None  # a thread: fewer let more programs run on a multiprocessor
+
+
+@functools.cache
+def choose_launch(
+    *,
+    batch: int,
+    tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    capacity: int,
+    page_size: int | None = None,
+    split_size: int | None = None,
+    sms: int = 132,
+) -> Launch:
+    """The launch for caches of `capacity` rows a sequence; `page_size` is None where a sequence has one page only.
+
+    With `split_size` nothing that decides the numbers depends on the batch.
+    """
+    rows = num_heads // num_kv_heads * tokens
+    query_rows = min(64, max(16, triton.next_power_of_2(rows)))
+    kept_rows = min(query_rows, triton.next_power_of_2(rows))
+    chunk_rows = 128 if capacity > 64 and (page_size is None or page_size % 128 == 0) else 64
+    block_rows = 64
+    min_rows = 256
+    warps = 4
+    pairs = batch * num_kv_heads
+    if split_size is not None:
+        if split_size < 1 or split_size % 128:
+            raise ValueError(f"split_size: found {split_size}, expected a positive multiple of 128")
+        items = pairs * max(1, -(-capacity // split_size))
+        programs = min(items, 4 * sms)
+    else:
+        # Two programs a multiprocessor, and one for each (sequence, KV head) where those are many.
+        most_parts = max(1, capacity // min_rows)
+        programs = min(pairs * most_parts, 2 * sms if pairs < sms else pairs + 2 * sms)
+        items = programs
+    # 32 KiB of partial results at a time: 64 registers of each of 128 threads.
+    merged = max(1, min(32, 8192 // (kept_rows * triton.next_power_of_2(head_dim))))
+    return Launch(
+        programs=programs,
+        query_rows=query_rows,
+        query_tiles=-(-rows // query_rows),
+        kept_rows=kept_rows,
+        chunk_rows=chunk_rows,
+        block_rows=block_rows,
+        row_groups=warps if query_rows == 16 else 1,
+        min_rows=min_rows,
+        split_rows=split_size or 0,
+        items=items,
+        merged=merged,
+        warps=warps,
+        stages=3,
+    )
+
+
+_overrides: dict = {}
+
+
+@contextlib.contextmanager
+def override_launch(**changes):
+    """Every launch inside has these fields of Launch changed: for measuring and for tests. Not for concurrent use."""
+    global _overrides
+    before, _overrides = _overrides, changes
+    try:
+        yield
+    finally:
+        _overrides = before
+
+
+MAX_COUNTERS = 65536  # (sequence, KV head, tile) triples of one call
+_counters: dict[torch.device, torch.Tensor] = {}
+
+
+def _zeroed_counters(device: torch.device) -> torch.Tensor:
+    """This device's counters of finished parts: zero between launches, because the last program to finish resets its own.
+
+    One buffer a device, so two streams must not run flash_decode at the same time.
+    """
+    if device not in _counters:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("flash_decode must run once on a device before a CUDA graph captures it")
+        _counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+    return _counters[device]
+
+
+def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, scale, window=None, k_scale=None, v_scale=None):
+    """Runs the kernel as `launch` says."""
+    B, T, Hq, D = q.shape
+    _, Hkv, page_size, _ = k_cache.shape
+    out = torch.empty_like(q)
+    scratch = (launch.items, launch.query_tiles, launch.kept_rows)
+    partial = torch.empty(*scratch, D, dtype=torch.float32, device=q.device)
+    stats = torch.empty(*scratch, 2, dtype=torch.float32, device=q.device)
+    _flash_decode_kernel[(launch.programs, launch.query_tiles)](
+        q,
+        k_cache,
+        v_cache,
+        lengths,
+        table,
+        k_scale,
+        v_scale,
+        out,
+        partial,
+        stats,
+        _zeroed_counters(q.device),
+        scale * LOG2_E,
+        window or 0,
+        B,
+        table.shape[1],
+        page_size,
+        launch.programs - B * Hkv,
+        launch.min_rows // launch.chunk_rows,
+        HKV=Hkv,
+        G=Hq // Hkv,
+        T=T,
+        D=D,
+        COLUMNS=triton.next_power_of_2(D),
+        SEQUENCES=triton.next_power_of_2(B),
+        M=launch.query_rows,
+        GROUPS=launch.row_groups,
+        ROWS=launch.kept_rows,
+        CHUNK=launch.chunk_rows,
+        N=launch.block_rows,
+        SPLIT_CHUNKS=launch.split_rows // launch.chunk_rows,
+        MERGED=launch.merged,
+        STAGES=launch.stages,
+        PAGED=table.shape[1] > 1,
+        WINDOWED=window is not None,
+        SCALED=k_scale is not None,
+        EARLY=INTERPRET or pdl_supported(q),
+        num_warps=launch.warps,
+        maxnreg=launch.max_registers,
+        **launch_options(q),
+    )
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Operator
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale):
+    B, _, Hq, D = q.shape
+    _, Hkv, page_size, cache_D = k_cache.shape
+    if k_cache.shape != v_cache.shape or cache_D != D or Hq % Hkv:
+        raise ValueError(
+            f"flash_decode: found q {tuple(q.shape)}, k_cache {tuple(k_cache.shape)}, v_cache {tuple(v_cache.shape)}, "
+            "expected q [B, T, Hq, D] and caches [pages, Hkv, page_size, D] with Hq a multiple of Hkv"
+        )
+    if not (q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()):
+        raise ValueError("flash_decode: found q, k_cache or v_cache with strides of their own, expected contiguous tensors")
+    if lengths.shape != (B,) or table.dim() != 2 or table.shape[0] != B:
+        raise ValueError(
+            f"flash_decode: found lengths {tuple(lengths.shape)}, table {tuple(table.shape)}, expected [{B}] and [{B}, P]"
+        )
+    if lengths.dtype != torch.int32 or table.dtype != torch.int32:
+        raise ValueError(f"flash_decode: found lengths {lengths.dtype}, table {table.dtype}, expected int32")
+    if table.shape[1] > 1 and page_size % 64:
+        raise ValueError(f"flash_decode: found pages of {page_size} rows, expected a multiple of 64")
+    if (k_scale is None) != (v_scale is None):
+        raise ValueError("flash_decode: found one of k_scale and v_scale, expected both or neither")
+    if k_scale is not None and (k_scale.shape != (Hkv,) or v_scale.shape != (Hkv,)):
+        raise ValueError(f"flash_decode: found scales {tuple(k_scale.shape)}, {tuple(v_scale.shape)}, expected [{Hkv}]")
+    if window is not None and window < 1:
+        raise ValueError(f"flash_decode: found window {window}, expected at least 1")
+
+
+@torch.library.custom_op("rooflama::flash_decode", mutates_args=())
+def _flash_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    lengths: torch.Tensor,
+    table: torch.Tensor,
+    scale: float,
+    window: int | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    split_size: int | None,
+) -> torch.Tensor:
+    _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale)
+    options = {"scale": scale, "window": window, "k_scale": k_scale, "v_scale": v_scale}
+    B, T, Hq, D = q.shape
+    if not runs_kernels(q) or D not in HEAD_SIZES or q.dtype not in (torch.bfloat16, torch.float16):
+        return flash_decode_ref(q, k_cache, v_cache, lengths, table, **options)
+    _, Hkv, page_size, _ = k_cache.shape
+    paged = table.shape[1] > 1
+    launch = choose_launch(
+        batch=B,
+        tokens=T,
+        num_heads=Hq,
+        num_kv_heads=Hkv,
+        head_dim=D,
+        capacity=table.shape[1] * page_size,
+        page_size=page_size if paged else None,
+        split_size=split_size,
+        sms=num_sms(q.device.index or 0),
+    )
+    return launch_flash_decode(q, k_cache, v_cache, lengths, table, replace(launch, **_overrides), **options)
+
+
+@_flash_decode.register_fake
+def _(q, k_cache, v_cache, lengths, table, scale, window, k_scale, v_scale, split_size):
+    _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale)
+    return torch.empty_like(q)
+
+
+def flash_decode(
+    q, k_cache, v_cache, lengths, table, *, scale, window=None, k_scale=None, v_scale=None, split_size=None
+) -> torch.Tensor:
+    """Attention of this step's tokens over the cache, this step's rows included: q [B, T, Hq, D] -> [B, T, Hq, D].
+
+    k_cache, v_cache [pages, Hkv, page_size, D] in q's dtype, or float8_e4m3fn with k_scale, v_scale [Hkv] float32.
+    lengths [B] int32: valid rows of each sequence, this step's T included, so that token t stands at lengths - T + t and sees
+    the rows up to its own (with `window`: the last `window` of them). Length 0, and tokens at negative positions, give zeros.
+    table [B, P] int32: position p is row p % page_size of page table[b, p // page_size].
+    split_size: rows of a part, a multiple of 128, fixed so that a sequence's result does not depend on the batch around it.
+    Raises ValueError where shapes or dtypes do not fit.
+    """
+    return _flash_decode(q, k_cache, v_cache, lengths, table, scale, window, k_scale, v_scale, split_size)

@@ -1,0 +1,209 @@
+"""Measures tiles for this GPU: each small-batch linear of a model, inside the model's own decode step.
+
+    python scripts/tune.py llama-3.2-1b llama-3.1-8b --batch_size 1 --seconds 60
+
+A kernel alone prefers other tiles than a chain of kernels that load their weights beside each other, so every candidate is
+timed as part of whole steps, replayed from a CUDA graph; one operator changes at a time, and a better tile is kept at once.
+Prints the entries to put into kernels/tiles.py (MEASURED), and writes every measurement to --output as JSON lines.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import kernels
+from generate import STEPS_PER_GRAPH, Engine, add_flag, decode_one_token, floor_ms
+from kernels.formats import Weight
+from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for
+from model import SHAPES
+
+MIN_GAIN = 0.998  # of the time before: less is noise
+
+
+def operators(config) -> list[tuple[str, int, int]]:
+    """(op, N, K) of each linear of a decode step, those with the most bytes first."""
+    c = config
+    ops = [
+        ("qkv", c.q_size + 2 * c.kv_size, c.hidden_size),
+        ("linear", c.hidden_size, c.q_size),
+        ("silu_mul", 2 * c.intermediate_size, c.hidden_size),
+        ("linear", c.hidden_size, c.intermediate_size),
+        ("head", c.vocab_size, c.hidden_size),
+    ]
+    return sorted(ops, key=lambda o: -o[1] * o[2])
+
+
+def compile_tile(job) -> tuple | None:
+    """In a process of its own: runs one operator once with one tile, for the compiled kernel in Triton's cache."""
+    shape, rows, op, N, K, tile = job
+    c = SHAPES[shape]
+    make = lambda *size, dtype=torch.bfloat16: torch.zeros(*size, dtype=dtype, device="cuda")
+    x, norm, weight = make(rows, K), make(K), Weight(N, K, bias=op == "qkv" and c.qkv_bias, device="cuda")
+    lengths = make(rows, dtype=torch.int32)
+    try:
+        with override_tiles({(op, N, K): tile}):
+            if op == "qkv":
+                cache = make(rows, c.num_kv_heads, 64, c.head_dim)
+                rope = make(64, c.head_dim // 2, dtype=torch.float32)
+                qk = make(c.head_dim) if c.qk_norm else None
+                kernels.qkv_rope_append(
+                    x, weight, norm=norm, eps=1e-5, q_norm=qk, k_norm=qk, qk_eps=1e-5, cos=rope, sin=rope, lengths=lengths,
+                    table=make(rows, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
+                    page_size=64, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, ahead=weight,
+                )  # fmt: skip
+            elif op == "head":
+                sampling = {"temperature": make(rows, dtype=torch.float32), "seed": make(rows, dtype=torch.int64)}
+                kernels.head(
+                    x,
+                    weight,
+                    norm=norm,
+                    eps=1e-5,
+                    vocab_size=N,
+                    lengths=lengths,
+                    sample=make(rows, dtype=torch.int32),
+                    **sampling,
+                )
+            elif op == "silu_mul":
+                kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", ahead=weight)
+            else:
+                kernels.linear(x, weight, residual=make(rows, N), ahead=weight)
+        torch.cuda.synchronize()
+    except Exception as error:  # a tile that does not fit the card is a result, not a fault
+        return (op, N, K, tile, f"{type(error).__name__}: {str(error)[:80]}")
+    return None
+
+
+class StepTimer:
+    """Times whole decode steps of a model under overridden tiles."""
+
+    def __init__(self, shape: str, batch_size: int, context: int):
+        self.engine = Engine.random(shape, "cuda", max_seq_len=context + 512)
+        self.engine.prepare(batch_size, context + 512)
+        self.context = context
+
+    def us_per_step(self, tiles: dict, replays: int = 6) -> float:
+        session = self.engine.session
+
+        def rewind():
+            session.cache.lengths.fill_(self.context)
+            session.done.zero_()
+            session.limit.fill_(session.max_seq_len - 1)
+
+        rewind()
+        with override_tiles(tiles):
+            decode_one_token(self.engine.model, session, "greedy")
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                for _ in range(STEPS_PER_GRAPH):
+                    decode_one_token(self.engine.model, session, "greedy")
+        times = []
+        for _ in range(3):
+            rewind()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            graph.replay()
+            start.record()
+            for _ in range(replays):
+                graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e3 / replays / STEPS_PER_GRAPH)
+        return statistics.median(times)
+
+
+def neighbours(tile: Tile, op: str) -> list[Tile]:
+    """Moves that change how a tile's loads overlap with other kernels, not its shape."""
+    change = lambda **fields: dataclasses.replace(tile, **fields)
+    moves = [change(ahead=kib) for kib in (0, 1024, 2048, 4096, 8192, 12288, 16384) if op != "head"]
+    moves += [change(late=not tile.late), change(stream=not tile.stream)]
+    moves += [change(registers=r) for r in (None, 64, 96, 128, 168)]
+    return [m for m in dict.fromkeys(moves) if m != tile]
+
+
+def tune(shape: str, args, pool) -> None:
+    config, rows = SHAPES[shape], args.batch_size
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    rng = random.Random(args.seed)
+    timer = StepTimer(shape, rows, args.context)
+    best = {key: tile_for(key[0], "bf16", rows, *key[1:], sms) for key in operators(config)}
+    best_us = timer.us_per_step(best)
+    floor = floor_ms(timer.engine, rows, args.context, 4.44e12) * 1e3
+    print(f"{shape} batch {rows}: {best_us:.1f} us a step with the present tiles; bytes at 4.44 TB/s: {floor:.1f}", flush=True)
+    failed: dict[tuple, str] = {}
+    deadline = time.perf_counter() + args.seconds
+
+    def try_all(jobs: list[tuple]) -> None:
+        nonlocal best_us
+        compiled = [pool.submit(compile_tile, (shape, rows, *key, tile)) for key, tile in jobs]
+        for (key, tile), future in zip(jobs, compiled, strict=True):
+            if time.perf_counter() > deadline:
+                future.cancel()
+                continue
+            if fault := future.result():
+                failed[fault[:4]] = fault[4]
+                continue
+            try:
+                us = timer.us_per_step({**best, key: tile})
+            except Exception as error:
+                failed[(*key, tile)] = str(error)
+                continue
+            if args.output:
+                record = {"model": shape, "rows": rows, "op": key[0], "N": key[1], "K": key[2], "tile": repr(tile), "us": us}
+                with args.output.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            if us < best_us * MIN_GAIN:
+                best_us, best[key] = us, tile
+                print(f"  {us:8.1f} us  {key[0]} {key[1]} x {key[2]}: {tile}", flush=True)
+
+    for _ in range(args.rounds):
+        jobs = []
+        for key in best:  # shapes
+            tiles = candidate_tiles(key[0], rows, *key[1:])
+            keep = ("ahead", "late", "stream", "registers")
+            tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
+            jobs += [(key, t) for t in rng.sample(tiles, min(len(tiles), args.candidates))]
+        try_all(jobs)
+        for key in best:  # overlaps
+            try_all([(key, t) for t in neighbours(best[key], key[0])])
+    print(
+        f"{shape} batch {rows}: {best_us:.1f} us a step, {floor / best_us:.1%} of 4.44 TB/s; {len(failed)} tiles failed",
+        flush=True,
+    )
+    for error in sorted(set(failed.values()))[:3]:
+        print(f"    {error}", flush=True)
+    for (op, N, K), tile in best.items():
+        print(f"    ({sms}, {op!r}, {N}, {K}): {tile},", flush=True)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    add_flag(parser, "batch_size", type=int, default=1)
+    add_flag(parser, "context", type=int, default=96, help="cached tokens a sequence")
+    add_flag(parser, "seconds", type=float, default=60, help="of measuring, for each shape")
+    add_flag(parser, "candidates", type=int, default=48, help="tiles tried for each operator")
+    add_flag(parser, "rounds", type=int, default=2)
+    add_flag(parser, "seed", type=int, default=0)
+    add_flag(parser, "output", type=Path)
+    args = parser.parse_args(argv)
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
+        for shape in args.shapes:
+            tune(shape, args, pool)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,247 @@
+"""Generation: the decode paths, stopping, streaming, the command line and its errors."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import hf_model
+
+import generate
+from generate import DEMO, Engine, _Text
+from sampling import SamplingParams
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llama3")
+    hf_model("llama3").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(directory):
+    return Engine.load(directory, "cpu", torch.float32, decode_mode="eager", max_seq_len=128)
+
+
+def tokens_of(engine, prompt, **params):
+    (out,), _ = engine.generate([prompt], SamplingParams(**{"max_new_tokens": 12, "ignore_eos": True} | params))
+    return out.tokens
+
+
+# ---------------------------------------------------------------- decode paths
+
+
+def test_no_recompilation_after_warm_up(directory):
+    """Prompt length, generated length, sampling values and stop ids may all change without compiling again."""
+    engine = Engine.load(directory, "cpu", torch.float32, decode_mode="compile", compile_prefill=True, max_seq_len=128)
+    expected = Engine.load(directory, "cpu", torch.float32, decode_mode="eager", max_seq_len=128)
+    for n in (7, 13):  # the prefill is compiled for any length once it has seen two
+        tokens_of(engine, list(range(n)), max_new_tokens=3)
+    cases = [
+        (list(range(5)), {"max_new_tokens": 4}),
+        (list(range(40)), {"max_new_tokens": 20, "temperature": 0.7, "seed": 3}),
+        (list(range(21)), {"max_new_tokens": 9, "temperature": 1.3, "top_k": 5, "top_p": 0.8, "min_p": 0.01}),
+        (list(range(60, 90)), {"max_new_tokens": 30, "stop_token_ids": (5, 9)}),
+    ]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        got = [tokens_of(engine, prompt, **params) for prompt, params in cases]
+    assert got == [tokens_of(expected, prompt, **params) for prompt, params in cases]
+
+
+def test_the_compiled_step_copies_no_cache(directory):
+    """Every buffer that Inductor's code for the decode step allocates is smaller than one layer's K."""
+    from torch._inductor.utils import run_and_get_code
+
+    engine = Engine.load(directory, "cpu", torch.float32, decode_mode="compile", max_seq_len=128)
+    engine.prepare(1, 128)
+    session = engine.session
+    session.cache.lengths.fill_(3)
+    torch.compiler.reset()
+    _, (code,) = run_and_get_code(engine.decoder.step, engine.model, session, "greedy")
+    k = session.cache.layer(0)[0]
+    shape = str(tuple(k.shape))
+    allocated = [line for line in code.splitlines() if "empty_strided" in line and shape in line and "=" in line]
+    assert shape in code, "the code names the cache's shape somewhere, or this test looks for the wrong thing"
+    assert not allocated, allocated
+    assert "clone" not in code
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours(engine):
+    prompts = [list(range(3, 3 + n)) for n in (4, 17, 9)]
+    for params in ({}, {"temperature": 1.0, "seed": 11}, {"temperature": 0.9, "top_k": 20, "top_p": 0.9}):
+        alone = [tokens_of(engine, p, **params) for p in prompts]
+        together, _ = engine.generate(prompts, SamplingParams(max_new_tokens=12, ignore_eos=True, **params))
+        assert [o.tokens for o in together] == alone
+
+
+def test_embeddings_serve_as_a_prompt(engine):
+    ids = [5, 9, 44, 3]
+    assert tokens_of(engine, engine.model.embed(torch.tensor(ids))) == tokens_of(engine, ids)
+
+
+def test_seed_and_sample_decide_the_draw(engine):
+    params = SamplingParams(temperature=1.5, max_new_tokens=24, ignore_eos=True, seed=5)
+    draw = lambda sample, p: engine.generate([[4, 5, 6]], p, sample=sample)[0][0].tokens
+    assert draw(0, params) == draw(0, params)
+    assert draw(0, params) != draw(1, params)
+    assert draw(0, params) != draw(0, SamplingParams(temperature=1.5, max_new_tokens=24, ignore_eos=True, seed=6))
+
+
+# ---------------------------------------------------------------- stopping
+
+
+def test_stops_at_any_stop_id(engine):
+    free = tokens_of(engine, [4, 5, 6], max_new_tokens=12)
+    stop = free[4]
+    (out,), _ = engine.generate([[4, 5, 6]], SamplingParams(max_new_tokens=12, ignore_eos=True, stop_token_ids=(198, stop)))
+    assert out.tokens == free[: free.index(stop) + 1]
+    assert out.finish_reason == "stop"
+
+
+def test_finished_sequences_stay_finished(engine):
+    """One of three stops early; the others are not disturbed, and it emits nothing more."""
+    prompts = [[4, 5, 6], [7, 8], [9, 10, 11, 12]]
+    free, _ = engine.generate(prompts, SamplingParams(max_new_tokens=16, ignore_eos=True))
+    stop = free[1].tokens[2]
+    params = [SamplingParams(max_new_tokens=16, ignore_eos=True, stop_token_ids=(stop,) if i == 1 else ()) for i in range(3)]
+    got, _ = engine.generate(prompts, params)
+    assert [o.tokens for o in got] == [free[0].tokens, free[1].tokens[: free[1].tokens.index(stop) + 1], free[2].tokens]
+    assert [o.finish_reason for o in got] == ["length", "stop", "length"]
+
+
+def test_the_context_ends_with_reason_length(engine):
+    (out,), _ = engine.generate([list(range(100))], SamplingParams(max_new_tokens=500, ignore_eos=True))
+    assert len(out.tokens) == 28  # 128 - 100
+    assert out.finish_reason == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [([], "no tokens"), (list(range(128)), "fewer than the context of 128"), ([4, 199], "token id 199")],
+)
+def test_a_prompt_that_cannot_run_is_refused(engine, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        engine.generate([prompt], SamplingParams())
+
+
+def test_nan_logits_stop_the_run(directory):
+    engine = Engine.load(directory, "cpu", torch.float32, max_seq_len=128)
+    engine.model.norm.weight[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="NaN at token 1 of prompt 0"):
+        tokens_of(engine, [4, 5, 6])
+
+
+class _Letters:
+    """A tokenizer whose token i is chr(i)."""
+
+    drops_first_space = False
+
+    def token_bytes(self, i, skip_special=True):
+        return bytes([i])
+
+
+@pytest.mark.parametrize(
+    ("stops", "text", "shown", "reason"),
+    [
+        (("END",), "one END two", "one ", "stop"),
+        (("END",), "one EN", "one EN", None),
+        (("ENDING", "ND"), "one END", "one E", "stop"),
+        (("aab",), "aaaab", "aa", "stop"),
+    ],
+)
+def test_stop_strings_over_tokens(stops, text, shown, reason):
+    """Text that may still become a stop string is held back; text of and after one is never shown."""
+
+    class Owner:
+        tokenizer, stop_ids = _Letters(), frozenset()
+
+    answer = _Text(Owner, SamplingParams(stop=stops))
+    pieces = []
+    for byte in text.encode():
+        if not answer.finish_reason:
+            pieces.append(answer.push([byte]))
+            assert not any(s in "".join(pieces) for s in stops)
+    pieces.append(answer.finish())
+    assert "".join(pieces) == answer.text == shown
+    assert answer.finish_reason == reason
+
+
+# ---------------------------------------------------------------- the demo model and the command line
+
+
+def test_golden_tokens_of_the_demo_model():
+    """The exact 64 greedy tokens, float32 on a CPU; the smallest gap between first and second choice exceeds 1e-2."""
+    golden = json.loads((Path(__file__).parent / "golden_demo.json").read_text())
+    engine = Engine.load(DEMO, "cpu", torch.float32, decode_mode="eager")
+    (out,), _ = engine.generate([golden["prompt"]], SamplingParams(max_new_tokens=64, ignore_eos=True))
+    assert out.tokens == golden["tokens"]
+    assert out.text == golden["text"]
+
+    ids = torch.tensor(engine.encode(golden["prompt"]) + out.tokens)
+    logits = engine.model.logits(engine.model(engine.model.embed(ids), generate.PrefillStep(len(ids))))
+    best = logits[-65:-1].topk(2).values
+    assert (best[:, 0] - best[:, 1]).min() > 1e-2
+
+
+def run_cli(*argv, **options):
+    command = [sys.executable, str(ROOT / "generate.py"), "--device", "cpu", *argv]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_json_is_the_last_line():
+    done = run_cli("--prompt", "JULIET:", "--max-new-tokens", "9", "--temperature", "0", "--json")
+    assert done.returncode == 0, done.stderr
+    *text, last = done.stdout.splitlines()
+    result = json.loads(last)
+    (out,) = result["outputs"]
+    assert set(out) == {"tokens", "text", "finish_reason", "prompt_tokens"}
+    assert len(out["tokens"]) == 9
+    assert "\n".join(text) == out["text"]
+    wanted = {
+        "load_sec",
+        "compile_sec",
+        "ttft_sec",
+        "prefill_tok_per_sec",
+        "decode_tok_per_sec",
+        "tpot_ms",
+        "peak_memory_bytes",
+    }
+    assert wanted <= set(result["metrics"])
+    assert "path: eager" in done.stderr
+
+
+def test_closed_output_ends_quietly():
+    command = f"{sys.executable} {ROOT / 'generate.py'} --device cpu --max_new_tokens 60 --temperature 0 | head -c 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
+    assert len(done.stdout) == 1
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "words"),
+    [
+        (["--temperature", "nan"], 1, ["temperature", "nan", "[0, 2]"]),
+        (["--top_p", "0"], 1, ["top_p", "0.0", "(0, 1]"]),
+        (["--stop", ""], 1, ["stop", "not empty"]),
+        (["--max_new_tokens", "0"], 1, ["max_new_tokens", "0", "at least 1"]),
+        (["--num_samples", "0"], 2, ["--num_samples", "0", "at least 1"]),
+        (["--random_weights", "llama-9"], 1, ["llama-9", "llama-3.2-1b"]),
+        (["--checkpoint_path", "/nowhere"], 1, ["/nowhere"]),
+        (["--decode_mode", "graph"], 1, ["graph", "CUDA"]),
+        (["--frobnicate"], 2, ["--frobnicate"]),
+    ],
+)
+def test_bad_input_gets_one_line(argv, status, words, capsys, monkeypatch):
+    try:
+        got = generate.main(["--device", "cpu", *argv])
+    except SystemExit as exit:
+        got = exit.code
+    err = capsys.readouterr().err
+    assert got == status
+    assert all(w in err.splitlines()[-1] for w in words), err
+    assert "Traceback" not in err

@@ -1,0 +1,179 @@
+"""The engine on a GPU: its accuracy through the decode graph, its graphs, and the order that early launches must keep."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import kernels
+from generate import Engine, Transformer, fill_randomly
+from model import SHAPES, PrefillStep
+from sampling import SamplingParams
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+ROOT = Path(__file__).parent.parent
+
+
+def small(**options):
+    return Engine.random("llama-3.2-1b", "cuda", max_seq_len=512, **options)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(0, 100_000, (160,), generator=torch.Generator().manual_seed(0)).cuda()
+
+
+def teacher_forced_logits(engine, tokens, prompt_len):
+    """Logits [len(tokens) - prompt_len, V]: a prefill, then one-step graphs that are fed the given tokens."""
+    engine.prepare(1, len(tokens) + 8)
+    session, model = engine.session, engine.model
+    model(model.embed(tokens[:prompt_len]), PrefillStep(prompt_len, session.cache))
+    session.limit.fill_(session.max_seq_len)
+    session.done.zero_()
+    got = []
+    for i in range(prompt_len, len(tokens)):
+        session.x.copy_(model.embed(tokens[i : i + 1]))
+        session.cache.lengths.fill_(i + 1)
+        engine.decoder.run(1)
+        got.append(engine.decoder.logits.clone())
+    return torch.cat(got)
+
+
+def hf_logits(model, tokens, dtype):
+    """The same weights through transformers in `dtype`."""
+    import transformers
+
+    c = model.config
+    config = transformers.AutoConfig.for_model(**c.to_dict())
+    with torch.device("meta"):
+        reference = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    state = {"model.embed_tokens.weight": model.tok_embeddings.weight, "model.norm.weight": model.norm.weight}
+    state["lm_head.weight"] = model.head.weight
+    for i, layer in enumerate(model.layers):
+        p, a, f = f"model.layers.{i}.", layer.attention, layer.feed_forward
+        q, k, v = a.wqkv.weight.split([c.q_size, c.kv_size, c.kv_size])
+        gate, up = f.w13.weight.chunk(2)
+        state |= {
+            p + "self_attn.q_proj.weight": q, p + "self_attn.k_proj.weight": k, p + "self_attn.v_proj.weight": v,
+            p + "self_attn.o_proj.weight": a.wo.weight, p + "mlp.gate_proj.weight": gate, p + "mlp.up_proj.weight": up,
+            p + "mlp.down_proj.weight": f.w2.weight, p + "input_layernorm.weight": layer.attention_norm.weight,
+            p + "post_attention_layernorm.weight": layer.ffn_norm.weight,
+        }  # fmt: skip
+    state = {name: t.to(dtype) for name, t in state.items()}
+    reference.load_state_dict(state, strict=True, assign=True)
+    with torch.device("cuda"):  # its RoPE buffers are not in the state dict
+        reference.model.rotary_emb = type(reference.model.rotary_emb)(config)
+    with torch.no_grad():
+        return reference.cuda().eval()(tokens[None]).logits[0].float()
+
+
+def test_accuracy_of_the_decode_graph(tokens):
+    """128 teacher-forced steps of a true-size 1B in bf16: at every position the RMS error against float32 is at most 1.1
+    times that of transformers in bf16."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    engine = small(decode_mode="graph")
+    got = teacher_forced_logits(engine, tokens, 32)
+    exact = hf_logits(engine.model, tokens, torch.float32)[32:]
+    theirs = hf_logits(engine.model, tokens, torch.bfloat16)[32:]
+    ours_rms, theirs_rms = ((x - exact).pow(2).mean(1).sqrt() for x in (got, theirs))
+    ratio = (ours_rms / theirs_rms).max().item()
+    print(f"RMS logit error: ours {ours_rms.mean():.5f}, transformers {theirs_rms.mean():.5f}, worst ratio {ratio:.3f}")
+    assert len(got) == 128
+    assert ratio <= 1.1
+
+
+@pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b"])
+def test_kernels_agree_with_plain_pytorch(shape, tokens):
+    """Decode steps through the kernels against one full forward in plain PyTorch, a few layers of the true shape."""
+    import dataclasses
+
+    config = dataclasses.replace(SHAPES[shape], num_layers=3)
+    model = Transformer(config, device="cuda")
+    fill_randomly(model)
+    engine = Engine(model, decode_mode="graph", max_seq_len=512)
+    got = teacher_forced_logits(engine, tokens, 100)
+    expected = model.logits(model(model.embed(tokens), PrefillStep(len(tokens))))[100:]
+    exact = Transformer(config, device="cuda", dtype=torch.float32)
+    exact.load_state_dict({k: v.float() for k, v in model.state_dict().items()})
+    exact.setup_rope(512)
+    exact = exact.logits(exact(exact.embed(tokens), PrefillStep(len(tokens))))[100:]
+    ours, plain = ((x - exact).norm() / exact.norm() for x in (got, expected))
+    print(f"{shape}: relative error of the kernels {ours:.5f}, of plain PyTorch {plain:.5f}")
+    assert ours <= 1.1 * plain
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 0.9, "seed": 7}, {"temperature": 0.9, "top_k": 50, "top_p": 0.9}], ids=str
+)
+def test_every_path_gives_the_same_tokens(params, tokens):
+    """Graphs, reduce-overhead and eager steps run the same kernels: greedy and seeded tokens are equal."""
+    params = SamplingParams(max_new_tokens=40, **params)
+    got = {}
+    for mode in ("eager", "graph", "reduce-overhead"):
+        torch._dynamo.utils.counters.clear()
+        engine = small(decode_mode=mode)
+        for _ in range(2):  # Inductor records its CUDA graph in the second run
+            outputs, _ = engine.generate([tokens[:20].tolist(), tokens[:50].tolist()], params)
+        got[mode] = [o.tokens for o in outputs]
+        assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
+    assert got["graph"] == got["eager"]
+    assert got["reduce-overhead"] == got["eager"]
+
+
+ORDER = """
+import hashlib, sys, torch
+sys.path.insert(0, {root!r})
+import kernels
+from generate import Engine, STEPS_PER_GRAPH, fill_randomly
+from model import SHAPES, Transformer
+import dataclasses
+config = dataclasses.replace(SHAPES[{shape!r}], num_layers=2)
+model = Transformer(config, device="cuda"); fill_randomly(model)
+engine = Engine(model, decode_mode="graph", max_seq_len=1024)
+engine.prepare({batch}, 1024)
+s = engine.session
+def digest():
+    return hashlib.sha256(b"".join(b.view(torch.uint8).cpu().numpy().tobytes() for b in s.buffers() if b.numel())).hexdigest()
+def run():
+    for b in s.buffers(): b.zero_()
+    s.cache.table.copy_(torch.arange({batch}, device="cuda")[:, None])
+    s.stop_ids.fill_(-1); s.limit.fill_(1000); s.x.copy_(model.embed(torch.arange({batch}, device="cuda") + 7))
+    s.cache.lengths.fill_(1)
+    engine.decoder.run(96)
+    torch.cuda.synchronize()
+    return digest()
+if {pdl}:
+    got = {{run() for _ in range({repeats})}}
+else:
+    with kernels.pdl_disabled():
+        got = {{run() for _ in range(2)}}
+print(" ".join(sorted(got)))
+"""
+
+
+@pytest.mark.parametrize(("shape", "batch"), [("llama-3.2-1b", 1), ("llama-3.2-1b", 5), ("llama-3.1-8b", 1)])
+def test_early_launches_keep_the_order(shape, batch):
+    """1,000 replays of 8-step graphs, with and without programs that are made late: tokens and cache equal those without PDL,
+    bit for bit."""
+
+    def digests(pdl, repeats, delay):
+        code = ORDER.format(root=str(ROOT), shape=shape, batch=batch, pdl=pdl, repeats=repeats)
+        env = os.environ | {"ROOFLAMA_DELAY_NS": str(delay)}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=500)
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.split())
+
+    expected = digests(False, 2, 0)
+    assert len(expected) == 1
+    assert digests(True, 84, 0) == expected  # 84 x 12 = 1,008 replays
+    assert digests(True, 8, 3000) == expected
+
+
+def test_pdl_is_on():
+    assert kernels.pdl_supported(torch.zeros(1, device="cuda")) == (torch.cuda.get_device_capability() >= (9, 0))
