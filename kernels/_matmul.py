@@ -25,7 +25,7 @@ from kernels.tiles import Tile, tile_for
 MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
 
-WIDEN_DOT = tl.constexpr(INTERPRET)  # Triton's interpreter multiplies the bit patterns of bfloat16
+INTERPRETED = tl.constexpr(INTERPRET)
 
 # ---------------------------------------------------------------- loading
 
@@ -62,11 +62,15 @@ def preload(
     CHUNK: tl.constexpr, PRELOAD: tl.constexpr, NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
     STREAM: tl.constexpr,
 ):  # fmt: skip
-    """The first PRELOAD chunks of W[rows, k0:] and of the norm's weight, in registers: to be called before the wait."""
+    """The first PRELOAD chunks of W[rows, k0:] and of the norm's weight, in registers: to be called before the wait.
+
+    `rows` is a tuple of row vectors; the tiles of a chunk follow each other in the same order.
+    """
     tiles, norms = (), ()
     for c in tl.static_range(PRELOAD):
         k = k0 + c * CHUNK + tl.arange(0, CHUNK)
-        tiles = tiles + (load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM),)
+        for i in tl.static_range(len(rows)):
+            tiles = tiles + (load_weights(w_ptr, rows[i], k, N, K, MASK_N, MASK_K, STREAM),)
     for c in tl.static_range(PRELOAD):
         if NORM:
             k = k0 + c * CHUNK + tl.arange(0, CHUNK)
@@ -94,12 +98,13 @@ def prefetch_l2(address, num_bytes, LANES: tl.constexpr):
 
 
 @triton.jit
-def prefetch_rows(w_ptr, rows, k, N, K, wanted_bytes, R: tl.constexpr):
-    """Brings up to `wanted_bytes` of W[rows, k:] into L2."""
-    BYTES: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth // 8
-    num_bytes = tl.minimum(wanted_bytes // R, (K - k) * BYTES) // 16 * 16
-    if num_bytes > 0:
-        prefetch_l2(w_ptr + tl.minimum(rows, N - 1).to(tl.int64) * K + k, num_bytes, R)
+def prefetch_rows(w_ptr, rows, k, N, K, wanted_bytes):
+    """Brings up to `wanted_bytes` of W[rows, k:] into L2; `rows` is a tuple of row vectors."""
+    for i in tl.static_range(len(rows)):
+        R: tl.constexpr = rows[i].shape[0]
+        num_bytes = tl.minimum(wanted_bytes // (R * len(rows)), (K - k) * (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
+        if num_bytes >= 16:
+            prefetch_l2(w_ptr + tl.minimum(rows[i], N - 1).to(tl.int64) * K + k, num_bytes // 16 * 16, R)
 
 
 @triton.jit
@@ -129,31 +134,32 @@ def widen(words, DTYPE: tl.constexpr):
 @triton.jit
 def fma(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K,
-    M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr,
     NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Multiplies W[rows, k0 : k0 + CHUNKS * CHUNK] by the M rows of x; `tiles` and `norms` are preloaded.
 
-    Returns sums [R, MP], the sums of x^2 [MP], and the widened x * norm of every chunk and row, for `fma_again`.
+    Returns the sums, [R, MP] for each vector of `rows`; the sums of x^2, [1 or R, MP]; and the widened x * norm of every chunk
+    and row, for `fma_again`.
     """
+    S: tl.constexpr = len(rows)
     xs = ()
     for c in tl.static_range(PRELOAD):
         for m in tl.static_range(M):
             xs = xs + (load_vector(x_ptr + m * K, k0 + c * CHUNK + tl.arange(0, CHUNK), K, MASK_K),)
-    sums, squares, widened = (), (), ()
+    sums, squares, widened = _zeros(rows, M, CHUNK), (), ()
     for _ in tl.static_range(M):
-        sums = sums + (tl.zeros([R, CHUNK], tl.float32),)
         squares = squares + (tl.zeros([1, CHUNK], tl.float32),)
     for c in tl.static_range(CHUNKS):
         if c + PRELOAD < CHUNKS:  # as many chunks stay in flight as were preloaded
             k = k0 + (c + PRELOAD) * CHUNK + tl.arange(0, CHUNK)
-            tiles = tiles + (load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM),)
+            for i in tl.static_range(S):
+                tiles = tiles + (load_weights(w_ptr, rows[i], k, N, K, MASK_N, MASK_K, STREAM),)
             if NORM:
                 norms = norms + (load_vector(norm_ptr, k, K, MASK_K),)
             for m in tl.static_range(M):
                 xs = xs + (load_vector(x_ptr + m * K, k, K, MASK_K),)
-        w_even, w_odd = widen(tiles[c], DTYPE)
-        next_sums, next_squares = (), ()
+        next_squares = ()
         for m in tl.static_range(M):
             x_even, x_odd = widen(xs[c * M + m], DTYPE)
             if NORM:
@@ -161,45 +167,96 @@ def fma(
                 norm_even, norm_odd = widen(norms[c], DTYPE)
                 x_even *= norm_even
                 x_odd *= norm_odd
-            next_sums = next_sums + (sums[m] + w_even * x_even + w_odd * x_odd,)
             widened = widened + (x_even, x_odd)
-        sums = next_sums
         if NORM:
             squares = next_squares
-    return _columns(sums, R, M, MP), _columns(squares, 1, M, MP).reshape([MP]), widened
+        sums = _add_products(sums, tiles, widened, c, S, M, DTYPE)
+    sums, squares = _finish(sums, squares, NORM, S, M, MP)
+    return sums, squares, widened
 
 
 @triton.jit
 def fma_again(
     widened, w_ptr, rows, N, K,
-    M: tl.constexpr, MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The sums [R, MP] of a further tile, from the x that `fma` returned."""
-    tiles, sums = (), ()
+    """The sums of a further tile, from the x that `fma` returned."""
+    S: tl.constexpr = len(rows)
+    tiles, sums = (), _zeros(rows, M, CHUNK)
     for c in tl.static_range(CHUNKS):
-        tiles = tiles + (load_weights(w_ptr, rows, c * CHUNK + tl.arange(0, CHUNK), N, K, MASK_N, MASK_K, STREAM),)
-    for _ in tl.static_range(M):
-        sums = sums + (tl.zeros([R, CHUNK], tl.float32),)
+        for i in tl.static_range(S):
+            tiles = tiles + (load_weights(w_ptr, rows[i], c * CHUNK + tl.arange(0, CHUNK), N, K, MASK_N, MASK_K, STREAM),)
     for c in tl.static_range(CHUNKS):
-        w_even, w_odd = widen(tiles[c], DTYPE)
-        next_sums = ()
-        for m in tl.static_range(M):
-            next_sums = next_sums + (sums[m] + w_even * widened[2 * (c * M + m)] + w_odd * widened[2 * (c * M + m) + 1],)
-        sums = next_sums
-    return _columns(sums, R, M, MP)
+        sums = _add_products(sums, tiles, widened, c, S, M, DTYPE)
+    sums, _ = _finish(sums, (), False, S, M, MP)
+    return sums
 
 
 @triton.jit
-def _columns(sums, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
-    """Sums each [R, CHUNK] over its columns and sets the M results side by side: [R, MP]."""
-    if MP == 1:
-        out = tl.sum(sums[0], 1)[:, None]
+def _zeros(rows, M: tl.constexpr, CHUNK: tl.constexpr):
+    """A sum [R, CHUNK] for each vector of `rows` and row of x: columns are added up last, when the loads are over."""
+    sums = ()
+    for i in tl.static_range(len(rows)):
+        for _ in tl.static_range(M):
+            sums = sums + (tl.zeros([rows[i].shape[0], CHUNK], tl.float32),)
+    return sums
+
+
+@triton.jit
+def _add_products(sums, tiles, widened, c: tl.constexpr, S: tl.constexpr, M: tl.constexpr, DTYPE: tl.constexpr):
+    """Adds chunk c's products to the sums of S tiles and M rows of x."""
+    added = ()
+    for i in tl.static_range(S):
+        w_even, w_odd = widen(tiles[c * S + i], DTYPE)
+        for m in tl.static_range(M):
+            x_even, x_odd = widened[2 * (c * M + m)], widened[2 * (c * M + m) + 1]
+            added = added + (sums[i * M + m] + w_even * x_even + w_odd * x_odd,)
+    return added
+
+
+@triton.jit
+def _add2(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def _add3(a0, b0, c0, a1, b1, c1):
+    return a0 + a1, b0 + b1, c0 + c1
+
+
+@triton.jit
+def _finish(sums, squares, NORM: tl.constexpr, S: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
+    """Adds up the columns: sums [R, MP] for each of S tiles, squares [1 or R, MP].
+
+    One reduction of several tensors costs the barriers of one: 4 in place of 12 between the last load and the store.
+    """
+    if MP > 1 or INTERPRETED:  # the interpreter reduces a tuple one element at a time
+        out = ()
+        for i in tl.static_range(S):
+            out = out + (_columns(sums, i * M, M, MP),)
+        square = _columns(squares, 0, M, MP) if NORM else 0.0
+    elif S == 1 and NORM:
+        a, square = tl.reduce((sums[0], tl.broadcast_to(squares[0], sums[0].shape)), 1, _add2)
+        out, square = (a[:, None],), square[:, None]
+    elif S == 1:
+        out, square = (tl.sum(sums[0], 1)[:, None],), 0.0
+    elif NORM:
+        a, b, square = tl.reduce((sums[0], sums[1], tl.broadcast_to(squares[0], sums[0].shape)), 1, _add3)
+        out, square = (a[:, None], b[:, None]), square[:, None]
     else:
-        m = tl.arange(0, MP)[None, :]
-        out = tl.zeros([R, MP], tl.float32)
-        for i in tl.static_range(M):
-            out = tl.where(m == i, tl.sum(sums[i], 1)[:, None], out)
+        a, b = tl.reduce((sums[0], sums[1]), 1, _add2)
+        out, square = (a[:, None], b[:, None]), 0.0
+    return out, square
+
+
+@triton.jit
+def _columns(sums, first: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
+    """Adds up the columns of M sums [R, CHUNK], from the `first` on, and sets the results side by side: [R, MP]."""
+    m = tl.arange(0, MP)[None, :]
+    out = tl.sum(sums[first], 1)[:, None] + tl.zeros([sums[first].shape[0], MP], tl.float32)
+    for i in tl.static_range(1, M):
+        out = tl.where(m == i, tl.sum(sums[first + i], 1)[:, None], out)
     return out
 
 
@@ -209,7 +266,7 @@ def _columns(sums, R: tl.constexpr, M: tl.constexpr, MP: tl.constexpr):
 @triton.jit
 def rms_factor(squares, K, eps):
     """1 / sqrt(mean(x^2) + eps) from the sums of x^2 over K columns."""
-    return tl.rsqrt(squares / K + eps)
+    return tl.rsqrt(squares * (1.0 / K) + eps)
 
 
 # ---------------------------------------------------------------- programs that share a tile
@@ -218,16 +275,18 @@ def rms_factor(squares, K, eps):
 @triton.jit
 def arrive(
     sums, squares, partial_ptr, squares_ptr, counter_ptr, group, part,
-    PARTS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr,
+    PARTS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Stores this program's part of its group; true in the program that arrives last, which then merges.
+    """Stores this program's part of its group: `sums`, a tuple of [R, MP]. True in the program that arrives last, and merges.
 
     The last arrival sets the counter back to zero, so that no kernel has to. To be called after the wait.
     """
     r, m = tl.arange(0, R), tl.arange(0, MP)
     program = group * PARTS + part
-    tl.store(partial_ptr + program * (R * MP) + r[:, None] * MP + m[None, :], sums)
-    tl.store(squares_ptr + program * MP + m, squares)
+    for i in tl.static_range(len(sums)):
+        tl.store(partial_ptr + (program * len(sums) + i) * (R * MP) + r[:, None] * MP + m[None, :], sums[i])
+    if NORM:
+        tl.store(squares_ptr + program * MP + m, tl.max(squares, 0))  # its rows are equal
     tl.debug_barrier()  # every thread's part is stored before one thread's release
     last = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel") == PARTS - 1
     if last:
@@ -236,17 +295,25 @@ def arrive(
 
 
 @triton.jit
-def merge(partial_ptr, squares_ptr, group, TILES: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, MP: tl.constexpr):
-    """A group's sums [TILES * R, MP] and sums of squares [MP], its splits of K added in a fixed order."""
+def merge(
+    partial_ptr, squares_ptr, group,
+    S: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, R: tl.constexpr, MP: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """A group's sums, a tuple of S [TILES * R, MP], and sums of squares [1, MP]: the splits of K added in a fixed order."""
     row, m = tl.arange(0, TILES * R), tl.arange(0, MP)
     first = group * (TILES * SPLIT)
-    sums = tl.zeros([TILES * R, MP], tl.float32)
-    squares = tl.zeros([MP], tl.float32)
-    for s in tl.static_range(SPLIT):
-        program = first + row // R * SPLIT + s
-        address = partial_ptr + (program * (R * MP) + row % R * MP)[:, None] + m[None, :]
-        sums += tl.load(address, cache_modifier=".cg")  # other SMs wrote these: never from L1
-        squares += tl.load(squares_ptr + (first + s) * MP + m, cache_modifier=".cg")
+    squares = tl.zeros([1, MP], tl.float32)
+    if NORM:
+        for s in tl.static_range(SPLIT):  # other SMs wrote these: never from L1
+            squares += tl.load(squares_ptr + (first + s) * MP + m[None, :], cache_modifier=".cg")
+    sums = ()
+    for i in tl.static_range(S):
+        total = tl.zeros([TILES * R, MP], tl.float32)
+        for s in tl.static_range(SPLIT):
+            program = first + row // R * SPLIT + s
+            address = partial_ptr + ((program * S + i) * (R * MP) + row % R * MP)[:, None] + m[None, :]
+            total += tl.load(address, cache_modifier=".cg")
+        sums = sums + (total,)
     return sums, squares
 
 
@@ -259,33 +326,35 @@ def dot(
     MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """`fma` by tl.dot, the weights as the large operand: sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [MP]."""
+    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP]."""
     SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
     sums = tl.zeros([R, MP], tl.float32)
     squares = tl.zeros([MP, SQUARES], tl.float32)
+    xs = ()
+    for c in tl.static_range(PRELOAD):  # all in flight at once: no load may pass the barriers that a dot brings
+        xs = xs + (_load_rows(x_ptr, k0 + c * CHUNK + tl.arange(0, CHUNK), M, K, MP, MASK_K),)
     for c in tl.static_range(PRELOAD):
-        k = k0 + c * CHUNK + tl.arange(0, CHUNK)
-        x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
+        x = xs[c]
         if NORM:
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
         sums = _dot(tiles[c], x, sums)
     for c in tl.range(PRELOAD, CHUNKS, num_stages=STAGES):
         k = k0 + c * CHUNK + tl.arange(0, CHUNK)
-        tile = load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM)
+        tile = load_weights(w_ptr, rows[0], k, N, K, MASK_N, MASK_K, STREAM)
         x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
         if NORM:
             norm = load_vector(norm_ptr, k, K, MASK_K)
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
         sums = _dot(tile, x, sums)
-    return sums, tl.sum(squares, 1)
+    return sums, tl.sum(squares, 1)[None, :]
 
 
 @triton.jit
 def _dot(w, x, sums):
     """sums + w @ x.T"""
-    if WIDEN_DOT:
+    if INTERPRETED:  # where bit patterns of bfloat16 would be multiplied
         w, x = w.to(tl.float32), x.to(tl.float32)
     return tl.dot(w, tl.trans(x), sums)
 
@@ -304,6 +373,40 @@ def _load_rows(x_ptr, k, M, K, MP: tl.constexpr, MASK_K: tl.constexpr):
 def _sum_squares(x, MP: tl.constexpr, SQUARES: tl.constexpr):
     x = x.to(tl.float32).reshape([MP, SQUARES, 8])
     return tl.sum(x * x, 2)
+
+
+@triton.jit
+def interleave(rows_a, rows_b, R: tl.constexpr):
+    """The rows of a tensor-core tile that holds pairs: row j is member j % 2 of pair j // 2."""
+    return tl.join(rows_a, rows_b).reshape([R])
+
+
+@triton.jit
+def multiply(
+    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
+    PAIRS: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
+):  # fmt: skip
+    """By tl.dot or by FMA: the sums, one [R, MP], or the two members of PAIRS, [R / 2, MP] each; squares; x for `fma_again`."""
+    if DOT:
+        tile, squares = dot(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
+        )  # fmt: skip
+        widened = ()
+        if PAIRS:
+            a, b = tl.split(tile.reshape([R // 2, 2, MP]).permute(0, 2, 1))
+            sums = (a, b)
+        else:
+            sums = (tile,)
+    else:
+        sums, squares, widened = fma(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K,
+            M_FMA, MP, CHUNK, CHUNKS, PRELOAD, NORM, MASK_N, MASK_K, STREAM, DTYPE,
+        )  # fmt: skip
+    return sums, squares, widened
 
 
 # ---------------------------------------------------------------- launching

@@ -5,8 +5,8 @@ Owns `linear` (plain, or SiLU x up; bias; residual) and `qkv_rope_append` (bias,
 Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), K input features,
 N output features, F = N / 2 for SiLU x up, Hq/Hkv heads, D head size, S cache rows; R weight rows of a tile, MP padded M.
 
-Two rows that an epilogue combines (gate and up; the halves of a RoPE pair) are neighbours in a tile: row j of a tile is
-member j % 2 of pair j // 2.
+Two rows that an epilogue combines (gate and up; the halves of a RoPE pair) are in one program: the first members of its pairs
+are one vector of rows, the second members another.
 """
 
 import dataclasses
@@ -21,11 +21,11 @@ from kernels._matmul import (
     MAX_ROWS,
     arrive,
     check_matmul,
-    dot,
-    fma,
     fma_again,
+    interleave,
     matmul_arguments,
     merge,
+    multiply,
     prefetch_ahead,
     prefetch_rows,
     preload,
@@ -90,33 +90,30 @@ def qkv_rope_append_ref(
 
 
 @triton.jit
-def _pairs(sums, R: tl.constexpr, MP: tl.constexpr):
-    """The two members of each pair, [R / 2, MP] each."""
-    return tl.split(sums.reshape([R // 2, 2, MP]).permute(0, 2, 1))
-
-
-@triton.jit
-def _add_rows(sums, vector_ptr, rows, N, MASK_N: tl.constexpr):
-    """Adds vector[rows] to every column, if there is a vector."""
-    if vector_ptr is not None:
-        if MASK_N:
-            sums += tl.load(vector_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
-        else:
-            sums += tl.load(vector_ptr + rows).to(tl.float32)[:, None]
-    return sums
-
-
-@triton.jit
 def _linear_rows(tile, F, R: tl.constexpr, SILU_MUL: tl.constexpr):
-    """The weight rows of a tile, and the output features that it computes."""
+    """The weight rows of a tile, as a tuple of vectors; the first one's are also the output features that it computes."""
     if SILU_MUL:
-        j = tl.arange(0, R)
-        rows = tile * (R // 2) + j // 2 + j % 2 * F
-        features = tile * (R // 2) + tl.arange(0, R // 2)
+        gate = tile * (R // 2) + tl.arange(0, R // 2)
+        rows = (gate, gate + F)
     else:
-        rows = tile * R + tl.arange(0, R)
-        features = rows
-    return rows, features
+        rows = (tile * R + tl.arange(0, R),)
+    return rows
+
+
+@triton.jit
+def _loaded_rows(rows, R: tl.constexpr, DOT: tl.constexpr):
+    """What a tile loads at a time: by FMA each vector of rows, on the tensor cores one operand of all."""
+    return (interleave(rows[0], rows[1], R),) if DOT and len(rows) == 2 else rows
+
+
+@triton.jit
+def _add_bias(sums, bias_ptr, rows, N, MASK_N: tl.constexpr):
+    if bias_ptr is not None:
+        if MASK_N:
+            sums += tl.load(bias_ptr + rows, mask=rows < N, other=0).to(tl.float32)[:, None]
+        else:
+            sums += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
+    return sums
 
 
 @triton.jit
@@ -131,17 +128,15 @@ def _linear_residual(residual_ptr, features, m, M, F):
 
 @triton.jit
 def _linear_epilogue(
-    sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F,
-    R: tl.constexpr, MP: tl.constexpr, SILU_MUL: tl.constexpr, MASK_N: tl.constexpr,
+    sums, factor, bias_ptr, residual, y_ptr, rows, m, M, N, F, SILU_MUL: tl.constexpr, MASK_N: tl.constexpr
 ):  # fmt: skip
     """Norm factor, bias, activation, residual, store."""
-    y = _add_rows(sums * factor, bias_ptr, rows, N, MASK_N)
+    y = _add_bias(sums[0] * factor, bias_ptr, rows[0], N, MASK_N)
     if SILU_MUL:
-        gate, up = _pairs(y, R, MP)
-        y = gate / (1.0 + tl.exp(-gate)) * up
+        y = y / (1.0 + tl.exp(-y)) * _add_bias(sums[1] * factor, bias_ptr, rows[1], N, MASK_N)
     y += residual
-    mask = (features < F)[:, None] & (m < M)[None, :]
-    tl.store(y_ptr + m[None, :] * F + features[:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+    mask = (rows[0] < F)[:, None] & (m < M)[None, :]
+    tl.store(y_ptr + m[None, :] * F + rows[0][:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -160,48 +155,42 @@ def _linear_kernel(
     k0 = part * (CHUNKS * CHUNK)
     m = tl.arange(0, MP)
     NORM: tl.constexpr = norm_ptr is not None
-    rows, features = _linear_rows(tile, F, R, SILU_MUL)
-    tiles, norms = preload(w_ptr, norm_ptr, rows, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
+    rows = _linear_rows(tile, F, R, SILU_MUL)
+    loaded = _loaded_rows(rows, R, DOT)
+    tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
         if GRID:
-            later, _ = _linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL)
-            prefetch_rows(w_ptr, later, 0, N, columns, PREFETCH * 1024, R)
+            prefetch_rows(w_ptr, _linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), 0, N, columns, PREFETCH * 1024)
         else:
-            prefetch_rows(w_ptr, rows, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024, R)
+            prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
         prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
     pdl_wait(PDL)
 
-    residual = _linear_residual(residual_ptr, features, m, M, F)
-    if DOT:
-        sums, squares = dot(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns, M,
-            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
-        )  # fmt: skip
-    else:
-        sums, squares, widened = fma(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns,
-            M_FMA, MP, R, CHUNK, CHUNKS, PRELOAD, NORM, MASK_N, MASK_K, STREAM, DTYPE,
-        )  # fmt: skip
+    residual = _linear_residual(residual_ptr, rows[0], m, M, F)
+    sums, squares, widened = multiply(
+        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, SILU_MUL, DOT, M_FMA, MP, R,
+        CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+    )  # fmt: skip
     if SPLIT > 1:
-        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R, MP):
-            all_sums, all_squares = merge(partial_ptr, squares_ptr, tile, 1, SPLIT, R, MP)
-            factor = (rms_factor(all_squares, K, eps) / X_SCALE)[None, :] if NORM else 1.0
-            _linear_epilogue(
-                all_sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F, R, MP, SILU_MUL, MASK_N
-            )  # fmt: skip
+        SETS: tl.constexpr = len(rows)
+        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R // SETS, MP, NORM):
+            all_sums, all_squares = merge(partial_ptr, squares_ptr, tile, SETS, 1, SPLIT, R // SETS, MP, NORM)
+            factor = rms_factor(all_squares, K, eps) * (1 / X_SCALE) if NORM else 1.0
+            _linear_epilogue(all_sums, factor, bias_ptr, residual, y_ptr, rows, m, M, N, F, SILU_MUL, MASK_N)
     else:
-        factor = (rms_factor(squares, K, eps) / X_SCALE)[None, :] if NORM else 1.0
-        _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F, R, MP, SILU_MUL, MASK_N)
+        factor = rms_factor(squares, K, eps) * (1 / X_SCALE) if NORM else 1.0
+        _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, rows, m, M, N, F, SILU_MUL, MASK_N)
         if GRID:
-            count = tl.cdiv(N, R)
-            for later_tile in tl.range(tile + tl.num_programs(0), count, tl.num_programs(0), num_stages=STAGES):
-                rows, features = _linear_rows(later_tile, F, R, SILU_MUL)
-                sums = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, R, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
-                residual = _linear_residual(residual_ptr, features, m, M, F)
-                _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, rows, features, m, M, N, F, R, MP, SILU_MUL, MASK_N)
+            for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
+                later_rows = _linear_rows(later, F, R, SILU_MUL)
+                sums = fma_again(
+                    widened, w_ptr, later_rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
+                )
+                residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
+                _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
 
 
 @triton.jit
@@ -232,12 +221,12 @@ def _head_norm(a, b, weight_ptr, pair, eps, HALF: tl.constexpr):
 @triton.jit
 def _qkv_epilogue(
     sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
-    head, pair, rows, m, M, N, page_size,
-    R: tl.constexpr, MP: tl.constexpr, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
+    head, pair, m, M, page_size, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """Norm factor, bias, qk-norm, RoPE; a query head to q, a key or value head to the row of the cache that is its position."""
     HALF: tl.constexpr = D // 2
-    a, b = _pairs(_add_rows(sums * factor, bias_ptr, rows, N, False), R, MP)
+    a = _add_bias(sums[0] * factor, bias_ptr, head * D + pair, 0, False)
+    b = _add_bias(sums[1] * factor, bias_ptr, head * D + HALF + pair, 0, False)
     if q_norm_ptr is not None:
         if head < HQ:
             a, b = _head_norm(a, b, q_norm_ptr, pair, qk_eps, HALF)
@@ -284,56 +273,45 @@ def _qkv_kernel(
     m = tl.arange(0, MP)
     head = tile // (D // R)
     first_pair = tile % (D // R) * (R // 2)
-    j = tl.arange(0, R)
-    rows = head * D + first_pair + j // 2 + j % 2 * HALF
-    tiles, norms = preload(w_ptr, norm_ptr, rows, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
+    pair = first_pair + tl.arange(0, R // 2)
+    loaded = _loaded_rows((head * D + pair, head * D + HALF + pair), R, DOT)
+    tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
-        prefetch_rows(w_ptr, rows, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024, R)
+        prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
         prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
     # lengths, table, cos and sin are constant during a step
     position, page = _token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
-    pair = first_pair + tl.arange(0, R // 2)
     if TILES == 1:
         cos, sin = _rope_factors(cos_ptr, sin_ptr, pair, position, HALF)
     pdl_wait(PDL)
 
-    if DOT:
-        sums, squares = dot(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns, M,
-            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, True, False, MASK_K, STREAM, X_SCALE,
-        )  # fmt: skip
-    else:
-        sums, squares, _ = fma(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, columns,
-            M_FMA, MP, R, CHUNK, CHUNKS, PRELOAD, True, False, MASK_K, STREAM, DTYPE,
-        )  # fmt: skip
+    sums, squares, _ = multiply(
+        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, True, DOT, M_FMA, MP, R,
+        CHUNK, CHUNKS, PRELOAD, STAGES, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
+    )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES
         member = tile % TILES * SPLIT + part
-        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, group, member, TILES * SPLIT, R, MP):
-            all_sums, all_squares = merge(partial_ptr, squares_ptr, group, TILES, SPLIT, R, MP)
-            factor = (rms_factor(all_squares, K, eps) / X_SCALE)[None, :]
+        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, group, member, TILES * SPLIT, R // 2, MP, True):
+            all_sums, all_squares = merge(partial_ptr, squares_ptr, group, 2, TILES, SPLIT, R // 2, MP, True)
+            factor = rms_factor(all_squares, K, eps) * (1 / X_SCALE)
             if TILES > 1:  # the whole head
-                all_pair, all_j = tl.arange(0, HALF), tl.arange(0, D)
-                all_rows = head * D + all_j // 2 + all_j % 2 * HALF
-                all_cos, all_sin = _rope_factors(cos_ptr, sin_ptr, all_pair, position, HALF)
-                _qkv_epilogue(
-                    all_sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, all_cos, all_sin, position, page,
-                    q_ptr, k_ptr, v_ptr, head, all_pair, all_rows, m, M, N, page_size, D, MP, HQ, HKV, D,
-                )  # fmt: skip
+                all_pairs = tl.arange(0, HALF)
+                all_cos, all_sin = _rope_factors(cos_ptr, sin_ptr, all_pairs, position, HALF)
             else:
-                _qkv_epilogue(
-                    all_sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
-                    head, pair, rows, m, M, N, page_size, R, MP, HQ, HKV, D,
-                )  # fmt: skip
+                all_pairs, all_cos, all_sin = pair, cos, sin
+            _qkv_epilogue(
+                all_sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, all_cos, all_sin, position, page,
+                q_ptr, k_ptr, v_ptr, head, all_pairs, m, M, page_size, HQ, HKV, D,
+            )  # fmt: skip
     else:
-        factor = (rms_factor(squares, K, eps) / X_SCALE)[None, :]
+        factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
         _qkv_epilogue(
-            sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
-            head, pair, rows, m, M, N, page_size, R, MP, HQ, HKV, D,
+            sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page,
+            q_ptr, k_ptr, v_ptr, head, pair, m, M, page_size, HQ, HKV, D,
         )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """head and advance: logits and candidates against float64, draws against Philox and the softmax, the step's bookkeeping."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def poison():
 
 @pytest.fixture
 def few_sms(monkeypatch):
-    monkeypatch.setattr("kernels.head.num_sms", lambda index=0: 3)
+    monkeypatch.setattr(sys.modules["kernels.head"], "num_sms", lambda index=0: 3)
 
 
 def randn(*size, dtype=torch.float32, scale=1.0):
@@ -117,7 +118,7 @@ def test_ties_go_to_the_lowest_id():
         weight.weight[list(rows)] = (x[0] * norm).sign()  # the largest logit that there is
         lengths = torch.ones(1, dtype=torch.int32, device=DEVICE)
         with override_tiles({"head": Tile(4, 64, 4, grid=1)}), pytest.MonkeyPatch.context() as patch:
-            patch.setattr("kernels.head.num_sms", lambda index=0: 3)
+            patch.setattr(sys.modules["kernels.head"], "num_sms", lambda index=0: 3)
             _, values, ids = head(x, weight, norm=norm, eps=EPS, vocab_size=160, lengths=lengths)
         assert best(values, ids)[1].tolist() == [min(rows)]
 

@@ -1,6 +1,7 @@
 """linear and qkv_rope_append against float64: odd shapes, every kind of tile, memory that nobody may read or write."""
 
 import itertools
+import sys
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def poison():
 def few_sms(monkeypatch):
     """A GPU of three multiprocessors, so that a persistent grid has more tiles than programs."""
     for module in ("kernels._matmul", "kernels.linear"):
-        monkeypatch.setattr(f"{module}.num_sms", lambda index=0: 3)
+        monkeypatch.setattr(sys.modules[module], "num_sms", lambda index=0: 3)
 
 
 def randn(*size, dtype, scale=1.0):
@@ -333,5 +334,5 @@ def test_override_goes_back():
 
 @pytest.mark.skipif(not INTERPRET, reason="shows that under TRITON_INTERPRET=1 these tests run kernels, not references")
 def test_kernels_are_what_is_tested(monkeypatch):
-    monkeypatch.setattr("kernels.linear.linear_ref", None)
+    monkeypatch.setattr(sys.modules["kernels.linear"], "linear_ref", None)
     assert linear(randn(1, 64, dtype=torch.float16), make_weight(16, 64, torch.float16)).shape == (1, 16)
