@@ -12,6 +12,7 @@ Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G =
 M query rows (G * T, padded) and N cache rows of a tile.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import math
@@ -24,7 +25,7 @@ import triton.language as tl
 from kernels._common import INTERPRET, hold, launch_options, num_sms, pdl_supported, pdl_trigger, pdl_wait, runs_kernels
 
 HEAD_SIZES = (64, 96, 128)  # others take the reference path
-FLOOR = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
+FLOOR = tl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
 INTERPRETED = tl.constexpr(INTERPRET)
 LOG2_E = math.log2(math.e)
 
@@ -424,39 +425,41 @@ def choose_launch(
     With `split_size` nothing that decides the numbers depends on the batch.
     """
     rows = num_heads // num_kv_heads * tokens
+    columns = triton.next_power_of_2(head_dim)
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
-    chunk_rows = 128 if capacity > 64 and (page_size is None or page_size % 128 == 0) else 64
-    block_rows = 64
+    pairs = batch * num_kv_heads
+    crowded = split_size is None and pairs >= 2 * sms  # work for every multiprocessor without splits
+    # Few programs load much before the wait each; of many, four (head size 64) or three fit a multiprocessor.
+    chunk_rows = 64 if crowded or capacity <= 64 or (page_size or 128) % 128 else 128
+    max_registers = (128 if columns == 64 else 168) if crowded else None
+    # A merge costs about 1 us: as long as reading 256 rows more takes one program.
     min_rows = 256
     warps = 4
-    pairs = batch * num_kv_heads
     if split_size is not None:
         if split_size < 1 or split_size % 128:
             raise ValueError(f"split_size: found {split_size}, expected a positive multiple of 128")
         items = pairs * max(1, -(-capacity // split_size))
         programs = min(items, 4 * sms)
-    else:
-        # Two programs a multiprocessor, and one for each (sequence, KV head) where those are many.
+    else:  # two programs a multiprocessor, besides one for each (sequence, KV head) where those are many
         most_parts = max(1, capacity // min_rows)
-        programs = min(pairs * most_parts, 2 * sms if pairs < sms else pairs + 2 * sms)
-        items = programs
-    # 32 KiB of partial results at a time: 64 registers of each of 128 threads.
-    merged = max(1, min(32, 8192 // (kept_rows * triton.next_power_of_2(head_dim))))
+        programs = items = min(pairs * most_parts, 2 * sms if pairs < sms else pairs + 2 * sms)
     return Launch(
         programs=programs,
         query_rows=query_rows,
         query_tiles=-(-rows // query_rows),
         kept_rows=kept_rows,
         chunk_rows=chunk_rows,
-        block_rows=block_rows,
+        block_rows=64,
+        # A softmax for each warp's rows needs no exchange between warps, but a warp then holds the values of all query rows.
         row_groups=warps if query_rows == 16 else 1,
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
-        merged=merged,
+        merged=max(1, min(64, 16384 // (kept_rows * columns))),  # 64 KiB at a time: 128 registers of each of 128 threads
         warps=warps,
-        stages=3,
+        stages=3 if page_size is None else 4,  # the page's number takes a stage of its own
+        max_registers=max_registers,
     )
 
 
@@ -474,19 +477,27 @@ def override_launch(**changes):
         _overrides = before
 
 
-MAX_COUNTERS = 65536  # (sequence, KV head, tile) triples of one call
+MAX_COUNTERS = 65536  # of (sequence, KV head, tile of query rows)
 _counters: dict[torch.device, torch.Tensor] = {}
 
 
 def _zeroed_counters(device: torch.device) -> torch.Tensor:
     """This device's counters of finished parts: zero between launches, because the last program to finish resets its own.
 
-    One buffer a device, so two streams must not run flash_decode at the same time.
+    One buffer a device, so two streams must not run flash_decode at the same time. A thread of its own allocates it: were the
+    current thread about to record a graph, the buffer would belong to that graph's private pool.
     """
     if device not in _counters:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("flash_decode must run once on a device before a CUDA graph captures it")
-        _counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+
+        def allocate():
+            _counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(allocate).result()
     return _counters[device]
 
 
@@ -495,6 +506,8 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
     out = torch.empty_like(q)
+    if B * Hkv * launch.query_tiles > MAX_COUNTERS:
+        raise ValueError(f"flash_decode: found {B} x {Hkv} x {launch.query_tiles} tiles, expected at most {MAX_COUNTERS}")
     scratch = (launch.items, launch.query_tiles, launch.kept_rows)
     partial = torch.empty(*scratch, D, dtype=torch.float32, device=q.device)
     stats = torch.empty(*scratch, 2, dtype=torch.float32, device=q.device)

@@ -313,17 +313,17 @@ def run_for_ncu(points: list[Point]) -> None:
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
 
 
-def shapes_to_try(head_dim: int, query_rows: int, paged: bool = False) -> list[dict]:
+def shapes_to_try(head_dim: int, query_rows: int) -> list[dict]:
     """Values of the fields that need a compilation, those that fit a multiprocessor."""
+    four_warps = itertools.product((64, 128, 256), (64,), (4,), (4,), (3, 4), (None, 128, 168))
+    eight_warps = itertools.product((128, 256, 512), (128,), (8,), (8,), (2, 3), (None, 128))
+    one_softmax = itertools.product((64, 128, 256), (64,), (1,), (4,), (3,), (None, 128))
     found = []
-    for warps, chunk, block, stages in itertools.product((4, 8), (64, 128, 256), (64, 128), (2, 3, 4)):
-        for groups, registers in itertools.product((1, warps), (None, 128, 168)):
-            loop_bytes = (stages - 1) * block * head_dim * 4
-            fits = loop_bytes <= 160 << 10 and chunk * head_dim * 4 <= 512 * 32 * warps  # at most 128 registers hold the chunk
-            fits &= registers is None or registers * 32 * warps <= 32768  # more than one program a multiprocessor
-            groups_fit = groups == 1 or (block // groups >= 16 and query_rows == 16)
-            if fits and groups_fit and chunk % block == 0 and not (paged and chunk > 64):
-                found.append(dict(zip(COMPILED, (chunk, block, groups, warps, stages, registers), strict=True)))
+    for fields in (*four_warps, *eight_warps, *one_softmax):
+        shape = dict(zip(COMPILED, fields, strict=True))
+        chunk_registers = shape["chunk_rows"] * head_dim * 4 // (shape["warps"] * 32 * 4)
+        if chunk_registers <= 128 and (query_rows == 16 or shape["row_groups"] == 1):
+            found.append(shape)
     return found
 
 
