@@ -83,6 +83,9 @@ class LoadReport(NamedTuple):
     notes: list[str]
 
 
+Loaded = tuple[ModelConfig, dict[str, Tensor], LoadReport]
+
+
 # ---------------------------------------------------------------- what a directory says, checked
 
 
@@ -186,9 +189,8 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
         if info.shape != shape:
             raise ValueError(f"{info.path}: tensor {name}: shape: found {list(info.shape)}, expected {list(shape)}")
         if info.dtype not in FLOAT_DTYPES.values():
-            raise ValueError(
-                f"{info.path}: tensor {name}: dtype: found {DTYPE_NAMES[info.dtype]}, expected {some(FLOAT_DTYPES)}"
-            )
+            found_dtype = DTYPE_NAMES[info.dtype]
+            raise ValueError(f"{info.path}: tensor {name}: dtype: found {found_dtype}, expected {some(FLOAT_DTYPES)}")
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
@@ -253,8 +255,8 @@ def default_generation(directory: str | Path) -> dict:
 # ---------------------------------------------------------------- loading
 
 
-def load_checkpoint(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True):
-    """A checkpoint of our format: (config, state dict on the device, LoadReport). `dtype` None keeps the checkpoint's."""
+def load_checkpoint(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True) -> Loaded:
+    """A checkpoint of our format, its state dict on the device. `dtype` None keeps the checkpoint's."""
     return load_source(open_checkpoint(directory), device, dtype, progress)
 
 
@@ -267,8 +269,9 @@ def open_checkpoint(directory: str | Path) -> Source:
     return Source(directory, "rooflama", config, {n: [Piece(n, found[n], lambda out: out)] for n in expected}, notes)
 
 
-def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, progress: bool = True):
-    """Allocate every tensor on the device and fill it: (config, state dict, LoadReport)."""
+@torch.inference_mode(False)  # which the reading threads, not having inherited it, could not write to
+def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, progress: bool = True) -> Loaded:
+    """Allocate every tensor on the device and fill it."""
     began = time.perf_counter()
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     shapes = expected_tensors(config)
@@ -361,20 +364,18 @@ def save_checkpoint(
         if shards[-1] and _num_elements({**shards[-1], name: shape}) * config.dtype.itemsize > shard_bytes:
             shards.append({})
         shards[-1][name] = shape
-    many, total = len(shards) > 1, config.dtype.itemsize * sum(map(_num_elements, shards))
-    files = [
-        f"model-{i:05d}-of-{len(shards):05d}.safetensors" if many else "model.safetensors" for i in range(1, len(shards) + 1)
-    ]
+    total, count = config.dtype.itemsize * sum(map(_num_elements, shards)), len(shards)
+    files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
 
     with atomic_directory(Path(directory), total) as temporary:
         stream = iter(tensors)
         for number, (file, shard) in enumerate(zip(files, shards, strict=True), 1):
             num_bytes = _num_elements(shard) * config.dtype.itemsize
-            with progress_line(f"save {number}/{len(files)} {file}", num_bytes, progress) as add:
+            with progress_line(f"save {number}/{count} {file}", num_bytes, progress) as add:
                 _write_file(temporary / file, _shard_blocks(shard, config.dtype, stream, add))
         if (extra := next(stream, None)) is not None:
             raise ValueError(f"{directory}: tensor {extra[0]}: found after the last, expected none")
-        if many:
+        if count > 1:
             weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
             _write_json(temporary / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
         about = {"format_version": FORMAT_VERSION, "source": source, "quantization": None}
@@ -446,8 +447,8 @@ def atomic_directory(final: Path, num_bytes: int = 0) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
     with _locked(lock, final):
         settle()
-        if final.exists() and not _is_replaceable(final):
-            raise ValueError(f"{final}: holds something else; expected a new or empty directory, or a checkpoint of ours")
+        if final.exists():
+            _check_replaceable(final)
         if temporary.exists():
             shutil.rmtree(temporary)
         if (free := shutil.disk_usage(final.parent).free) < num_bytes:
@@ -465,9 +466,13 @@ def atomic_directory(final: Path, num_bytes: int = 0) -> Iterator[Path]:
             settle()
 
 
-def _is_replaceable(final: Path) -> bool:
-    config = final / "config.json"
-    return final.is_dir() and (not any(final.iterdir()) or (config.exists() and "rooflama" in read_json(config)))
+def _check_replaceable(final: Path) -> None:
+    """Replacing removes what is there: only a checkpoint of ours, without anything that somebody else put beside it."""
+    ours = {"config.json", INDEX_NAME, *COMPANIONS}
+    others = [path.name for path in final.iterdir() if path.name not in ours and not path.match("model*.safetensors")]
+    if others or (any(final.iterdir()) and "rooflama" not in read_json(final / "config.json")):
+        found = some(others) or "another checkpoint"
+        raise ValueError(f"{final}: found {found}, expected a new or empty directory, or nothing but a checkpoint of ours")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,8 +51,8 @@ META_NAMES = {  # Meta's other names are ours
 # ---------------------------------------------------------------- opening
 
 
-def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True):
-    """Any checkpoint, converted in memory while it is read: (config, state dict in our names, LoadReport)."""
+def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True) -> checkpoint.Loaded:
+    """Any checkpoint, converted in memory while it is read: the state dict is in our names."""
     return checkpoint.load_source(open_source(directory), device, dtype, progress)
 
 
@@ -105,11 +106,12 @@ def _open_hf(directory: Path, raw: dict) -> Source:
             del found["lm_head.weight"]
         else:
             config = dataclasses.replace(config, tie_word_embeddings=False)
-            notes.append(
-                f"warning: {path}: tie_word_embeddings is true, but lm_head.weight differs; the file's lm_head is used"
-            )
-    if raw.get("dtype") is None and raw.get("torch_dtype") is None and embedding and embedding.dtype in FLOAT_DTYPES.values():
-        config = dataclasses.replace(config, dtype=embedding.dtype)
+            notes.append(f"warning: {path}: tie_word_embeddings is true, lm_head.weight differs: the file's lm_head is used")
+    if embedding and embedding.dtype != config.dtype and embedding.dtype in FLOAT_DTYPES.values():
+        if raw.get("dtype") is None and raw.get("torch_dtype") is None:
+            config = dataclasses.replace(config, dtype=embedding.dtype)
+        else:
+            notes.append(f"{path}: dtype is {config.dtype}, the weights are stored as {embedding.dtype}")
 
     parts, shapes = _stored_parts(config, HF_NAMES, "model.")
     check_tensors(found, shapes, directory)
@@ -276,9 +278,7 @@ def download(repo: str, revision: str | None = None, token: str | None = None) -
     except errors.RevisionNotFoundError:
         raise ValueError(f"{where}: no such revision") from None
     except errors.RepositoryNotFoundError:
-        raise ValueError(
-            f"{where}: no such directory, and no such repository on the hub, or a private one (HF_TOKEN)"
-        ) from None
+        raise ValueError(f"{where}: no such directory, and no such repository on the hub unless private (HF_TOKEN)") from None
     except errors.LocalEntryNotFoundError as error:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"the hub does not answer ({error.__cause__})"
         raise ConnectionError(f"{where}: {why}, and the cache, {constants.HF_HUB_CACHE} (HF_HOME), does not hold it") from None
@@ -302,15 +302,27 @@ def finite_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Te
         yield name, out
 
 
-def convert(directory: Path, output: Path, dtype: torch.dtype | None = None, name: str = "", **options) -> Source:
-    """Write any checkpoint as one of ours. `name` is kept as its source; options go to save_checkpoint."""
+def _one_ahead(items: Iterator) -> Iterator:
+    """Makes the next item in a thread while the caller uses this one: reading goes on while we write."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(next, items, None)
+        while (item := ahead.result()) is not None:
+            ahead = pool.submit(next, items, None)
+            yield item
+
+
+def convert(directory: Path, output: Path, dtype: torch.dtype | None = None, name: str = "", **options) -> tuple[Source, int]:
+    """Write any checkpoint as one of ours; returns what was read and the bytes written.
+
+    `name` is kept as its source, the directory by default; options go to save_checkpoint.
+    """
     if Path(output).resolve() == Path(directory).resolve():
         raise ValueError(f"{output}: the output is the input; expected another directory")
     source = open_source(directory)
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
-    tensors = finite_tensors(source, config.dtype)
-    checkpoint.save_checkpoint(output, config, tensors, source=name or str(directory), companions=directory, **options)
-    return source
+    tensors = _one_ahead(finite_tensors(source, config.dtype))
+    name = name or str(directory)
+    return source, checkpoint.save_checkpoint(output, config, tensors, source=name, companions=directory, **options)
 
 
 # ---------------------------------------------------------------- command line
@@ -336,28 +348,21 @@ def underscored(argv: list[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    began = time.perf_counter()
     directory, dtype = resolve(args.checkpoint_dir, args.revision), DTYPES.get(args.dtype)
+    began = time.perf_counter()
     if args.check:
         source = open_source(directory)
         num_bytes = sum(tensor.nbytes for _, tensor in finite_tensors(source, dtype or source.config.dtype))
-        done = f"checked {len(source.pieces)} tensors, {num_bytes / 1e9:.2f} GB: present, shaped, finite"
+        done = f"checked {len(source.pieces)} tensors: present, shaped, finite"
     else:
-        source = convert(directory, Path(args.output_dir), dtype, args.checkpoint_dir)
-        num_bytes = sum(file.stat().st_size for file in Path(args.output_dir).glob("*.safetensors"))
-        done = (
-            f"wrote {args.output_dir}: {num_bytes / 1e9:.2f} GB {args.dtype or str(source.config.dtype).removeprefix('torch.')}"
-        )
-    sec = time.perf_counter() - began
-    c = source.config
-    parameters = sum(torch.Size(shape).numel() for shape in expected_tensors(c).values())
-    for note in source.notes:
-        print(note, file=sys.stderr)
-    print(
-        f"read {directory}: {source.layout}, {c.model_type}, {c.num_layers} layers, {parameters / 1e9:.3f} B", file=sys.stderr
-    )
-    peak_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    print(f"{done}, {sec:.1f} s, {num_bytes / 1e9 / sec:.2f} GB/s, peak memory {peak_gb:.2f} GB", file=sys.stderr)
+        source, num_bytes = convert(directory, Path(args.output_dir), dtype, args.checkpoint_dir)
+        done = f"wrote {args.output_dir}: {str(dtype or source.config.dtype).removeprefix('torch.')}"
+    sec, peak_bytes = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    config = source.config
+    parameters = sum(map(math.prod, expected_tensors(config).values()))
+    what = f"{source.layout}, {config.model_type}, {config.num_layers} layers, {parameters / 1e9:.3f} B parameters"
+    speed = f"{num_bytes / 1e9:.2f} GB in {sec:.1f} s, {num_bytes / 1e9 / sec:.2f} GB/s, peak memory {peak_bytes / 1e9:.2f} GB"
+    print(*source.notes, f"read {directory}: {what}", f"{done}, {speed}", sep="\n", file=sys.stderr)
 
 
 def report_errors(work: Callable[[], None], debug: bool) -> int:

@@ -12,6 +12,7 @@ Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G =
 M query rows (G * T, padded) and N cache rows of a tile.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import math
@@ -24,7 +25,7 @@ import triton.language as tl
 from kernels._common import INTERPRET, hold, launch_options, num_sms, pdl_supported, pdl_trigger, pdl_wait, runs_kernels
 
 HEAD_SIZES = (64, 96, 128)  # others take the reference path
-FLOOR = tl.constexpr(-1e30)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
+FLOOR = tl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
 INTERPRETED = tl.constexpr(INTERPRET)
 LOG2_E = math.log2(math.e)
 
@@ -71,18 +72,31 @@ def _first_row(length, window, T: tl.constexpr, CHUNK: tl.constexpr, WINDOWED: t
     """The first cache row that a token of this step sees, rounded down to a whole chunk."""
     if WINDOWED:
         return tl.maximum(length - T - window + 1, 0) // CHUNK * CHUNK
-    return length * 0
+    else:
+        return length * 0
 
 
 @triton.jit
-def _num_parts(chunks, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS: tl.constexpr):
-    """Parts in which `chunks` chunks are worked on: one, and a share of the spare programs; or parts of a fixed size."""
-    if SPLIT_CHUNKS > 0:
-        parts = tl.cdiv(chunks, SPLIT_CHUNKS)
+def _count_items(rows, in_batch, max_parts, spare_programs, min_rows_log2, HKV: tl.constexpr, SPLIT_ROWS: tl.constexpr):
+    """Items of each sequence: its parts, for every KV head. `rows` are those that it reads.
+
+    One sequence needs no division: what stands here stands before the first load.
+    """
+    if SPLIT_ROWS > 0:
+        parts = tl.cdiv(rows, SPLIT_ROWS)
     else:
-        share = chunks.to(tl.uint32) * spare_programs.to(tl.uint32) // tl.maximum(total_chunks, 1).to(tl.uint32)
-        parts = tl.minimum(share.to(tl.int32) + 1, chunks // min_chunks)
-    return tl.maximum(parts, 1)
+        if rows.shape[0] == 1:
+            share = max_parts
+        else:  # one part, and of the spare programs in proportion to the rows: never more parts than programs
+            blocks = tl.cdiv(rows, 16).to(tl.uint32)
+            share = 1 + (blocks * spare_programs.to(tl.uint32) // (tl.maximum(tl.sum(blocks, 0), 1) * HKV)).to(tl.int32)
+        parts = tl.minimum(share, rows >> min_rows_log2)
+    return tl.where(in_batch, tl.maximum(parts, 1) * HKV, 0)
+
+
+@triton.jit
+def _add_all(a, b, c, d, e, a2, b2, c2, d2, e2):
+    return a + a2, b + b2, c + c2, d + d2, e + e2
 
 
 @triton.jit
@@ -196,7 +210,17 @@ def _merge(partial_ptr, stats_ptr, slot, slot_step, parts, mask, D: tl.constexpr
     return acc, total
 
 
-@triton.jit(do_not_specialize=["batch", "table_width", "page_size", "spare_programs", "min_chunks", "window"])
+@triton.jit(
+    do_not_specialize=[
+        "window",
+        "batch",
+        "table_width",
+        "page_size",
+        "max_parts",
+        "spare_programs",
+        "min_rows_log2",
+    ]
+)
 def _flash_decode_kernel(
     q_ptr,
     k_ptr,
@@ -214,8 +238,9 @@ def _flash_decode_kernel(
     batch,
     table_width,
     page_size,
+    max_parts,  # of a sequence, where there is only one
     spare_programs,  # beyond one for each (sequence, KV head)
-    min_chunks,  # of a part, where there is more than one
+    min_rows_log2,  # of a part, where there is more than one
     HKV: tl.constexpr,
     G: tl.constexpr,
     T: tl.constexpr,
@@ -225,9 +250,9 @@ def _flash_decode_kernel(
     M: tl.constexpr,
     GROUPS: tl.constexpr,  # of cache rows within a tile, each with its own softmax: one a warp, or one in all
     ROWS: tl.constexpr,  # query rows of a tile that a partial result keeps, a power of two
-    CHUNK: tl.constexpr,  # cache rows loaded before the wait; parts are whole chunks
+    CHUNK: tl.constexpr,  # cache rows loaded before the wait, the first of a part
     N: tl.constexpr,  # cache rows of a step of the loop after it
-    SPLIT_CHUNKS: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr,  # of every part, where that is fixed, else 0
     MERGED: tl.constexpr,
     STAGES: tl.constexpr,
     PAGED: tl.constexpr,
@@ -239,49 +264,55 @@ def _flash_decode_kernel(
     pdl_trigger(PDL)
     tile, num_tiles = tl.program_id(1), tl.num_programs(1)
 
-    # Which items there are: every program finds the same answer from the lengths.
+    # Which items there are: part by part of a sequence, and of a part KV head by KV head. All programs find the same.
     sequence = tl.arange(0, SEQUENCES)
     in_batch = sequence < batch
     lengths = tl.load(lengths_ptr + sequence, mask=in_batch, other=0)
-    chunks = tl.cdiv(lengths - _first_row(lengths, window, T, CHUNK, WINDOWED), CHUNK)
-    total_chunks = tl.sum(chunks, 0) * HKV
-    items = _num_parts(chunks, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS) * HKV
-    item_ends = tl.cumsum(tl.where(in_batch, items, 0), 0)
+    pages = tl.load(table_ptr + sequence * table_width, mask=in_batch, other=0)
+    rows = lengths - _first_row(lengths, window, T, CHUNK, WINDOWED)
+    items = _count_items(rows, in_batch, max_parts, spare_programs, min_rows_log2, HKV, SPLIT_ROWS)
+    item_ends = tl.cumsum(items, 0)
 
-    # A program does one item; with splits of a fixed size, where the length decides how many there are, as many as come.
-    first_item = tl.program_id(0)
-    last_item, step = first_item + 1, 1
-    if SPLIT_CHUNKS > 0:
-        last_item, step = tl.maximum(last_item, tl.sum(tl.where(in_batch, items, 0), 0)), tl.num_programs(0)
-    for item in tl.range(first_item, last_item, step, num_stages=1):
-        # Which one this is.
-        before = in_batch & (item_ends <= item)
-        b = tl.sum(before.to(tl.int32), 0)
-        if b == batch:
+    # A program does one item; with splits of a fixed size, where the lengths decide how many there are, as many as come.
+    item_begin = tl.program_id(0)
+    item_end, item_step = item_begin + 1, 1
+    if SPLIT_ROWS > 0:
+        item_end, item_step = tl.maximum(item_end, tl.sum(items, 0)), tl.num_programs(0)
+    for item in tl.range(item_begin, item_end, item_step, num_stages=1):
+        mine = (item_ends - items <= item) & (item < item_ends)
+        b, length, page, sequence_item, sequence_items = tl.reduce(
+            (
+                tl.where(mine, sequence, 0),
+                tl.where(mine, lengths, 0),
+                tl.where(mine, pages, 0),
+                tl.where(mine, item_ends - items, 0),
+                tl.where(mine, items, 0),
+            ),
+            0,
+            _add_all,
+        )
+        parts = sequence_items // HKV
+        if parts == 0:
             pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
         else:
-            length = tl.load(lengths_ptr + b)
+            head, part = (item - sequence_item) % HKV, (item - sequence_item) // HKV
             first_row = _first_row(length, window, T, CHUNK, WINDOWED)
-            chunks_b = tl.cdiv(length - first_row, CHUNK)
-            parts = _num_parts(chunks_b, total_chunks, spare_programs, min_chunks, SPLIT_CHUNKS)
-            item_b = item - tl.max(tl.where(before, item_ends, 0), 0)
-            head, part = item_b // parts, item_b % parts
-            if SPLIT_CHUNKS > 0:
-                begin = first_row + part * (SPLIT_CHUNKS * CHUNK)
-                end = tl.minimum(begin + SPLIT_CHUNKS * CHUNK, length)
-            else:  # the first chunks_b % parts parts have one chunk more
-                begin = first_row + (part * (chunks_b // parts) + tl.minimum(part, chunks_b % parts)) * CHUNK
-                end = begin + (chunks_b // parts + (part < chunks_b % parts).to(tl.int32)) * CHUNK
-                end = tl.minimum(end, length)
+            if SPLIT_ROWS > 0:
+                begin = first_row + part * SPLIT_ROWS
+                end = tl.minimum(begin + SPLIT_ROWS, length)
+                next_block, block_step = begin + CHUNK, N
+            else:  # each part has one chunk; then the blocks that remain go round
+                begin, end = first_row + part * CHUNK, length
+                next_block, block_step = first_row + parts * CHUNK + part * N, parts * N
 
             # The first chunk comes into registers before the wait, but for rows that this step appends. Offsets are 64-bit: a
             # cache may hold more than 2**31 values.
             row = begin + tl.arange(0, CHUNK)
-            page, row_in_page = 0, begin
+            head_row = (page * HKV + head).to(tl.int64) * page_size
+            offset = (head_row + begin) * D
             if PAGED:
-                page, row_in_page = begin // page_size, begin % page_size
-            page = tl.load(table_ptr + b * table_width + page).to(tl.int64)
-            offset = ((page * HKV + head) * page_size + row_in_page) * D
+                first_page = tl.load(table_ptr + b * table_width + begin // page_size)
+                offset = ((first_page * HKV + head).to(tl.int64) * page_size + begin % page_size) * D
             before_wait = row < end
             if EARLY:
                 before_wait = before_wait & (row < length - T)
@@ -310,12 +341,11 @@ def _flash_decode_kernel(
                 q = tl.broadcast_to(q[None], [GROUPS, M, COLUMNS])
                 top, total = tl.broadcast_to(top[None], [GROUPS, M]), tl.broadcast_to(total[None], [GROUPS, M])
                 acc = tl.broadcast_to(acc[None], [GROUPS, M, COLUMNS])
-            for block in tl.range(begin + CHUNK, end, N, num_stages=STAGES):
+            for block in tl.range(next_block, end, block_step, num_stages=STAGES):
+                block_offset = (head_row + block) * D
                 if PAGED:  # a block is never in two pages
-                    block_page = tl.load(table_ptr + b * table_width + block // page_size).to(tl.int64)
-                    block_offset = ((block_page * HKV + head) * page_size + block % page_size) * D
-                else:
-                    block_offset = offset + (block - begin).to(tl.int64) * D
+                    block_page = tl.load(table_ptr + b * table_width + block // page_size)
+                    block_offset = ((block_page * HKV + head).to(tl.int64) * page_size + block % page_size) * D
                 block_row = block + tl.arange(0, N)
                 k = _load_k(k_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
                 v = _load_v(v_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
@@ -344,9 +374,9 @@ def _flash_decode_kernel(
                     tl.store(counter, 0)  # for the next launch
                     merged_m = tile * M + tl.arange(0, ROWS)
                     merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
-                    first_slot = (item - part) * num_tiles + tile
+                    first_slot = (sequence_item + head) * num_tiles + tile
                     merged_acc, merged_total = _merge(
-                        partial_ptr, stats_ptr, first_slot, num_tiles, parts, merged_mask, D, MERGED
+                        partial_ptr, stats_ptr, first_slot, HKV * num_tiles, parts, merged_mask, D, MERGED
                     )
                     merged_row = (b * T + merged_m // G) * (HKV * G) + head * G + merged_m % G
                     _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D)
@@ -365,10 +395,10 @@ class Launch:
     query_rows: int  # M: query rows of a tile, at least 16 for the tensor cores
     query_tiles: int
     kept_rows: int  # query rows of a tile that a partial result keeps
-    chunk_rows: int  # rows loaded before the dependency wait; parts are whole chunks
+    chunk_rows: int  # rows loaded before the dependency wait, the first of a part
     block_rows: int  # N: rows of a step of the loop after it
     row_groups: int  # of rows within a tile, each with its own softmax
-    min_rows: int  # a smaller part is not worth a merge
+    min_rows: int  # a smaller part is not worth a merge; a power of two, at least chunk_rows
     split_rows: int  # rows of every part where the caller fixes them, else 0
     items: int  # the most items there can be: sizes the scratch memory
     merged: int  # partial results merged at a time
@@ -395,39 +425,41 @@ def choose_launch(
     With `split_size` nothing that decides the numbers depends on the batch.
     """
     rows = num_heads // num_kv_heads * tokens
+    columns = triton.next_power_of_2(head_dim)
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
-    chunk_rows = 128 if capacity > 64 and (page_size is None or page_size % 128 == 0) else 64
-    block_rows = 64
+    pairs = batch * num_kv_heads
+    crowded = split_size is None and pairs >= 2 * sms  # work for every multiprocessor without splits
+    # Few programs load much before the wait each; of many, four (head size 64) or three fit a multiprocessor.
+    chunk_rows = 64 if crowded or capacity <= 64 or (page_size or 128) % 128 else 128
+    max_registers = (128 if columns == 64 else 168) if crowded else None
+    # A merge costs about 1 us: as long as reading 256 rows more takes one program.
     min_rows = 256
     warps = 4
-    pairs = batch * num_kv_heads
     if split_size is not None:
         if split_size < 1 or split_size % 128:
             raise ValueError(f"split_size: found {split_size}, expected a positive multiple of 128")
         items = pairs * max(1, -(-capacity // split_size))
         programs = min(items, 4 * sms)
-    else:
-        # Two programs a multiprocessor, and one for each (sequence, KV head) where those are many.
+    else:  # two programs a multiprocessor, besides one for each (sequence, KV head) where those are many
         most_parts = max(1, capacity // min_rows)
-        programs = min(pairs * most_parts, 2 * sms if pairs < sms else pairs + 2 * sms)
-        items = programs
-    # 32 KiB of partial results at a time: 64 registers of each of 128 threads.
-    merged = max(1, min(32, 8192 // (kept_rows * triton.next_power_of_2(head_dim))))
+        programs = items = min(pairs * most_parts, 2 * sms if pairs < sms else pairs + 2 * sms)
     return Launch(
         programs=programs,
         query_rows=query_rows,
         query_tiles=-(-rows // query_rows),
         kept_rows=kept_rows,
         chunk_rows=chunk_rows,
-        block_rows=block_rows,
+        block_rows=64,
+        # A softmax for each warp's rows needs no exchange between warps, but a warp then holds the values of all query rows.
         row_groups=warps if query_rows == 16 else 1,
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
-        merged=merged,
+        merged=max(1, min(64, 16384 // (kept_rows * columns))),  # 64 KiB at a time: 128 registers of each of 128 threads
         warps=warps,
-        stages=3,
+        stages=3 if page_size is None else 4,  # the page's number takes a stage of its own
+        max_registers=max_registers,
     )
 
 
@@ -445,19 +477,27 @@ def override_launch(**changes):
         _overrides = before
 
 
-MAX_COUNTERS = 65536  # (sequence, KV head, tile) triples of one call
+MAX_COUNTERS = 65536  # of (sequence, KV head, tile of query rows)
 _counters: dict[torch.device, torch.Tensor] = {}
 
 
 def _zeroed_counters(device: torch.device) -> torch.Tensor:
     """This device's counters of finished parts: zero between launches, because the last program to finish resets its own.
 
-    One buffer a device, so two streams must not run flash_decode at the same time.
+    One buffer a device, so two streams must not run flash_decode at the same time. A thread of its own allocates it: were the
+    current thread about to record a graph, the buffer would belong to that graph's private pool.
     """
     if device not in _counters:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError("flash_decode must run once on a device before a CUDA graph captures it")
-        _counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+
+        def allocate():
+            _counters[device] = torch.zeros(MAX_COUNTERS, dtype=torch.int32, device=device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(allocate).result()
     return _counters[device]
 
 
@@ -466,6 +506,8 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
     out = torch.empty_like(q)
+    if B * Hkv * launch.query_tiles > MAX_COUNTERS:
+        raise ValueError(f"flash_decode: found {B} x {Hkv} x {launch.query_tiles} tiles, expected at most {MAX_COUNTERS}")
     scratch = (launch.items, launch.query_tiles, launch.kept_rows)
     partial = torch.empty(*scratch, D, dtype=torch.float32, device=q.device)
     stats = torch.empty(*scratch, 2, dtype=torch.float32, device=q.device)
@@ -486,8 +528,9 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         B,
         table.shape[1],
         page_size,
+        launch.programs // Hkv,
         launch.programs - B * Hkv,
-        launch.min_rows // launch.chunk_rows,
+        launch.min_rows.bit_length() - 1,
         HKV=Hkv,
         G=Hq // Hkv,
         T=T,
@@ -499,7 +542,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         ROWS=launch.kept_rows,
         CHUNK=launch.chunk_rows,
         N=launch.block_rows,
-        SPLIT_CHUNKS=launch.split_rows // launch.chunk_rows,
+        SPLIT_ROWS=launch.split_rows,
         MERGED=launch.merged,
         STAGES=launch.stages,
         PAGED=table.shape[1] > 1,

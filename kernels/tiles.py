@@ -50,18 +50,18 @@ class Tile:
 # One H200 (132 SMs), bf16, M = 1, tuned inside the whole decode step (a kernel alone chooses larger tiles than a chain
 # of kernels that preload beside each other). Each entry names what it was chosen over.
 MEASURED = {
-    # Llama-3.2-1B: 721.7 us a step
-    (132, "qkv", 3072, 2048): Tile(8, 1024, 4),  # 4 pairs: 739.5 us; 2 pairs: 743-750; 1 pair: 751
-    (132, "linear", 2048, 2048): Tile(1, 512, 2),  # 721.7; 2 rows: 726.7 (4 warps), 739.5 (2); 4 rows: 746.1
-    (132, "silu_mul", 16384, 2048): Tile(8, 1024, 4),  # 743.3; persistent, 2 to 6 programs an SM: 753 to 975
-    (132, "linear", 2048, 8192): Tile(1, 4096, 16),  # 722.0; 8 warps: 740.5; 2 rows: 749.7
-    (132, "head", 128256, 2048): Tile(4, 1024, 4, grid=8, stages=2),  # 743.3; one program a tile: 747.1; grid 2: 858
-    # Llama-3.1-8B: 3871 us a step
-    (132, "qkv", 6144, 4096): Tile(4, 512, 2),  # 3872; 1 pair: 3884; 2 pairs on 8 warps: 3875
-    (132, "linear", 4096, 4096): Tile(1, 1024, 4),  # 3872; 2 warps: 3903; 2 rows: 3894
-    (132, "silu_mul", 28672, 4096): Tile(4, 1024, 4, grid=4, stages=2),  # 3893; one program a tile: 3905; grid 6: 3950
-    (132, "linear", 4096, 14336): Tile(2, 1024, 4, preload=2),  # 3871; 4 rows: 3946; 1 row: 3939
-    (132, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),  # 3907; one program a tile: 3917
+    # Llama-3.2-1B: 687.5 us a step with the tiles of a first guess, 634.6 with these
+    (132, "qkv", 3072, 2048): Tile(8, 1024, 4),  # none of 60 was better
+    (132, "linear", 2048, 2048): Tile(1, 512, 2),  # none of 60 was better
+    (132, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),  # 661.5; 8 rows on 8 warps: 675.9
+    (132, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),  # 636.8; 2 rows on 2 warps: 649.9
+    (132, "head", 128256, 2048): Tile(4, 1024, 2, preload=2, stream=True),  # 634.6; not evict-first: 636.8
+    # Llama-3.1-8B: 3910.1 us a step with the tiles of a first guess, 3769.2 with these
+    (132, "qkv", 6144, 4096): Tile(8, 1024, 2, preload=2),  # 3769.2; 4 rows: 3799.7
+    (132, "linear", 4096, 4096): Tile(1, 1024, 4),
+    (132, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16),  # 3847.9; 8 rows, 2 persistent programs an SM: 3856.2
+    (132, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),  # 3799.7; 2 rows on 4 warps: 3827.7
+    (132, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),
 }
 
 

@@ -113,6 +113,13 @@ def test_every_byte_is_read_once_in_chunks(tmp_path, monkeypatch, staging_bytes,
     assert sum(reads) == report.bytes == sum(tensor.nbytes for tensor in state.values())
 
 
+def test_load_in_inference_mode(tmp_path):
+    state = save(tmp_path / "out")
+    with torch.inference_mode():
+        _, loaded, _ = checkpoint.load_checkpoint(tmp_path / "out", dtype=torch.float32, progress=False)
+    assert all(torch.equal(loaded[name], state[name].float()) and not loaded[name].is_inference() for name in state)
+
+
 def test_file_that_shrinks_while_it_is_read(tmp_path):
     save(tmp_path / "out")
     source = checkpoint.open_checkpoint(tmp_path / "out")
@@ -180,6 +187,10 @@ def test_other_tensors_than_the_config_s(tmp_path, change, said):
 def test_replaces_a_checkpoint_whole(tmp_path):
     save(tmp_path / "out", shard_bytes=10_000)
     (tmp_path / "out" / "tokenizer.model").write_text("of the old one")
+    (tmp_path / "out" / "notes.txt").write_text("a user's")
+    with pytest.raises(ValueError, match=r"out: found notes\.txt, expected a new or empty directory"):
+        save(tmp_path / "out")
+    (tmp_path / "out" / "notes.txt").unlink()
     save(tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -103,6 +103,17 @@ def test_dtype_of_a_config_without_one_is_the_file_s(tmp_path):
     assert convert.load(tmp_path / "hf", progress=False)[0].dtype == torch.float32
 
 
+def test_dtype_of_the_config_is_not_the_file_s(tmp_path):
+    model = checkpoints.hf_model(dtype=torch.float32)
+    model.save_pretrained(tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "bfloat16"}))
+    config, state, report = convert.load(tmp_path / "hf", progress=False)
+    assert config.dtype == torch.bfloat16
+    assert report.notes == [f"{path}: dtype is torch.bfloat16, the weights are stored as torch.float32"]
+    assert_same(unfused(config, state), dict(model.to(torch.bfloat16).state_dict()))
+
+
 # ---------------------------------------------------------------- Meta
 
 
@@ -202,8 +213,8 @@ def test_command_line(tmp_path, capsys):
     assert convert.main(["--checkpoint-dir", f"{tmp_path}/hf", "--output-dir", f"{tmp_path}/out", "--dtype=float32"]) == 0
     stdout, stderr = capsys.readouterr()
     assert stdout == ""
-    assert re.search(r"read .*/hf: huggingface, llama, 2 layers, \d\.\d+ B", stderr)
-    assert re.search(r"wrote .*/out: .* GB float32, .* s, .* GB/s, peak memory .* GB", stderr)
+    assert re.search(r"read .*/hf: huggingface, llama, 2 layers, \d\.\d+ B parameters", stderr)
+    assert re.search(r"wrote .*/out: float32, .* GB in .* s, .* GB/s, peak memory .* GB", stderr)
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja"}
     config, raw = checkpoint.read_config(tmp_path / "out")
@@ -354,7 +365,7 @@ def test_hub_token(hub, tmp_path, monkeypatch):
     ("repo", "revision", "said"),
     [
         ("gated", "main", "gated: accept its licence at https://huggingface.co/owner/gated and set HF_TOKEN"),
-        ("absent", "main", "no such directory, and no such repository on the hub, or a private one (HF_TOKEN)"),
+        ("absent", "main", "no such directory, and no such repository on the hub unless private (HF_TOKEN)"),
         ("tiny", "v9", "no such revision"),
         ("broken", "main", "500"),
     ],

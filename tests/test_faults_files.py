@@ -550,19 +550,30 @@ def test_21_output_is_input(copy, capsys, tmp_path, name):
     assert contents(directory) == before
 
 
-@pytest.mark.parametrize("make", [lambda path: path.mkdir(), lambda path: path.write_text("mine")])
-def test_21_output_holds_something_else(originals, capsys, tmp_path, make):
+@pytest.mark.parametrize(
+    ("holds", "said"), [("thesis.txt", "found thesis.txt"), ("hf", "found another checkpoint"), ("file", "")]
+)
+def test_21_output_holds_something_else(copy, originals, capsys, tmp_path, holds, said):
+    out = copy("single") if holds == "hf" else tmp_path / "out"
+    if holds == "thesis.txt":
+        out.mkdir()
+        (out / holds).write_text("precious")
+    elif holds == "file":
+        out.write_text("precious")
+    before = out.read_text() if holds == "file" else contents(out)
+    assert convert.main(["--checkpoint_dir", str(originals / "sharded"), "--output_dir", str(out)]) == 1
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1
+    assert f"{out}" in stderr
+    assert said in stderr
+    assert before == (out.read_text() if holds == "file" else contents(out))
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_21_output_is_an_empty_directory(originals, tmp_path):
     (tmp_path / "out").mkdir()
-    precious = tmp_path / "out" / "thesis"
-    make(precious)
-    for out in (tmp_path / "out", precious):
-        code = convert.main(["--checkpoint_dir", str(originals / "single"), "--output_dir", str(out)])
-        if precious.is_dir() and out == precious:
-            assert code == 0  # an empty directory may be filled
-        else:
-            assert code == 1
-            assert "holds something else" in capsys.readouterr().err
-    assert precious.exists()
+    convert.convert(originals / "single", tmp_path / "out", progress=False)
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_22_two_writers(originals, tmp_path, capsys):
@@ -584,16 +595,19 @@ def test_22_two_writers(originals, tmp_path, capsys):
             os._exit(0)
         finally:
             os._exit(99)
-    os.read(ready[0], 1)
-    assert convert.main(["--checkpoint_dir", str(originals / "tied"), "--output_dir", str(out)]) == 1
-    stderr = capsys.readouterr().err
-    assert stderr.count("\n") == 1
-    assert "another process is writing here: it holds the lock" in stderr
-    assert not out.exists()
-    os.write(go[1], b"x")
-    assert os.waitpid(child, 0)[1] == 0
-    for end in (*ready, *go):
-        os.close(end)
+    try:
+        os.read(ready[0], 1)
+        assert convert.main(["--checkpoint_dir", str(originals / "tied"), "--output_dir", str(out)]) == 1
+        stderr = capsys.readouterr().err
+        assert stderr.count("\n") == 1
+        assert "another process is writing here: it holds the lock" in stderr
+        assert not out.exists()
+    finally:
+        os.write(go[1], b"x")
+        status = os.waitpid(child, 0)[1]
+        for end in (*ready, *go):
+            os.close(end)
+    assert status == 0
     assert not checkpoint.load_checkpoint(out, progress=False)[0].tie_word_embeddings
     assert list(tmp_path.iterdir()) == [out]
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "scripts"))
 pytest.importorskip("transformers")
 
-import train_demo
+import train_demo  # noqa: E402
 
 NAMES = ("Romeo", "Juliet", "Mercutio", "Tybalt")
 WORDS = ("what", "light", "through", "yonder", "window", "breaks", "it", "is", "the", "east", "and", "Juliet", "sun", "arise")

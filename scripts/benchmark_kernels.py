@@ -1,0 +1,513 @@
+"""Benchmarks of single kernels against the libraries' own: checked first, then timed from CUDA graphs with cold inputs.
+
+    python scripts/benchmark_kernels.py attention --output attention.jsonl --chart attention.png   # the 30 points of the README
+    python scripts/benchmark_kernels.py attention --head_size 128 --batch_size 1 16 --seq_n 1024 4096
+    python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
+    python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
+    ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
+
+Bandwidth is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmark import stamp
+
+from generate import DTYPES, add_flag
+from kernels import flash_decode, pdl_disabled
+from kernels.flash_decode import Launch, choose_launch, flash_decode_ref, override_launch
+
+BATCH_AND_LENGTH = [
+    *((1, S) for S in (256, 512, 1024, 2048, 4096, 8192, 16384, 65536, 131072)),
+    *((16, S) for S in (1024, 4096, 16384)),
+    *((64, S) for S in (256, 1024, 4096)),
+]
+TOLERANCE = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # of the norm: two roundings, of the weights and of the result
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Timing
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def time_graph(calls: list[Callable], seconds: float = 0.05) -> float:
+    """Median us of one call, over replays of a graph of all `calls`: at least 20 replays in about `seconds`, or 5 where those
+    would take ten times that."""
+    calls[0]()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+
+    def replay() -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3 / len(calls)
+
+    replay()
+    once = replay() * len(calls) * 1e-6
+    repeats = max(20, int(seconds / once)) if 20 * once < 10 * seconds else 5
+    return statistics.median(replay() for _ in range(repeats))
+
+
+def read_gbps() -> float:
+    """The bandwidth at which this card reads 4 GiB."""
+    x = torch.randint(2**62, (2**29,), device="cuda")
+    return x.numel() * 8 / time_graph([x.sum] * 2, 0.1) / 1e3
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Attention: points and inputs
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """One decode attention: `batch` sequences of `length` cached tokens, one query token each."""
+
+    head_dim: int
+    batch: int
+    length: int
+    num_heads: int
+    num_kv_heads: int
+    dtype: torch.dtype
+
+    @property
+    def kv_bytes(self) -> int:
+        return 2 * self.batch * self.num_kv_heads * self.length * self.head_dim * self.dtype.itemsize
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+    def __str__(self):
+        return f"d {self.head_dim:>3}  {self.batch:>2} x {self.length:<6}"
+
+
+@dataclass
+class Inputs:
+    q: torch.Tensor  # [B, Hq, D]
+    k: torch.Tensor  # [B, Hkv, S, D]
+    v: torch.Tensor
+    lengths: torch.Tensor
+    table: torch.Tensor
+
+
+def make_inputs(point: Point, sets: int) -> list[Inputs]:
+    """Random inputs; lengths and table, which a step's layers share, are the same in all sets."""
+    p = point
+    lengths = torch.full((p.batch,), p.length, dtype=torch.int32, device="cuda")
+    table = torch.arange(p.batch, dtype=torch.int32, device="cuda")[:, None]
+    randn = lambda *size: torch.randn(*size, dtype=p.dtype, device="cuda")
+    kv = (p.batch, p.num_kv_heads, p.length, p.head_dim)
+    return [Inputs(randn(p.batch, p.num_heads, p.head_dim), randn(*kv), randn(*kv), lengths, table) for _ in range(sets)]
+
+
+def number_of_sets(point: Point, flush: bool) -> int:
+    """Enough that a set has left the L2 cache before its turn comes again."""
+    cache_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(2, min(512, math.ceil(4 * cache_bytes / point.kv_bytes))) if flush else 1
+
+
+def calls_of(run: Callable, inputs: list[Inputs]) -> list[Callable]:
+    """Calls of one graph: every set in turn, eight calls at least."""
+    rounds = math.ceil(8 / len(inputs))
+    return [functools.partial(run, x) for _ in range(rounds) for x in inputs]
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Attention: kernels. Each takes Inputs -> [B, Hq, D]
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def ours(x: Inputs, scale: float):
+    return flash_decode(x.q[:, None], x.k, x.v, x.lengths, x.table, scale=scale)[:, 0]
+
+
+def torch_grouped(x: Inputs, scale: float, backend: SDPBackend):
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(x.q[:, :, None], x.k, x.v, scale=scale, enable_gqa=True)[:, :, 0]
+
+
+def torch_packed(x: Inputs, scale: float, backend: SDPBackend):
+    """The query heads of a group as query tokens: the same result, since a single token needs no causal mask."""
+    B, Hkv, _, D = x.k.shape
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(x.q.view(B, Hkv, -1, D), x.k, x.v, scale=scale).reshape(x.q.shape)
+
+
+def fa2_package(x: Inputs, scale: float):
+    from flash_attn import flash_attn_with_kvcache
+
+    k, v = x.k.transpose(1, 2), x.v.transpose(1, 2)
+    return flash_attn_with_kvcache(x.q[:, None], k, v, cache_seqlens=x.lengths, softmax_scale=scale)[:, 0]
+
+
+def flashinfer_single(x: Inputs, scale: float):
+    from flashinfer import single_decode_with_kv_cache
+
+    if len(x.q) > 1:
+        raise NotImplementedError("one sequence")
+    return single_decode_with_kv_cache(x.q[0], x.k[0], x.v[0], kv_layout="HND", sm_scale=scale)[None]
+
+
+def rivals() -> dict[str, list[Callable]]:
+    """By name, the ways to call each rival; the fastest that works counts."""
+    found = {}
+    for name, backend in (("FA2", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+        found[name] = [functools.partial(f, backend=backend) for f in (torch_grouped, torch_packed)]
+    for name, package, function in (("flash-attn", "flash_attn", fa2_package), ("FlashInfer", "flashinfer", flashinfer_single)):
+        with contextlib.suppress(ImportError):
+            __import__(package)
+            found[name] = [function]
+    return found
+
+
+def check(name: str, run: Callable, x: Inputs, point: Point, exact: torch.Tensor) -> None:
+    error = ((run(x).double() - exact).norm() / exact.norm()).item()
+    if not error <= TOLERANCE[point.dtype]:
+        raise ValueError(f"{name} at {point}: found a relative error of {error:.2e}, expected {TOLERANCE[point.dtype]:.2e}")
+
+
+def exact_result(x: Inputs, point: Point) -> torch.Tensor:
+    """In float64, a sequence at a time: [B, Hq, D]."""
+    rows = []
+    for b in range(point.batch):
+        q, k, v = (t[b : b + 1].double() for t in (x.q[:, None], x.k, x.v))
+        rows.append(flash_decode_ref(q, k, v, x.lengths[b : b + 1], x.table[:1], scale=point.scale)[:, 0])
+    return torch.cat(rows)
+
+
+def kernels_of(point: Point, x: Inputs) -> dict[str, list[Callable]]:
+    """Every kernel that runs here, checked, ours first. A wrong one ends the run; a rival that refuses is left out."""
+    exact = exact_result(x, point)
+    found = {"ours": [functools.partial(ours, scale=point.scale)]}
+    check("ours", found["ours"][0], x, point, exact)
+    for name, ways in rivals().items():
+        for way in ways:
+            way = functools.partial(way, scale=point.scale)
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # a back end that refuses this shape
+                check(name, way, x, point, exact)
+                found.setdefault(name, []).append(way)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Attention: the comparison
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def compare(point: Point, args, bandwidth: float) -> dict:
+    inputs = make_inputs(point, number_of_sets(point, not args.dont_flush_gpu_cache))
+    with pdl_disabled():  # alone, a repeat of the kernel would otherwise begin inside the one before it
+        found = kernels_of(point, inputs[0])
+        us = {name: min(time_graph(calls_of(way, inputs)) for way in ways) for name, ways in found.items()}
+    gbps = {name: point.kv_bytes / t / 1e3 for name, t in us.items()}
+    best = min((n for n in us if n != "ours"), key=us.get)
+    speedup = us[best] / us["ours"]
+    needed = 1.3 if point.batch == 1 and point.length <= 4096 else 0.99 if gbps[best] > 0.9 * bandwidth else 1.0
+    return {
+        "benchmark": "attention", "head_size": point.head_dim, "batch_size": point.batch, "seq_n": point.length,
+        "q_num_heads": point.num_heads, "kv_num_heads": point.num_kv_heads, "dtype": str(point.dtype).removeprefix("torch."),
+        "kv_bytes": point.kv_bytes, "us": us, "gbps": gbps, "read_gbps": bandwidth, "sets": len(inputs),
+        "best_rival": best, "speedup": speedup, "meets_the_aim": speedup >= needed,
+    }  # fmt: skip
+
+
+def line_of(point: Point, r: dict) -> str:
+    parts = [f"{point} {point.kv_bytes / 1e6:7.1f} MB"]
+    for name, us in r["us"].items():
+        parts.append(f"{name} {us:7.2f} us {r['gbps'][name]:5.0f} GB/s {r['gbps'][name] / r['read_gbps']:4.0%}")
+    return " | ".join([*parts, f"{r['speedup']:.2f}x{'' if r['meets_the_aim'] else '  misses'}"])
+
+
+def draw(results: list[dict], path: Path) -> None:
+    """Bandwidth against length, a panel for each head size and batch size."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("no chart: matplotlib is not installed", file=sys.stderr)
+        return
+    panels = sorted({(r["head_size"], r["batch_size"]) for r in results})
+    rows, columns = len({d for d, _ in panels}), len({b for _, b in panels})
+    figure, axes = plt.subplots(rows, columns, figsize=(4.5 * columns, 3.2 * rows), squeeze=False, layout="constrained")
+    unused = list(axes.flat)
+    for d, b in panels:
+        here = sorted((r for r in results if (r["head_size"], r["batch_size"]) == (d, b)), key=lambda r: r["seq_n"])
+        ax = unused.pop(0)
+        for name in dict.fromkeys(n for r in here for n in r["gbps"]):
+            points = [(r["seq_n"], r["gbps"][name] / 1e3) for r in here if name in r["gbps"]]
+            ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+        ax.axhline(here[0]["read_gbps"] / 1e3, color="grey", linestyle=":", linewidth=1)
+        ax.set(xscale="log", xlabel="cached tokens", ylabel="TB/s of K and V", title=f"head size {d}, batch {b}")
+        ax.legend(fontsize=7)
+    for ax in unused:
+        ax.remove()
+    figure.savefig(path, dpi=130)
+
+
+def run_comparison(points: list[Point], args) -> None:
+    bandwidth = read_gbps()
+    print(f"{torch.cuda.get_device_name()}: reads {bandwidth:.0f} GB/s", flush=True)
+    results, versions = [], stamp()
+    for point in points:
+        result = compare(point, args, bandwidth)
+        results.append(result)
+        print(line_of(point, result), flush=True)
+        if args.output:
+            with args.output.open("a") as file:
+                file.write(json.dumps(result | versions) + "\n")
+    met = sum(r["meets_the_aim"] for r in results)
+    print(
+        f"{met} of {len(results)} points meet the aim: faster than the best rival (within 1% where that reads at over 90% "
+        "of the bandwidth), 1.3 times at batch 1 up to 4096 tokens"
+    )
+    if args.chart:
+        draw(results, args.chart)
+
+
+def run_for_ncu(points: list[Point]) -> None:
+    """Each kernel once between the profiler's marks, after a run that compiles it and a sweep of the cache."""
+    sweep = torch.empty(2**28, dtype=torch.int8, device="cuda")
+    with pdl_disabled():
+        for point in points:
+            (x,) = make_inputs(point, 1)
+            found = kernels_of(point, x)
+            for name, ways in found.items():
+                print(f"{point}: {name}", flush=True)
+                sweep.zero_()
+                torch.cuda.synchronize()
+                torch.cuda.profiler.start()
+                ways[0](x)
+                torch.cuda.synchronize()
+                torch.cuda.profiler.stop()
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Attention: which launches are best
+# --------------------------------------------------------------------------------------------------------------------------
+
+COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
+
+
+def shapes_to_try(head_dim: int, query_rows: int) -> list[dict]:
+    """Values of the fields that need a compilation, those that fit a multiprocessor."""
+    four_warps = itertools.product((64, 128, 256), (64,), (4,), (4,), (3, 4), (None, 128, 168))
+    eight_warps = itertools.product((128, 256, 512), (128,), (8,), (8,), (2, 3), (None, 128))
+    one_softmax = itertools.product((64, 128, 256), (64,), (1,), (4,), (3,), (None, 128))
+    found = []
+    for fields in (*four_warps, *eight_warps, *one_softmax):
+        shape = dict(zip(COMPILED, fields, strict=True))
+        chunk_registers = shape["chunk_rows"] * head_dim * 4 // (shape["warps"] * 32 * 4)
+        if chunk_registers <= 128 and (query_rows == 16 or shape["row_groups"] == 1):
+            found.append(shape)
+    return found
+
+
+def splits_to_try(launch: Launch, pairs: int, capacity: int, sms: int) -> list[dict]:
+    """Values of the fields that say how the rows are split."""
+    found = {}
+    for min_rows, per_sm in itertools.product((128, 256, 512, 1024), (1, 2, 3, 4)):
+        if min_rows >= launch.chunk_rows:
+            programs = min(pairs * max(1, capacity // min_rows), max(pairs, per_sm * sms))
+            found[min_rows, programs] = {"min_rows": min_rows, "programs": programs, "items": programs}
+    return list(found.values())
+
+
+def launch_of(point: Point, capacity: int | None = None) -> Launch:
+    return choose_launch(
+        batch=point.batch,
+        tokens=1,
+        num_heads=point.num_heads,
+        num_kv_heads=point.num_kv_heads,
+        head_dim=point.head_dim,
+        capacity=capacity or point.length,
+        sms=torch.cuda.get_device_properties(0).multi_processor_count,
+    )
+
+
+def compile_shape(job: tuple[Point, dict, bool]) -> tuple[Point, dict] | None:
+    """In a process of its own: one run at a small length, for the compiled kernel in Triton's cache. What fails comes back."""
+    point, shape, pdl = job
+    try:
+        (x,) = make_inputs(replace(point, length=512), 1)
+        with contextlib.nullcontext() if pdl else pdl_disabled(), override_launch(**shape, min_rows=256):
+            ours(x, point.scale)
+        torch.cuda.synchronize()
+    except Exception:  # too much shared memory, say: a result, not a fault
+        return point, shape
+    return None
+
+
+def compile_shapes(points: list[Point], shapes: Callable, pdl: bool) -> dict[Point, list[dict]]:
+    """The shapes that run, by point; all are compiled at once, on every core."""
+    started = time.perf_counter()
+    kinds = {(p.head_dim, p.batch): p for p in points}  # the length needs no compilation
+    jobs = [(p, shape, pdl) for p in kinds.values() for shape in shapes(p)]
+    workers = max(1, (os.cpu_count() or 2) - 2)
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        failed = [f for f in pool.map(compile_shape, jobs, chunksize=4) if f]
+    print(f"{len(jobs)} launches compiled in {time.perf_counter() - started:.0f} s, {len(failed)} do not fit", flush=True)
+    kept = {key: [s for s in shapes(p) if (p, s) not in failed] for key, p in kinds.items()}
+    return {p: kept[p.head_dim, p.batch] for p in points}
+
+
+def search(
+    shapes: list[dict], launch: Launch, splits: Callable, measure: Callable, deadline: float
+) -> list[tuple[float, dict]]:
+    """(us, fields), best first: every shape with the present split, then the best three shapes with every split."""
+    results = [(measure({}), {})]
+
+    def attempt(fields):
+        if time.perf_counter() < deadline:
+            with contextlib.suppress(RuntimeError):
+                results.append((measure(fields), fields))
+
+    middle = time.perf_counter() + 0.6 * (deadline - time.perf_counter())
+    for shape in shapes:
+        if time.perf_counter() < middle:
+            attempt(shape | {"min_rows": max(launch.min_rows, shape["chunk_rows"])})
+    best = [{k: v for k, v in fields.items() if k in COMPILED} for _, fields in sorted(results, key=lambda r: r[0])[:3]]
+    for shape in best:
+        for split in splits(replace(launch, **shape)):
+            attempt(shape | split)
+    return sorted(results, key=lambda r: r[0])
+
+
+def report(title: str, results: list[tuple[float, dict]], output: Path | None, record: dict) -> None:
+    present = next(us for us, fields in results if not fields)
+    print(f"{title}: present {present:.2f} us, {len(results)} launches tried", flush=True)
+    for us, fields in results[:3]:
+        print(f"    {us:.2f} us  " + " ".join(f"{k}={v}" for k, v in fields.items() if k != "items"), flush=True)
+    if output:
+        with output.open("a") as file:
+            for us, fields in results:
+                file.write(json.dumps(record | {"us": us, "launch": fields}) + "\n")
+
+
+def sweep_alone(points: list[Point], args) -> None:
+    """The best launches of the kernel alone, without PDL: what the comparison times."""
+    shapes = compile_shapes(points, lambda p: shapes_to_try(p.head_dim, launch_of(p).query_rows), pdl=False)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for point in points:
+        inputs = make_inputs(point, number_of_sets(point, not args.dont_flush_gpu_cache))
+        run = functools.partial(ours, scale=point.scale)
+        exact = exact_result(inputs[0], point)
+
+        def measure(fields, point=point, inputs=inputs, run=run, exact=exact):
+            with override_launch(**fields):
+                check("ours", run, inputs[0], point, exact)
+                return time_graph(calls_of(run, inputs), 0.004)
+
+        splits = lambda launch, p=point: splits_to_try(launch, p.batch * p.num_kv_heads, p.length, sms)
+        deadline = time.perf_counter() + args.seconds / len(points)
+        with pdl_disabled():
+            results = search(shapes[point], launch_of(point), splits, measure, deadline)
+        record = {"sweep": "alone", "head_size": point.head_dim, "batch_size": point.batch, "seq_n": point.length}
+        report(str(point), results, args.output, record)
+
+
+def sweep_in_step(args) -> None:
+    """The best launches within a model's decode step, with PDL: where a kernel's loads overlap with its neighbours'."""
+    from tune import StepTimer
+
+    from model import SHAPES
+
+    c = SHAPES[args.in_step]
+    points = [
+        Point(c.head_dim, B, S, c.num_heads, c.num_kv_heads, DTYPES["bfloat16"]) for B in args.batch_size for S in args.context
+    ]
+    shapes = compile_shapes(points, lambda p: shapes_to_try(p.head_dim, launch_of(p).query_rows), pdl=True)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for point in points:
+        timer = StepTimer(args.in_step, point.batch, point.length)
+        capacity = point.length + 512  # of StepTimer's cache
+
+        def measure(fields, timer=timer):
+            with override_launch(**fields):
+                return timer.us_per_step({})
+
+        splits = lambda launch, p=point, n=capacity: splits_to_try(launch, p.batch * p.num_kv_heads, n, sms)
+        deadline = time.perf_counter() + args.seconds / len(points)
+        results = search(shapes[point], launch_of(point, capacity), splits, measure, deadline)
+        record = {"sweep": args.in_step, "batch_size": point.batch, "context": point.length}
+        report(f"{args.in_step} batch {point.batch} at {point.length} tokens", results, args.output, record)
+        del timer, measure
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def attention(args) -> None:
+    torch.manual_seed(0)
+    if args.sweep and args.in_step:
+        args.batch_size = args.batch_size or [1]
+        return sweep_in_step(args)
+    pairs = BATCH_AND_LENGTH
+    if args.batch_size or args.seq_n:
+        pairs = list(itertools.product(args.batch_size or [1], args.seq_n or sorted({S for _, S in BATCH_AND_LENGTH})))
+    heads = (args.q_num_heads, args.kv_num_heads)
+    points = [Point(D, B, S, *heads, DTYPES[args.dtype]) for D in args.head_size for B, S in pairs]
+    if args.use_ncu:
+        run_for_ncu(points)
+    elif args.sweep:
+        sweep_alone(points, args)
+    else:
+        run_comparison(points, args)
+
+
+def main(argv=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("attention", help="flash_decode, one query token")
+    flag = lambda name, **options: add_flag(p, name, **options)
+    flag("head_size", type=int, nargs="+", default=[64, 128])
+    flag("q_num_heads", type=int, default=32)
+    flag("kv_num_heads", type=int, default=8)
+    flag("batch_size", type=int, nargs="+", help="without this and --seq_n: 15 pairs of the two")
+    flag("seq_n", type=int, nargs="+", help="cached tokens of every sequence")
+    flag("dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    flag("dont_flush_gpu_cache", action="store_true", help="one input set, warm in the L2 cache")
+    flag("use_ncu", action="store_true", help="run each kernel once, for ncu --profile-from-start off")
+    flag("output", type=Path, help="append a JSON line for each point")
+    flag("chart", type=Path, help="write a PNG of bandwidth against length")
+    flag("sweep", action="store_true", help="try launches instead of comparing")
+    flag("seconds", type=float, default=120, help="of measuring, for a whole sweep")
+    flag("in_step", metavar="MODEL", help="with --sweep: within this model's decode step, such as llama-3.2-1b")
+    flag("context", type=int, nargs="+", default=[96, 512, 2048], help="with --in_step: cached tokens")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
+        return 2
+    attention(args)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
