@@ -133,11 +133,11 @@ def widen(words, DTYPE: tl.constexpr):
 
 @triton.jit
 def fma(
-    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K,
-    M: tl.constexpr, MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr,
+    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, addend,
+    M: tl.constexpr, MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, ADD: tl.constexpr,
     NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies W[rows, k0 : k0 + CHUNKS * CHUNK] by the M rows of x; `tiles` and `norms` are preloaded.
+    """Multiplies W[rows, k0 : k0 + CHUNKS * CHUNK] by the M rows of x; `tiles` and `norms` are preloaded. ADD: plus `addend`.
 
     Returns the sums, [R, MP] for each vector of `rows`; the sums of x^2, [1 or R, MP]; and the widened x * norm of every chunk
     and row, for `fma_again`.
@@ -171,6 +171,8 @@ def fma(
         if NORM:
             squares = next_squares
         sums = _add_products(sums, tiles, widened, c, S, M, DTYPE)
+    if ADD:
+        sums = (sums[0] + tl.where((tl.arange(0, CHUNK) == 0)[None, :], addend, 0.0),)
     sums, squares = _finish(sums, squares, NORM, S, M, MP)
     return sums, squares, widened
 
@@ -383,13 +385,16 @@ def interleave(rows_a, rows_b, R: tl.constexpr):
 
 @triton.jit
 def multiply(
-    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
+    tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M, addend,
     PAIRS: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
     NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """By tl.dot or by FMA: the sums, one [R, MP], or the two members of PAIRS, [R / 2, MP] each; squares; x for `fma_again`."""
+    """By tl.dot or by FMA: the sums, one [R, MP], or the two members of PAIRS, [R / 2, MP] each; squares; x for `fma_again`.
+
+    ADD (FMA, M = 1): the sums include `addend` [R, 1].
+    """
     if DOT:
         tile, squares = dot(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
@@ -403,8 +408,8 @@ def multiply(
             sums = (tile,)
     else:
         sums, squares, widened = fma(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K,
-            M_FMA, MP, CHUNK, CHUNKS, PRELOAD, NORM, MASK_N, MASK_K, STREAM, DTYPE,
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, addend,
+            M_FMA, MP, CHUNK, CHUNKS, PRELOAD, ADD, NORM, MASK_N, MASK_K, STREAM, DTYPE,
         )  # fmt: skip
     return sums, squares, widened
 

@@ -174,8 +174,8 @@ def _head_kernel(
     pdl_wait(PDL)
 
     sums, squares, widened = multiply(
-        tiles, norms, x_ptr, w_ptr, norm_ptr, (rows,), 0, N, columns, M, False, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        tiles, norms, x_ptr, w_ptr, norm_ptr, (rows,), 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
+        CHUNK, CHUNKS, PRELOAD, STAGES, False, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
     logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)

@@ -170,10 +170,15 @@ def _linear_kernel(
     pdl_wait(PDL)
 
     residual = _linear_residual(residual_ptr, rows[0], m, M, F)
+    # Added to a thread's products, the residual is loaded beside x; else ptxas loads it after the products, and waits again.
+    # With more than two chunks, though, ptxas then takes the registers from x, and loads x in two turns.
+    ADD: tl.constexpr = residual_ptr is not None and MP == 1 and not (NORM or SILU_MUL or DOT) and SPLIT == 1 and CHUNKS <= 2
     sums, squares, widened = multiply(
-        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, SILU_MUL, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
+        CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
+    if ADD:
+        residual = 0.0
     if SPLIT > 1:
         SETS: tl.constexpr = len(rows)
         if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R // SETS, MP, NORM):
@@ -189,8 +194,8 @@ def _linear_kernel(
                 sums = fma_again(
                     widened, w_ptr, later_rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
                 )
-                residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
-                _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
+                later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
+                _linear_epilogue(sums, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
 
 
 @triton.jit
@@ -289,8 +294,8 @@ def _qkv_kernel(
     pdl_wait(PDL)
 
     sums, squares, _ = multiply(
-        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, True, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
+        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
+        CHUNK, CHUNKS, PRELOAD, STAGES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES

@@ -10,7 +10,9 @@ import itertools
 from dataclasses import dataclass
 
 OPS = ("linear", "silu_mul", "qkv", "head")
-FMA_MAX_ROWS = 4  # above, multiplying on the tensor cores takes fewer instructions than there are bytes to hide them
+LEAST_ROWS = {"linear": 1, "silu_mul": 2, "qkv": 2, "head": 4}  # pairs; four random words at a time
+FMA_MOST_ROWS = 4  # of x: beyond, the products take more instructions than the bytes give time for
+FMA_RULE_ROWS = 2  # of x: up to here the rule takes FMA
 SHARED_BYTES = 227 * 1024  # shared memory a program may have (Hopper)
 
 
@@ -26,7 +28,7 @@ class Tile:
     chunk: int  # columns of one load step, a power of two
     warps: int
     preload: int = 64  # chunks loaded before the dependency wait, and kept in flight after it
-    dot: bool = False  # multiply by tl.dot on the tensor cores; else by FMA, M <= FMA_MAX_ROWS
+    dot: bool = False  # multiply by tl.dot on the tensor cores; else by FMA, M <= FMA_MOST_ROWS
     split: int = 1  # programs that share one tile's K; the last to arrive merges
     stages: int = 1  # pipeline depth of the loads behind the preloaded ones
     grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
@@ -69,7 +71,7 @@ MEASURED = {
 def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """The tile for `rows` rows of x: the measured one where there is one, else the rule. Pure."""
     assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
-    if rows > FMA_MAX_ROWS:
+    if rows > FMA_RULE_ROWS:
         return _dot_rule(op, rows, N, K, sms)
     if rows == 1 and fmt in ("bf16", "fp16") and (sms, op, N, K) in MEASURED:
         return MEASURED[sms, op, N, K]
@@ -83,60 +85,94 @@ def invariant_tile(op: str, fmt: str, N: int, K: int, sms: int) -> Tile:
 
 def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
     """32 KiB of weights a program over 4 warps: 64 registers of loads a thread, several programs an SM."""
-    least = {"linear": 1, "silu_mul": 2, "qkv": 2, "head": 4}[op]
     warps = 8 if K > 8192 else 4
-    chunk = power_chunk(K, 256 * warps)
-    rows = max(least, min(8, floor_power_of_two(16384 // K)))
-    while rows > least and N // rows < 2 * sms:  # at least two programs an SM, for their loads to overlap
+    chunk = fma_chunk(K, warps)
+    rows = max(LEAST_ROWS[op], min(8, floor_power_of_two(16384 // K)))
+    while rows > LEAST_ROWS[op] and N // rows < 2 * sms:  # at least two programs an SM, for their loads to overlap
         rows //= 2
-    return Tile(rows, chunk, warps, preload=max(1, 256 * warps * 8 // (rows * chunk)))
+    return Tile(rows, chunk, warps, preload=max(1, 4096 * warps // (rows * chunk)))
 
 
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """64 weight rows a program (x is read again by every program: fewer, fatter ones), K split until every SM has two."""
-    wide = 64
-    chunk = power_chunk(K, 128)
-    split = 1
-    while op != "head" and split < 8 and (N // wide) * split < 2 * sms and K // (2 * split) >= 4 * chunk:
+    """64 weight rows a program (every program reads x again: fewer, fatter ones), K split until every SM has a program."""
+    height, chunk, split = 64, power_divisor(K, 128), 1
+    while op != "head" and split < 8 and -(-N // height) * split < sms and K // (2 * split) >= 2 * chunk:
         split *= 2
-    return Tile(wide, chunk, 4, preload=2, dot=True, split=split, stages=4)
+    strip = K // split  # columns of one program
+    if strip <= 512 and strip == floor_power_of_two(strip):  # all of it before the wait
+        return Tile(height, strip, 8 if rows > 16 else 4, preload=1, dot=True, split=split)
+    return Tile(
+        height, chunk, 4, preload=1, dot=True, split=split, stages=4, prefetch=min(128, height * (strip - chunk) // 512)
+    )
 
 
 def candidate_tiles(op: str, rows: int, N: int, K: int) -> list[Tile]:
     """The tiles worth measuring for one shape inside the whole step."""
+    return _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K) if rows <= 8 else _dot_candidates(op, rows, N, K)
+
+
+def _fma_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
+    if M > FMA_MOST_ROWS:
+        return []
     tiles = []
-    if rows <= FMA_MAX_ROWS:
-        least = {"linear": 1, "silu_mul": 2, "qkv": 2, "head": 4}[op]
-        for height, warps, steps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2)):
-            chunk = power_chunk(K, 256 * warps * steps)
-            registers = height * K // (64 * warps)  # of one thread, when the whole tile is preloaded
-            if height < least or N % height or registers > 512 or registers < 4:
-                continue
-            whole = -(-K // chunk)
-            for preload in {whole, max(1, whole // 2), max(1, whole // 4)}:
-                if height * chunk * preload // (64 * warps) <= 128:
-                    tiles.append(Tile(height, chunk, warps, preload))
+    for rows, warps, steps in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2)):
+        chunk = fma_chunk(K, warps * steps)
+        chunks = -(-K // chunk)
+        if rows < LEAST_ROWS[op] or N % rows or rows * M > 16 or chunk < 256 * warps * steps:
+            continue
+        for preload in {chunks, -(-chunks // 2), -(-chunks // 4)}:
+            if 8 <= rows * chunk * preload // (64 * warps) <= 128:  # registers of a thread
+                tiles.append(Tile(rows, chunk, warps, preload))
+    whole = [t for t in tiles if t.preload * t.chunk >= K and t.rows * t.chunk * t.preload // (64 * t.warps) <= 64]
+    if op in ("silu_mul", "head"):
         tiles += [
-            dataclasses.replace(t, grid=grid, stages=stages)
-            for t in tiles
-            if N // t.rows > 1024 and t.rows * K >= 8192 and t.preload * t.chunk >= K
-            for grid, stages in ((2, 2), (4, 2), (8, 2), (4, 1), (8, 1))
+            dataclasses.replace(t, grid=grid, stages=stages, prefetch=prefetch)
+            for t in whole
+            for grid, stages, prefetch in itertools.product((2, 4, 6, 8), (1, 2), (0, t.rows * K // 512))
+            if N // t.rows > 2 * grid * 100
         ]
-    else:
-        for height, width, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256), (4, 8), (3, 4, 6)):
-            if height * width * 2 * stages > SHARED_BYTES // 2 or K % width:
-                continue
-            for split in (1, 2, 4, 8):
-                if split == 1 or (op != "head" and N // height * split <= 1024 and K // split >= 2 * width):
-                    tiles.append(Tile(height, width, warps, 2, dot=True, split=split, stages=stages))
+    if op == "linear" and K >= 4096:
+        tiles += [dataclasses.replace(t, split=2) for t in tiles if t.preload * t.chunk * 2 >= K and not t.grid]
     return tiles
 
 
-def power_chunk(K: int, most: int) -> int:
-    """Columns of a load step: the largest power of two that divides K, at most `most`; a masked one where that is small."""
-    divides = min(K & -K, most)
-    masked = min(1 << (K - 1).bit_length(), most)
-    return divides if divides >= min(512, most) or masked - K % masked > masked // 4 else masked
+def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
+    if M == 1:
+        return []
+    tiles = []
+    heights = (32, 64) if M <= 16 else (64, 128)
+    for rows, warps, split in itertools.product(heights, (4, 8), (1, 2, 4, 7, 8)):
+        if K % (64 * split) or (split > 1 and (op == "head" or N // rows * split > 1024)):
+            continue
+        strip = K // split
+        for chunk in (128, 256, 512):
+            chunks = -(-strip // chunk)
+            tile_bytes = (rows + max(16, M)) * chunk * 2
+            for preload, stages in itertools.product((1, 2), (1, 3, 5)):
+                waits = chunks > preload  # a loop behind the preloaded chunks, for which stages count
+                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 160:
+                    continue
+                if tile_bytes * (preload + (stages if waits else 0)) > SHARED_BYTES // (1 if rows == 128 else 2):
+                    continue
+                later = rows * (chunks - preload) * chunk // 512  # KiB
+                tiles += [
+                    Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages, prefetch=prefetch)
+                    for prefetch in {0, min(256, later)}
+                ]
+    return tiles
+
+
+def power_divisor(K: int, most: int) -> int:
+    """The largest power of two, at most `most`, that divides K."""
+    return min(K & -K, most)
+
+
+def fma_chunk(K: int, warps: int) -> int:
+    """Columns of a step in which each thread of `warps` loads 16 bytes of a row: then x has the weights' layout.
+
+    The last chunk is masked where this does not divide K, which costs instructions but no bytes.
+    """
+    return min(256 * warps, 1 << (K - 1).bit_length())
 
 
 # ---------------------------------------------------------------- overriding

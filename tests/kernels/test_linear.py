@@ -317,8 +317,8 @@ def test_choose_tile_fits(op, sms):
     ):
         tile = choose_tile(op, "bf16", rows, N, K, sms)
         words_a_thread = tile.rows * min(tile.chunk * tile.preload, K * 2) // (64 * tile.warps)
-        assert words_a_thread <= 128, (tile, rows, N, K)
-        assert tile.dot == (rows > 4)
+        assert words_a_thread <= 160, (tile, rows, N, K)
+        assert tile.dot == (rows > 2)
         assert op != "head" or tile.rows % 4 == 0
         if N * K > 1 << 22 and op != "head":
             programs = min(tile.grid * sms, N // tile.rows) if tile.grid else -(-N // tile.rows) * tile.split
