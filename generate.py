@@ -286,7 +286,7 @@ class Engine:
         config, tensors, report = convert_hf_checkpoint.load(directory, device, dtype, progress=progress)
         model = Transformer(config, device="meta", dtype=config.dtype)
         model.load_state_dict(tensors, strict=True, assign=True)
-        tokenizer = load_tokenizer(directory, config.vocab_size)
+        tokenizer = load_tokenizer(directory, config.vocab_size, config.model_type)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"{directory}: the tokenizer: found {tokenizer.vocab_size} tokens, expected at most {config.vocab_size}"
@@ -390,7 +390,6 @@ class _Run:
     def __init__(self, engine: Engine, prompts: list, params, sample: int):
         self.engine, self.prompts, self.sample = engine, prompts, sample
         self.params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        self.texts = [_Text(engine, p) for p in self.params]
         self.timing = Timing()
         context = engine.max_seq_len or engine.model.config.max_position_embeddings
         vocab = engine.model.config.vocab_size
@@ -406,6 +405,7 @@ class _Run:
         for p in self.params:
             if any(i >= vocab for i in p.stop_token_ids):
                 raise ValueError(f"stop_token_ids: found {max(p.stop_token_ids)}, expected 0 to {vocab - 1}")
+        self.texts = [_Text(engine, p, prompt) for p, prompt in zip(self.params, prompts, strict=True)]
         engine.prepare(len(prompts), max(len(t) + p.max_new_tokens for t, p in zip(prompts, self.params, strict=True)))
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -501,10 +501,11 @@ class _Run:
 class _Text:
     """The growing answer to one prompt: its tokens, its text so far, and whether a stop was met."""
 
-    def __init__(self, engine: Engine, params: SamplingParams):
+    def __init__(self, engine: Engine, params: SamplingParams, prompt: Sequence[int] | torch.Tensor = ()):
         self.params = params
+        before = () if isinstance(prompt, torch.Tensor) else prompt
         self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else engine.stop_ids)
-        self.stream = TokenStream(engine.tokenizer) if engine.tokenizer else None
+        self.stream = TokenStream(engine.tokenizer, before) if engine.tokenizer else None
         self.tokens: list[int] = []
         self.read = 0  # tokens taken from the ring
         self.text = ""  # final
