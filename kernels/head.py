@@ -5,11 +5,8 @@ temperature) and `advance` (the choice, stopping, the output ring, the next step
 Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), K hidden size,
 V rows of the head's weight, P = PARTIALS candidates a row.
 
-Sampling adds to each logit / temperature a Gumbel draw and takes the largest: exactly a draw from the softmax (Gumbel 1954;
-Maddison et al. 2014, "A* sampling"). The draw of token `id` is lane id % 4 of Philox-4x32-10 with the key `seed` and the
-counter (id // 4, position, sample, 0), where position is the one that the chosen token will have: it depends on nothing else.
-
-A NaN logit becomes an infinite candidate, so that it reaches `advance` through any maximum and is flagged there.
+Sampling takes the largest of logit / temperature + Gumbel noise (_random.py). A NaN logit becomes an infinite candidate, so
+that it reaches `advance` through any maximum and is flagged there.
 """
 
 import math
@@ -31,41 +28,13 @@ from kernels._matmul import (
     tile_of,
     uses_kernel,
 )
+from kernels._random import gumbel_ref, gumbel_tile, token_positions
 from kernels.formats import Weight
 
 PARTIALS = 4096  # candidates a row, whatever the tile: a program that has no candidate left to give fills up with -inf
 
 
 # ---------------------------------------------------------------- reference
-
-
-def philox_ref(key: torch.Tensor, counter: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox-4x32-10 (Salmon et al. 2011): four words of 32 random bits, as int64. `key` int64, `counter` four of 32 bits."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = (c.long() & mask for c in counter)
-    k0, k1 = key & mask, (key >> 32) & mask
-    for _ in range(10):
-        product0, product2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits: the sign bit is one of them
-        c0, c1 = ((product2 >> 32) & mask) ^ c1 ^ k0, product2 & mask
-        c2, c3 = ((product0 >> 32) & mask) ^ c3 ^ k1, product0 & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return [c0, c1, c2, c3]
-
-
-def gumbel_ref(seed, sample, position, V: int) -> torch.Tensor:
-    """The Gumbel draws [M, V] float32 for seed, sample and position [M]."""
-    quad = torch.arange((V + 3) // 4, device=seed.device)[None, :]
-    counter = torch.broadcast_tensors(quad, position[:, None], sample[:, None], torch.zeros_like(quad))
-    bits = torch.stack(philox_ref(seed[:, None].long(), counter), dim=-1).flatten(1)[:, :V]
-    uniform = ((bits.double() + 0.5) * 2.0**-32).float()
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def _positions(lengths, M):
-    """The position that the token chosen by each row will have."""
-    T = M // lengths.numel()
-    row = torch.arange(M, device=lengths.device)
-    return row // T, lengths[row // T] - T + row % T + 1
 
 
 def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths):
@@ -77,7 +46,7 @@ def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, length
     logits[:, vocab_size:] = -math.inf
     value = logits
     if temperature is not None:
-        sequence, position = _positions(lengths, x.shape[0])
+        sequence, position = token_positions(lengths, x.shape[0])
         t = temperature[sequence, None]
         noise = gumbel_ref(seed[sequence], sample[sequence], position, weight.shape[0])
         value = torch.where(t > 0, logits / torch.where(t > 0, t, 1.0) + noise, logits)
@@ -109,28 +78,13 @@ def advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, length
 
 
 @triton.jit
-def _gumbel(seed, sample, position, first_id, R: tl.constexpr, MP: tl.constexpr):
-    """The Gumbel draws [R, MP] of ids first_id to first_id + R, both multiples of 4, for the keys [MP] of each row."""
-    quad = (first_id // 4 + tl.arange(0, R // 4)).to(tl.uint32)[:, None] + tl.zeros([R // 4, MP], tl.uint32)
-    zero = tl.zeros([R // 4, MP], tl.uint32)
-    c1 = zero + position.to(tl.uint32)[None, :]
-    c2 = zero + sample.to(tl.uint32)[None, :]
-    a, b, c, d = tl.philox(seed[None, :], quad, c1, c2, zero)
-    bits = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 2, 3, 1).reshape([R, MP])
-    uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32; in (0, 1]
-    # -log(1 - u), whose series keeps the small ones exact: they are the large draws, which decide
-    series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3 + uniform * 0.25)))
-    return -tl.log(tl.where(uniform < 0.01, series, -tl.log(1.0 - uniform)))
-
-
-@triton.jit
 def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: tl.constexpr, MP: tl.constexpr):
     """Each row's best (value [MP], id [MP]) of the logits [R, MP]."""
     value = logits
     if temperature is not None:
         if tl.max(temperature, 0) > 0:
             sampled = temperature > 0
-            noise = _gumbel(seed, sample, position, first_id, R, MP)
+            noise = gumbel_tile(seed, sample, position, first_id, R, MP)
             value = tl.where(sampled[None, :], logits / tl.where(sampled, temperature, 1.0)[None, :] + noise, logits)
     value = tl.where(value == value, value, float("inf"))
     best = tl.max(value, 0)

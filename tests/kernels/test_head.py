@@ -7,8 +7,9 @@ import pytest
 import torch
 from tolerance import assert_within
 
+from kernels._random import gumbel_ref, philox_ref
 from kernels.formats import Weight
-from kernels.head import PARTIALS, advance, advance_ref, gumbel_ref, head, head_ref, philox_ref
+from kernels.head import PARTIALS, advance, advance_ref, head, head_ref
 from kernels.tiles import Tile, override_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
