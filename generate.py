@@ -88,20 +88,16 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
     """
     s, lengths = session.sampling, session.cache.lengths[rows]
     draw = {} if kind == "greedy" else {n: getattr(s, n)[rows] for n in ("temperature", "seed", "sample")}
+    cuts = {n: getattr(s, n)[rows] for n in ("top_k", "top_p", "min_p")} if kind == "truncate" else {}
     if fused(hidden):
+        norm, eps = model.norm.weight, model.config.norm_eps
         logits, best, token = kernels.head(
-            hidden,
-            model.head,
-            norm=model.norm.weight,
-            eps=model.config.norm_eps,
-            vocab_size=model.vocab_limit,
-            lengths=lengths,
-            **draw,
+            hidden, model.head, norm=norm, eps=eps, vocab_size=model.vocab_limit, lengths=lengths, **({} if cuts else draw)
         )
+        if cuts:
+            best, token = kernels.choose(logits, best, lengths=lengths, **draw, **cuts)
     else:
         logits = model.logits(hidden)
-    if kind == "truncate" or not fused(hidden):
-        cuts = {n: getattr(s, n)[rows] for n in ("top_k", "top_p", "min_p")} if kind == "truncate" else {}
         best, token = choose(logits, lengths, **draw, **cuts)
     kernels.advance(
         best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
