@@ -88,20 +88,16 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
     """
     s, lengths = session.sampling, session.cache.lengths[rows]
     draw = {} if kind == "greedy" else {n: getattr(s, n)[rows] for n in ("temperature", "seed", "sample")}
+    cuts = {n: getattr(s, n)[rows] for n in ("top_k", "top_p", "min_p")} if kind == "truncate" else {}
     if fused(hidden):
+        norm, eps = model.norm.weight, model.config.norm_eps
         logits, best, token = kernels.head(
-            hidden,
-            model.head,
-            norm=model.norm.weight,
-            eps=model.config.norm_eps,
-            vocab_size=model.vocab_limit,
-            lengths=lengths,
-            **draw,
+            hidden, model.head, norm=norm, eps=eps, vocab_size=model.vocab_limit, lengths=lengths, **({} if cuts else draw)
         )
+        if cuts:
+            best, token = kernels.choose(logits, best, lengths=lengths, **draw, **cuts)
     else:
         logits = model.logits(hidden)
-    if kind == "truncate" or not fused(hidden):
-        cuts = {n: getattr(s, n)[rows] for n in ("top_k", "top_p", "min_p")} if kind == "truncate" else {}
         best, token = choose(logits, lengths, **draw, **cuts)
     kernels.advance(
         best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
@@ -286,7 +282,7 @@ class Engine:
         config, tensors, report = convert_hf_checkpoint.load(directory, device, dtype, progress=progress)
         model = Transformer(config, device="meta", dtype=config.dtype)
         model.load_state_dict(tensors, strict=True, assign=True)
-        tokenizer = load_tokenizer(directory, config.vocab_size)
+        tokenizer = load_tokenizer(directory, config.vocab_size, config.model_type)
         if tokenizer and tokenizer.vocab_size > config.vocab_size:
             raise ValueError(
                 f"{directory}: the tokenizer: found {tokenizer.vocab_size} tokens, expected at most {config.vocab_size}"
@@ -390,7 +386,6 @@ class _Run:
     def __init__(self, engine: Engine, prompts: list, params, sample: int):
         self.engine, self.prompts, self.sample = engine, prompts, sample
         self.params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
-        self.texts = [_Text(engine, p) for p in self.params]
         self.timing = Timing()
         context = engine.max_seq_len or engine.model.config.max_position_embeddings
         vocab = engine.model.config.vocab_size
@@ -406,6 +401,7 @@ class _Run:
         for p in self.params:
             if any(i >= vocab for i in p.stop_token_ids):
                 raise ValueError(f"stop_token_ids: found {max(p.stop_token_ids)}, expected 0 to {vocab - 1}")
+        self.texts = [_Text(engine, p, prompt) for p, prompt in zip(self.params, prompts, strict=True)]
         engine.prepare(len(prompts), max(len(t) + p.max_new_tokens for t, p in zip(prompts, self.params, strict=True)))
 
     def pieces(self) -> Iterator[tuple[int, str]]:
@@ -501,10 +497,11 @@ class _Run:
 class _Text:
     """The growing answer to one prompt: its tokens, its text so far, and whether a stop was met."""
 
-    def __init__(self, engine: Engine, params: SamplingParams):
+    def __init__(self, engine: Engine, params: SamplingParams, prompt: Sequence[int] | torch.Tensor = ()):
         self.params = params
+        before = () if isinstance(prompt, torch.Tensor) else prompt
         self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else engine.stop_ids)
-        self.stream = TokenStream(engine.tokenizer) if engine.tokenizer else None
+        self.stream = TokenStream(engine.tokenizer, before) if engine.tokenizer else None
         self.tokens: list[int] = []
         self.read = 0  # tokens taken from the ring
         self.text = ""  # final

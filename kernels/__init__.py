@@ -1,6 +1,7 @@
 """The public operators: what the model calls, whatever the device."""
 
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
+from kernels.choose import choose
 from kernels.flash_decode import flash_decode
 from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
@@ -9,6 +10,7 @@ from kernels.linear import MAX_ROWS, linear, qkv_rope_append
 __all__ = [
     "MAX_ROWS",
     "advance",
+    "choose",
     "flash_decode",
     "gumbel",
     "head",

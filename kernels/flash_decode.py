@@ -430,11 +430,12 @@ def choose_launch(
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
     pairs = batch * num_kv_heads
     crowded = split_size is None and pairs >= 2 * sms  # work for every multiprocessor without splits
-    # Few programs load much before the wait each; of many, four (head size 64) or three fit a multiprocessor.
-    chunk_rows = 64 if crowded or capacity <= 64 or (page_size or 128) % 128 else 128
-    max_registers = (128 if columns == 64 else 168) if crowded else None
-    # A merge costs about 1 us: as long as reading 256 rows more takes one program.
-    min_rows = 256
+    # A short cache is best read whole before the wait (inside the 1B's step: 655 us, by 64 rows 668); in a long one the loop
+    # does the work, and small chunks leave it registers (1 x 4096, head size 128: 10.3 us, by 128 rows 12.5).
+    chunk_rows = 64 if crowded or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128 else 128
+    max_registers = 128 if crowded and columns == 64 else None
+    # Smaller parts pay for their merge: 1 x 1024 at head size 64 takes 5.6 us by 128 rows, 6.4 by 256; at 128, 6.7 and 10.0.
+    min_rows = 128
     warps = 4
     if split_size is not None:
         if split_size < 1 or split_size % 128:
@@ -451,8 +452,9 @@ def choose_launch(
         kept_rows=kept_rows,
         chunk_rows=chunk_rows,
         block_rows=64,
-        # A softmax for each warp's rows needs no exchange between warps, but a warp then holds the values of all query rows.
-        row_groups=warps if query_rows == 16 else 1,
+        # A softmax for each warp's rows needs no exchange between warps, but each then holds the values of all query rows:
+        # too many registers at head size 128 (1 x 1024: 10.0 us against 6.7).
+        row_groups=warps if query_rows == 16 and columns == 64 else 1,
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,

@@ -109,14 +109,14 @@ def _head_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     m, r = tl.arange(0, MP), tl.arange(0, R)
     rows = pid * R + r
-    tiles, norms = preload(w_ptr, norm_ptr, (rows,), 0, N, columns, CHUNK, PRELOAD, True, MASK_N, MASK_K, STREAM)
+    tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, True, MASK_N, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
         if LOOPS:
-            prefetch_rows(w_ptr, (rows + programs * R,), 0, N, columns, PREFETCH * 1024)
+            prefetch_rows(w_ptr, rows + programs * R, 0, N, columns, PREFETCH * 1024)
         else:
-            prefetch_rows(w_ptr, (rows,), PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
+            prefetch_rows(w_ptr, rows, PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if temperature_ptr is not None:  # the host writes these between steps, never during one
         sequence = m // T
         real = m < M
@@ -130,7 +130,7 @@ def _head_kernel(
     pdl_wait(PDL)
 
     sums, squares, widened = multiply(
-        tiles, norms, x_ptr, w_ptr, norm_ptr, (rows,), 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
+        tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
         CHUNK, CHUNKS, PRELOAD, STAGES, False, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
@@ -139,8 +139,8 @@ def _head_kernel(
     if LOOPS:
         for tile in tl.range(pid + programs, tl.cdiv(N, R), programs, num_stages=STAGES):
             rows = tile * R + r
-            sums = fma_again(widened, w_ptr, (rows,), N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
-            logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)
+            sums = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
+            logits = _store_logits(sums * factor, logits_ptr, rows, m, M, N, vocab_size)
             value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
             best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
             best = tl.maximum(best, value)

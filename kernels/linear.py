@@ -24,6 +24,7 @@ from kernels._matmul import (
     fma_again,
     interleave,
     matmul_arguments,
+    members,
     merge,
     multiply,
     prefetch_ahead,
@@ -101,9 +102,9 @@ def _linear_rows(tile, F, R: tl.constexpr, SILU_MUL: tl.constexpr):
 
 
 @triton.jit
-def _loaded_rows(rows, R: tl.constexpr, DOT: tl.constexpr):
-    """What a tile loads at a time: by FMA each vector of rows, on the tensor cores one operand of all."""
-    return (interleave(rows[0], rows[1], R),) if DOT and len(rows) == 2 else rows
+def _loaded_rows(rows, R: tl.constexpr):
+    """What a tile loads: one vector of all its rows."""
+    return interleave(rows[0], rows[1], R) if len(rows) == 2 else rows[0]
 
 
 @triton.jit
@@ -156,13 +157,14 @@ def _linear_kernel(
     m = tl.arange(0, MP)
     NORM: tl.constexpr = norm_ptr is not None
     rows = _linear_rows(tile, F, R, SILU_MUL)
-    loaded = _loaded_rows(rows, R, DOT)
+    loaded = _loaded_rows(rows, R)
     tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
         if GRID:
-            prefetch_rows(w_ptr, _linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), 0, N, columns, PREFETCH * 1024)
+            later_rows = _loaded_rows(_linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), R)
+            prefetch_rows(w_ptr, later_rows, 0, N, columns, PREFETCH * 1024)
         else:
             prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
@@ -191,9 +193,11 @@ def _linear_kernel(
         if GRID:
             for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
                 later_rows = _linear_rows(later, F, R, SILU_MUL)
+                later_loaded = _loaded_rows(later_rows, R)
                 sums = fma_again(
-                    widened, w_ptr, later_rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
+                    widened, w_ptr, later_loaded, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
                 )
+                sums = members(sums, SILU_MUL, R, MP)
                 later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
                 _linear_epilogue(sums, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
 
@@ -279,7 +283,7 @@ def _qkv_kernel(
     head = tile // (D // R)
     first_pair = tile % (D // R) * (R // 2)
     pair = first_pair + tl.arange(0, R // 2)
-    loaded = _loaded_rows((head * D + pair, head * D + HALF + pair), R, DOT)
+    loaded = _loaded_rows((head * D + pair, head * D + HALF + pair), R)
     tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
