@@ -10,7 +10,16 @@ from tolerance import assert_within
 from kernels._common import INTERPRET
 from kernels.formats import Weight
 from kernels.linear import MAX_ROWS, linear, linear_ref, qkv_rope_append, qkv_rope_append_ref
-from kernels.tiles import Tile, batch_invariant, choose_tile, override_tiles
+from kernels.tiles import (
+    FMA_MOST_ROWS,
+    LEAST_ROWS,
+    SHARED_BYTES,
+    Tile,
+    batch_invariant,
+    candidate_tiles,
+    choose_tile,
+    override_tiles,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -323,6 +332,21 @@ def test_choose_tile_fits(op, sms):
         if N * K > 1 << 22 and op != "head":
             programs = min(tile.grid * sms, N // tile.rows) if tile.grid else -(-N // tile.rows) * tile.split
             assert programs >= sms, (tile, rows, N, K)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize(
+    ("op", "N", "K"), [("qkv", 3072, 2048), ("linear", 4096, 14336), ("silu_mul", 37888, 3584), ("head", 128256, 4096)]
+)
+def test_candidates_fit(op, N, K, rows):
+    """A tuner gets a choice for every shape, and nothing that the kernels refuse."""
+    tiles = candidate_tiles(op, rows, N, K)
+    assert len(tiles) == len(set(tiles)) > 3
+    for tile in tiles:
+        assert tile.rows >= LEAST_ROWS[op]
+        assert tile.dot or rows <= FMA_MOST_ROWS
+        assert not tile.dot or (tile.rows + max(16, rows)) * tile.chunk * 2 * tile.preload <= SHARED_BYTES
+        assert tile.dot or tile.preload * tile.chunk >= K or not tile.grid
 
 
 def test_override_goes_back():
