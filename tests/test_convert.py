@@ -18,6 +18,7 @@ import checkpoint
 import convert_hf_checkpoint as convert
 from generate import Engine
 from model import SHAPES, PrefillStep
+
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
