@@ -291,7 +291,9 @@ def _qkv_kernel(
         prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
         prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
-    # lengths, table, cos and sin are constant during a step
+    # Constant during a step: lengths, table, cos and sin. Behind a barrier, because ptxas else moves their loads, each of which
+    # waits for the one before it, ahead of the weights' loads.
+    tl.debug_barrier()
     position, page = _token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
     if TILES == 1:
         cos, sin = _rope_factors(cos_ptr, sin_ptr, pair, position, HALF)

@@ -209,9 +209,10 @@ def make_state(P=PARTIALS, V=96, K=80, R=5):
 @pytest.mark.parametrize("P", [PARTIALS, 20])
 def test_advance(P):
     value, ids, state = make_state(P)
+    ahead = make(1, 64, 48)[1]  # changes nothing
     want = {name: t.clone() for name, t in state.items()}
     advance_ref(value, ids, **want)
-    advance(value, ids, **state)
+    advance(value, ids, **state, ahead=ahead)
     for name, t in state.items():
         assert torch.equal(t, want[name]), name
     assert state["token"].tolist() == [36, 20, 2, 3, 11, 5, 6]
@@ -270,7 +271,7 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.rooflama.head.default, (x, weight.weight, norm, EPS, 90, *draw.values(), lengths))
     value, ids, state = make_state(20)
     order = ("token", "ring", "cursor", "done", "flag", "lengths", "limit", "stop_ids", "embedding", "x")
-    torch.library.opcheck(torch.ops.rooflama.advance.default, (value, ids, *(state[name] for name in order)))
+    torch.library.opcheck(torch.ops.rooflama.advance.default, (value, ids, *(state[name] for name in order), None))
 
 
 def test_compiled_whole():
