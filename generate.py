@@ -103,6 +103,7 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
         best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
         token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
         flag=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
+        ahead=model.layers[0].attention.wqkv,
     )  # fmt: skip
     return logits
 

@@ -8,6 +8,7 @@ read bandwidth. The last line of standard output is one JSON object.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -29,7 +30,7 @@ def stamp() -> dict:
     import triton
 
     git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or os.environ.get("ROOFLAMA_COMMIT")
     out = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "commit": commit}
     if torch.cuda.is_available():
         driver = subprocess.run(
