@@ -194,12 +194,12 @@ def _linear_kernel(
             for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
                 later_rows = _linear_rows(later, F, R, SILU_MUL)
                 later_loaded = _loaded_rows(later_rows, R)
-                sums = fma_again(
+                later_sums = fma_again(
                     widened, w_ptr, later_loaded, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
                 )
-                sums = members(sums, SILU_MUL, R, MP)
+                pair = members(later_sums, SILU_MUL, R, MP)
                 later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
-                _linear_epilogue(sums, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
+                _linear_epilogue(pair, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
 
 
 @triton.jit
