@@ -139,8 +139,8 @@ def _head_kernel(
     if LOOPS:
         for tile in tl.range(pid + programs, tl.cdiv(N, R), programs, num_stages=STAGES):
             rows = tile * R + r
-            again = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
-            logits = _store_logits(again * factor, logits_ptr, rows, m, M, N, vocab_size)
+            more = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
+            logits = _store_logits(more * factor, logits_ptr, rows, m, M, N, vocab_size)
             value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
             best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
             best = tl.maximum(best, value)

@@ -197,9 +197,9 @@ def _linear_kernel(
                 later_sums = fma_again(
                     widened, w_ptr, later_loaded, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
                 )
-                later_sums = members(later_sums, SILU_MUL, R, MP)
+                pair = members(later_sums, SILU_MUL, R, MP)
                 later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
-                _linear_epilogue(later_sums, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
+                _linear_epilogue(pair, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
 
 
 @triton.jit
