@@ -14,7 +14,7 @@ from triton.compiler import ASTSource
 import kernels
 from kernels import _common
 from kernels.formats import Weight
-from kernels.tiles import MEASURED
+from kernels.tiles import MEASURED, Tile, override_tiles
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -109,6 +109,23 @@ def test_rules(launches, op, N, K, M):
     check(launches, 1)
 
 
+@pytest.mark.parametrize(
+    ("op", "N", "K", "M", "tile"),
+    [
+        ("silu_mul", 16384, 2048, 1, Tile(8, 2048, 8, grid=6, stages=2, prefetch=64)),
+        ("linear", 2048, 8192, 16, Tile(64, 128, 4, dot=True, split=2, prefetch=64, preload=1, stages=3)),
+        ("linear", 2048, 2048, 1, Tile(2, 1024, 4, late=True, stream=True, ahead=4096)),
+        ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2, prefetch=32)),
+        ("linear", 201, 192, 3, Tile(4, 64, 1)),
+    ],
+    ids=str,
+)
+def test_tiles_that_a_tuner_may_try(launches, op, N, K, M, tile):
+    with override_tiles({op: tile}):
+        call(op, N, K, M)
+    check(launches, 1)
+
+
 def test_qk_norm_and_bias(launches):
     call("qkv", 6144, 1024, head_dim=128, qk_norm=True)
     call("qkv", 768, 896, head_dim=128, bias=True)
@@ -118,7 +135,6 @@ def test_qk_norm_and_bias(launches):
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("B", "T", "capacity"), [(1, 1, 256), (1, 1, 65536), (64, 1, 1024), (1, 8, 1024)])
 def test_flash_decode(launches, head_dim, B, T, capacity):
-    sys.modules["kernels.flash_decode"]._zeroed_counters(torch.device("cpu"))
     cache = empty(B, 8, capacity, head_dim)
     lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
     kernels.flash_decode(empty(B, T, 32, head_dim), cache, cache, lengths, table, scale=0.1)
@@ -130,7 +146,7 @@ def test_choose_and_advance(launches):
     best, ids = empty(2, 4096, dtype=torch.float32), empty(2, 4096, dtype=torch.int32)
     kernels.advance(
         best, ids, ring=empty(2, 256, dtype=torch.int32), stop_ids=empty(2, 16, dtype=torch.int32), embedding=empty(9, 256),
-        x=empty(2, 256), **integers,
+        x=empty(2, 256), ahead=Weight(64, 256), **integers,
     )  # fmt: skip
     floats = {n: empty(2, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
     kernels.choose(

@@ -132,6 +132,14 @@ def test_rows_are_independent_of_the_batch():
             assert torch.equal(linear(x[rows], weight, norm=norm, eps=EPS), together[rows])
 
 
+@pytest.mark.parametrize("M", [1, 5])
+def test_any_number_of_rows(M):
+    """A vocabulary of 32,001 or a layer of 201 features: no multiple of anything."""
+    weight, x = make_weight(201, 192, torch.bfloat16), randn(M, 192, dtype=torch.bfloat16)
+    exact = linear_ref(wide(x), wide(weight.weight))
+    assert_within(linear(x, weight), linear_ref(x, weight.weight), exact)
+
+
 def test_a_weight_to_come_changes_nothing():
     weight, ahead, x = (
         make_weight(48, 192, torch.bfloat16),
@@ -154,7 +162,7 @@ def test_a_weight_to_come_changes_nothing():
         ({"residual": torch.ones(1, 16)}, r"residual: found torch.float32 \[1, 16\], expected torch.float32 \[1, 32\]"),
         (
             {"weight": Weight(32, 72, dtype=torch.float32), "x": torch.zeros(1, 72)},
-            "found 32 x 72, expected a multiple of 16 rows",
+            "found 32 x 72, expected a multiple of 64 columns",
         ),
     ],
 )
