@@ -11,7 +11,9 @@ from families import hf_model
 
 import generate
 from generate import DEMO, Engine, _Text
+from model import PrefillStep
 from sampling import SamplingParams
+from tokenizer import TokenStream
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,7 +134,7 @@ def test_a_prompt_that_cannot_run_is_refused(engine, prompt, message):
 def test_nan_logits_stop_the_run(directory):
     engine = Engine.load(directory, "cpu", torch.float32, max_seq_len=128)
     engine.model.norm.weight[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="NaN at token 1 of prompt 0"):
+    with pytest.raises(FloatingPointError, match="NaN at token 1 of output 0"):
         tokens_of(engine, [4, 5, 6])
 
 
@@ -156,11 +158,7 @@ class _Letters:
 )
 def test_stop_strings_over_tokens(stops, text, shown, reason):
     """Text that may still become a stop string is held back; text of and after one is never shown."""
-
-    class Owner:
-        tokenizer, stop_ids = _Letters(), frozenset()
-
-    answer = _Text(Owner, SamplingParams(stop=stops))
+    answer = _Text(SamplingParams(stop=stops), set(), TokenStream(_Letters()))
     pieces = []
     for byte in text.encode():
         if not answer.finish_reason:
@@ -183,7 +181,7 @@ def test_golden_tokens_of_the_demo_model():
     assert out.text == golden["text"]
 
     ids = torch.tensor(engine.encode(golden["prompt"]) + out.tokens)
-    logits = engine.model.logits(engine.model(engine.model.embed(ids), generate.PrefillStep(len(ids))))
+    logits = engine.model.logits(engine.model(engine.model.embed(ids), PrefillStep(len(ids))))
     best = logits[-65:-1].topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-2
 
