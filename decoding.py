@@ -129,6 +129,7 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
         best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
         token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
         flag=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
+        ahead=model.layers[0].attention.wqkv,
     )  # fmt: skip
     if kind == "penalize":
         session.sampling.seen[rows].scatter_(1, session.token[rows, None].long(), True)
@@ -154,27 +155,34 @@ def decode_one_token(model: Transformer, session: Session, kind: str, logprobs: 
     return choose_token(model, session, hidden, slice(None), kind, logprobs)
 
 
+def check_mode(mode: str, device: torch.device) -> str:
+    """The way to run decode steps that a mode of Decoder.MODES means on a device."""
+    if mode not in Decoder.MODES:
+        raise ValueError(f"decode_mode: found {mode!r}, expected one of {', '.join(Decoder.MODES)}")
+    if mode == "auto":
+        return "graph" if device.type == "cuda" else "compile"
+    if mode in ("graph", "reduce-overhead") and device.type != "cuda":
+        raise ValueError(f"decode_mode: found {mode} on {device}, expected a CUDA device")
+    return mode
+
+
 class Decoder:
     """Runs decode steps of a session in one of these ways; `path` says which one, and why.
 
-    eager: step by step. compile: `torch.compile` (on a CPU, where there are no CUDA graphs). reduce-overhead: the same with
-    Inductor's CUDA graphs. graph: CUDA graphs of several steps, captured by hand.
+    eager: step by step. compile: `torch.compile`, without CUDA graphs. reduce-overhead: the same with Inductor's CUDA graphs.
+    graph: CUDA graphs of several steps, captured by hand.
     """
 
     MODES = ("auto", "eager", "compile", "reduce-overhead", "graph")
 
     def __init__(self, model: Transformer, session: Session, mode: str):
         self.model, self.session = model, session
-        on_gpu, self.in_kernels = session.x.is_cuda, fused(session.x)
-        if mode == "auto":
-            mode = "graph" if on_gpu else "compile"
-        if mode in ("graph", "reduce-overhead") and not on_gpu:
-            raise ValueError(f"decode mode: found {mode} on {session.x.device}, expected a CUDA device")
-        self.mode = mode
+        self.in_kernels = fused(session.x)
+        self.mode = mode = check_mode(mode, session.x.device)
         self.step = decode_one_token
         torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one
         if mode in ("compile", "reduce-overhead"):
-            self.step = torch.compile(decode_one_token, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
+            self.step = torch.compile(decode_one_token, fullgraph=True, mode=None if mode == "compile" else mode)
         elif mode == "graph" and not self.in_kernels:
             self.step = torch.compile(decode_one_token, fullgraph=True)
         self.graphs: dict[tuple[int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
@@ -185,6 +193,9 @@ class Decoder:
     @property
     def path(self) -> str:
         work = "Rooflama's kernels" if self.in_kernels else "plain PyTorch"
+        head_dim = self.model.config.head_dim
+        if self.session.x.is_cuda and head_dim not in kernels.HEAD_SIZES:
+            work += f" (attention in plain PyTorch, slow: head size {head_dim}, the kernel has {kernels.HEAD_SIZES})"
         reason = {
             "eager": "step by step",
             "compile": "compiled by torch.compile",
@@ -224,7 +235,8 @@ class Decoder:
     def _warm_up(self, kind: str, logprobs: bool) -> None:
         """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
         session = self.session
-        state = (session.cache.lengths, session.done, session.x)
+        state = [session.cache.lengths, session.done, session.x]
+        state += [session.sampling.seen] if session.sampling.seen is not None else []
         saved = [t.clone() for t in state]
         session.cache.lengths.zero_()
         session.done.fill_(1)

@@ -8,6 +8,7 @@ Letters: T tokens of a prompt, H hidden size.
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
 import sys
@@ -27,6 +28,7 @@ from decoding import (
     Decoder,
     Session,
     StatusReader,
+    check_mode,
     choose_token,
     decode_one_token,
     elapsed_sec,
@@ -121,6 +123,10 @@ class Engine:
     """
 
     def __init__(self, model: Transformer, tokenizer=None, *, decode_mode="eager", compile_prefill=False, max_seq_len=None):
+        context = model.config.max_position_embeddings
+        if max_seq_len is not None and not 1 <= max_seq_len <= context:
+            raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's context, {context}")
+        check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
         self.decode_mode, self.max_seq_len = decode_mode, max_seq_len
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
@@ -130,13 +136,13 @@ class Engine:
         self.session: Session | None = None
         self.decoder: Decoder | None = None
         self.running: _Run | None = None  # whose sequences the session holds
-        model.setup_rope(min(model.config.max_position_embeddings, max_seq_len or model.config.max_position_embeddings))
+        model.setup_rope(max_seq_len or context)
 
     @classmethod
     def load(cls, checkpoint_path, device=None, dtype=None, *, progress=False, **options) -> "Engine":
         """From a checkpoint directory, ours or an HF one. `dtype` overrides the checkpoint's; `options` as in __init__."""
         started = time.perf_counter()
-        device = torch.device(device or default_device())
+        device = parse_device(device)
         directory = Path(checkpoint_path)
         config, tensors, report = convert_hf_checkpoint.load(directory, device, dtype, progress=progress)
         model = Transformer(config, device="meta", dtype=config.dtype)
@@ -166,7 +172,7 @@ class Engine:
             raise ValueError(f"random_weights: found {shape!r}, expected one of {', '.join(SHAPES)}")
         started = time.perf_counter()
         config = SHAPES[shape]
-        model = Transformer(config, device=device or default_device(), dtype=dtype)
+        model = Transformer(config, device=parse_device(device), dtype=dtype)
         fill_randomly(model)
         engine = cls(model, **options)
         synchronize(model.norm.weight.device)
@@ -189,6 +195,9 @@ class Engine:
     def encode(self, prompt) -> list[int] | torch.Tensor:
         """A prompt as token ids (BOS in front of text, where the model has one), or embeddings as they are."""
         if isinstance(prompt, torch.Tensor):
+            width = self.model.config.hidden_size
+            if prompt.dim() != 2 or prompt.shape[1] != width or not prompt.is_floating_point():
+                raise ValueError(f"prompt: found {prompt.dtype} {list(prompt.shape)}, expected embeddings [T, {width}]")
             return prompt
         if not isinstance(prompt, str):
             return list(prompt)
@@ -210,6 +219,8 @@ class Engine:
         `sample`: the number of the first sample, for more of them later. ValueError: an empty prompt, or one that leaves no
         room in the context. FloatingPointError: the model gave NaN.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts: found one text, expected a list of prompts")
         run = _Run(self, [self.encode(p) for p in prompts], params or self.params(), sample)
         for i, text in run.pieces():
             if on_text:
@@ -249,14 +260,16 @@ class Engine:
         rows = min(
             self.context, self.max_seq_len or -(-length // 1024) * 1024
         )  # whole thousands: few sessions for many lengths
-        try:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
             self.session = Session(self.model, batch_size, rows)
-        except torch.cuda.OutOfMemoryError:
-            raise MemoryError(self._no_room(batch_size, rows)) from None
+        if self.session is None:
+            raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
 
     def _no_room(self, batch_size: int, rows: int) -> str:
         each = bytes_per_row(self.model.config, self.model.norm.weight.dtype) * batch_size
+        gc.collect()
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(self.device)[0]
         return (
             f"the KV cache of {batch_size} x {rows} tokens needs {each * rows / 2**30:.2f} GiB, free {free / 2**30:.2f} GiB: "
@@ -485,6 +498,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def parse_device(name: str | torch.device | None) -> torch.device:
+    """A device that is there; None is the default. ValueError names it."""
+    try:
+        device = torch.device(name or default_device())
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: found {str(name)!r}, expected cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    return device
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -601,6 +625,10 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
             profiler.export_chrome_trace(str(args.profile))
         outputs += new
         last = metrics(engine, timing, compile_sec)
+        if i == 0:
+            cache = engine.session.cache
+            gib = cache.num_bytes / 2**30
+            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB", file=sys.stderr)
         if streams:
             print()
         else:

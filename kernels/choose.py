@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels, zeroed_workspace
 from kernels._matmul import INTERPRETED, MAX_ROWS
 from kernels._random import gumbel_ids, gumbel_ref, gumbel_tile, token_positions
 
@@ -347,15 +347,6 @@ def _resolve_kernel(
 # ---------------------------------------------------------------- operator
 
 
-@functools.cache
-def _workspace(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """The bins' counts and masses of MAX_ROWS rows, zero before and after every call. Not for two streams at once."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("kernels.choose must run once before a CUDA graph is captured")
-    bins = MAX_ROWS * BINS.value
-    return torch.zeros(bins, dtype=torch.int32, device=device), torch.zeros(bins, dtype=torch.int64, device=device)
-
-
 def _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p):
     M, B = logits.shape[0], lengths.numel()
     if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.is_contiguous() or not 1 <= M <= MAX_ROWS:
@@ -397,7 +388,10 @@ def _choose(
     (M, V), P = logits.shape, maxima.shape[1]
     T, blocks = M // lengths.numel(), triton.cdiv(V, BLOCK.value)
     make = functools.partial(torch.empty, device=logits.device, dtype=torch.int32)
-    (counts, masses), listed, ids = _workspace(logits.device), make(M), make(M * LIST.value)
+    bins = MAX_ROWS * BINS.value
+    counts = zeroed_workspace(logits.device, "histogram's counts", bins)
+    masses = zeroed_workspace(logits.device, "histogram's masses", bins, torch.int64)
+    listed, ids = make(M), make(M * LIST.value)
     best, best_id, cuts = make(M * blocks, dtype=torch.float32), make(M * blocks), make(M * 6, dtype=torch.int64)
     options = {"P_BLOCK": triton.next_power_of_2(P), "num_warps": 8, **launch_options(logits)}
     _histogram_kernel[(blocks, M)](

@@ -21,6 +21,7 @@ from kernels._matmul import (
     fma_again,
     matmul_arguments,
     multiply,
+    prefetch_l2,
     prefetch_rows,
     preload,
     rms_factor,
@@ -31,6 +32,7 @@ from kernels._matmul import (
 from kernels._random import gumbel_ref, gumbel_tile, token_positions
 from kernels.formats import Weight
 
+AHEAD_BYTES = 16 << 20  # what memory can deliver until the next step's first kernel has started, and more
 PARTIALS = 4096  # candidates a row, whatever the tile: a program that has no candidate left to give fills up with -inf
 
 
@@ -137,8 +139,8 @@ def _head_kernel(
     if LOOPS:
         for tile in tl.range(pid + programs, tl.cdiv(N, R), programs, num_stages=STAGES):
             rows = tile * R + r
-            sums = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
-            logits = _store_logits(sums * factor, logits_ptr, rows, m, M, N, vocab_size)
+            more = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
+            logits = _store_logits(more * factor, logits_ptr, rows, m, M, N, vocab_size)
             value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
             best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
             best = tl.maximum(best, value)
@@ -168,11 +170,34 @@ def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constex
 @triton.jit
 def _advance_kernel(
     max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
+    embedding_ptr, x_ptr, ahead_ptr, sequences, partials, ring_size, stops, K, ahead_bytes,
+    PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence. Never triggers early: what it writes is final before any kernel of the next step starts.
+
+    Memory would idle meanwhile: the programs behind the sequences' bring the weight that the next step reads first into L2.
+    """
+    b = tl.program_id(0)
+    if b < sequences:
+        _advance_sequence(
+            b, max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
+            embedding_ptr, x_ptr, partials, ring_size, stops, K, PARTIALS, STOPS, BLOCK, PDL,
+        )  # fmt: skip
+    else:
+        pdl_wait(PDL)
+        if PDL and ahead_ptr is not None:
+            share = ahead_bytes // (tl.num_programs(0) - sequences) // 128 * 128
+            if share > 0:
+                prefetch_l2(ahead_ptr.to(tl.int64) + (b - sequences).to(tl.int64) * share, share, 1)
+
+
+@triton.jit
+def _advance_sequence(
+    b, max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
     embedding_ptr, x_ptr, partials, ring_size, stops, K,
     PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence. Never triggers early: what it writes is final before any kernel of the next step starts."""
-    b = tl.program_id(0)
+    """The choice among the candidates, and all that follows from it."""
     length, done, cursor = tl.load(lengths_ptr + b), tl.load(done_ptr + b), tl.load(cursor_ptr + b)
     limit, before = tl.load(limit_ptr + b), tl.load(token_ptr + b)
     s = tl.arange(0, STOPS)
@@ -332,21 +357,24 @@ def _advance(
     stop_ids: torch.Tensor,
     embedding: torch.Tensor,
     x: torch.Tensor,
+    ahead: torch.Tensor | None,
 ) -> None:
     _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
     if not uses_kernel(x):
         advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
         return
-    _advance_kernel[(token.numel(),)](
-        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x,
-        partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
+    helpers = 0 if ahead is None else num_sms(x.device.index or 0)
+    _advance_kernel[(token.numel() + helpers,)](
+        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x, ahead,
+        token.numel(), partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
+        0 if ahead is None else min(AHEAD_BYTES, ahead.numel() * ahead.element_size()),
         PARTIALS=triton.next_power_of_2(partial_max.shape[1]), STOPS=triton.next_power_of_2(stop_ids.shape[1]),
         BLOCK=min(4096, triton.next_power_of_2(x.shape[1])), num_warps=8, **launch_options(x),
     )  # fmt: skip
 
 
 @_advance.register_fake
-def _(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):
+def _(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x, ahead):
     _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
 
 
@@ -364,6 +392,7 @@ def advance(
     stop_ids: torch.Tensor,
     embedding: torch.Tensor,
     x: torch.Tensor,
+    ahead: Weight | None = None,
 ) -> None:
     """Chooses each sequence's token and moves it on by one; the last kernel of a step, one query token a sequence.
 
@@ -372,8 +401,10 @@ def advance(
     A sequence that is done, or has length 0, is left alone. One whose token is in stop_ids, or whose length + 1 exceeds
     limit (the rows of the cache that it may use), is done: its length becomes 0, which ends its work. Where a logit is NaN or
     infinite, flag becomes 1, nothing is emitted and the sequence is done.
-    x [B, K] receives the embedding's row of each token. ValueError: a shape or dtype that does not fit.
+    x [B, K] receives the embedding's row of each token. `ahead` is the weight that the next step reads first, as in `linear`.
+    ValueError: a shape or dtype that does not fit.
     """
     torch.ops.rooflama.advance(
-        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x
+        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x,
+        None if ahead is None else ahead.weight,
     )  # fmt: skip

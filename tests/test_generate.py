@@ -87,6 +87,22 @@ def test_embeddings_serve_as_a_prompt(engine):
     assert tokens_of(engine, engine.model.embed(torch.tensor(ids))) == tokens_of(engine, ids)
 
 
+@pytest.mark.parametrize("prompt", [torch.tensor([1, 2, 3]), torch.zeros(3, 7), torch.zeros(2, 64, dtype=torch.int64)])
+def test_a_tensor_that_is_no_embedding_is_refused(engine, prompt):
+    with pytest.raises(ValueError, match=r"prompt: found .*expected embeddings \[T, 64\]"):
+        engine.generate([prompt])
+
+
+def test_one_text_is_no_list_of_prompts(engine):
+    with pytest.raises(ValueError, match="expected a list"):
+        engine.generate("AB")
+
+
+def test_a_mode_that_is_none_is_refused(engine):
+    with pytest.raises(ValueError, match="decode_mode: found 'reduce_overhead', expected one of auto, eager"):
+        Engine(engine.model, decode_mode="reduce_overhead")
+
+
 def test_seed_and_sample_decide_the_draw(engine):
     params = SamplingParams(temperature=1.5, max_new_tokens=24, ignore_eos=True, seed=5)
     draw = lambda sample, p: engine.generate([[4, 5, 6]], p, sample=sample)[0][0].tokens
@@ -296,6 +312,10 @@ def test_ctrl_c_in_mid_stream_ends_with_130():
         (["--checkpoint_path", "/nowhere"], 1, ["/nowhere"]),
         (["--decode_mode", "graph"], 1, ["graph", "CUDA"]),
         (["--frobnicate"], 2, ["--frobnicate"]),
+        (["--max_seq_len", "0"], 1, ["max_seq_len", "0", "expected 1 to"]),
+        (["--max_seq_len", "-5"], 1, ["max_seq_len", "-5"]),
+        (["--device", "foo"], 1, ["device", "foo", "cpu"]),
+        (["--top_k", "99999999999"], 1, ["top_k", "99999999999"]),
     ],
 )
 def test_bad_input_gets_one_line(argv, status, words, capsys, monkeypatch):
