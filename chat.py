@@ -181,11 +181,11 @@ def converse(engine: Engine, params: SamplingParams, system: str | None = None) 
 def _check(chat: Chat) -> None:
     """Fails now rather than at the first message; compiles what there is to compile, and says what it is."""
     engine = chat.engine
-    limit = WARM_UP_TOKENS if engine.decode_mode != "eager" else 1
-    hello = [*chat.system, {"role": "user", "content": "Hello"}]
-    stream = engine.chat(hello, dataclasses.replace(chat.params, max_new_tokens=min(limit, chat.params.max_new_tokens)))
-    with contextlib.closing(stream):
-        for _ in stream:
+    compiles = engine.decode_mode != "eager"
+    limit = min(WARM_UP_TOKENS if compiles else 1, chat.params.max_new_tokens)
+    params = dataclasses.replace(chat.params, max_new_tokens=limit)
+    for text in ("Hello", "Good morning") if compiles else ("Hello",):  # the second one is prefilled from within the cache
+        for _ in engine.chat([*chat.system, {"role": "user", "content": text}], params):
             pass
     say(f"path: {engine.decoder.path}")
     say(f"template: {engine.tokenizer.chat.name}; context: {engine.context} tokens")

@@ -257,9 +257,8 @@ class Engine:
         if s and s.batch_size == batch_size and s.max_seq_len >= min(length, self.context):
             return
         self.session = self.decoder = None  # frees the memory of the old one first
-        rows = min(
-            self.context, self.max_seq_len or -(-length // 1024) * 1024
-        )  # whole thousands: few sessions for many lengths
+        whole = -(-length // 1024) * 1024  # few sessions for many lengths
+        rows = self.max_seq_len or min(self.context, whole)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
             self.session = Session(self.model, batch_size, rows)
         if self.session is None:
@@ -288,7 +287,7 @@ class _Run:
         for prompt, p in zip(prompts, each, strict=True):
             self._check(prompt, p)
         self.requests = list(zip(prompts, each, strict=True))
-        # one sequence of the session for each sample of each prompt
+        # a sequence of the session for each sample of each prompt
         self.texts = [self._text(prompt, p) for prompt, p in self.requests for _ in range(p.n)]
         self.prompt_tokens = [len(prompt) for prompt, p in self.requests for _ in range(p.n)]
         self.timing = Timing()
