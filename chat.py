@@ -84,6 +84,8 @@ class Chat:
                     shown += piece
                     print(clean(piece), end="", flush=True)
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise  # a script's lines: nobody is there to go on
             note = "interrupted"
         except FloatingPointError as error:
             note = f"error: {error}"
@@ -171,6 +173,8 @@ def converse(engine: Engine, params: SamplingParams, system: str | None = None) 
         try:
             chat.handle(input("> ") if interactive else input())
         except KeyboardInterrupt:  # with no answer to end: an empty line, as in a shell
+            if not sys.stdin.isatty():
+                raise
             say("")
         except EOFError:
             break

@@ -263,6 +263,18 @@ def test_a_stop_string_ends_an_answer(smiling, monkeypatch, capsys):
     assert capsys.readouterr().out == "😀\n"
 
 
+def test_ctrl_c_ends_a_script(smiling, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    whole = smiling.prefill
+    monkeypatch.setattr(smiling, "prefill", lambda m, s, row, x, start: interrupted() if start else whole(m, s, row, x, start))
+    smiling.session = None  # the greeting that warms it up is prefilled from 0
+    with pytest.raises(KeyboardInterrupt):
+        talk(monkeypatch, smiling, "one", "two")
+    assert not capsys.readouterr().out.strip()
+
+
 def test_regen_draws_anew_and_keeps_the_turn(engine):
     conversation = chat.Chat(engine, SamplingParams(temperature=1.0, max_new_tokens=12), "Be brief.")
     conversation.handle("one")

@@ -280,6 +280,16 @@ def test_json_is_the_last_line():
     assert "path: eager" in done.stderr
 
 
+def test_json_with_logprobs_of_several_samples(capsys):
+    argv = ["--device", "cpu", "--batch_size", "2", "--num_samples", "2", "--max_new_tokens", "8", "--json", "--logprobs", "2"]
+    assert generate.main([*argv, "--dtype", "float32", "--seed", "4", "--ignore_eos"]) == 0
+    outputs = json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"]
+    assert len({tuple(out["tokens"]) for out in outputs}) == 4
+    for out in outputs:
+        assert [entry["token"] for entry in out["logprobs"]] == out["tokens"]
+        assert all(len(entry["top"]) == 2 and entry["logprob"] <= entry["top"][0][1] <= 0 for entry in out["logprobs"])
+
+
 def test_closed_output_ends_quietly():
     command = f"{sys.executable} {ROOT / 'generate.py'} --device cpu --max_new_tokens 900 --temperature 0 | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
