@@ -88,7 +88,7 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
     """
     s, lengths = session.sampling, session.cache.lengths[rows]
     draw = {} if kind == "greedy" else {n: getattr(s, n)[rows] for n in ("temperature", "seed", "sample")}
-    if fused(hidden):
+    if fused(hidden, model.head):
         logits, best, token = kernels.head(
             hidden,
             model.head,
@@ -100,7 +100,7 @@ def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, row
         )
     else:
         logits = model.logits(hidden)
-    if kind == "truncate" or not fused(hidden):
+    if kind == "truncate" or not fused(hidden, model.head):
         cuts = {n: getattr(s, n)[rows] for n in ("top_k", "top_p", "min_p")} if kind == "truncate" else {}
         best, token = choose(logits, lengths, **draw, **cuts)
     kernels.advance(
@@ -128,7 +128,8 @@ class Decoder:
 
     def __init__(self, model: Transformer, session: Session, mode: str):
         self.model, self.session = model, session
-        on_gpu, self.in_kernels = session.x.is_cuda, fused(session.x)
+        on_gpu = session.x.is_cuda
+        self.in_kernels = fused(session.x, model.head, *(layer.attention.wqkv for layer in model.layers))
         if mode == "auto":
             mode = "graph" if on_gpu else "compile"
         if mode in ("graph", "reduce-overhead") and not on_gpu:
