@@ -71,10 +71,8 @@ def make_recipe(
     """What a mode means for a model. head: int8, int4, fp8, "none" or None for the mode's own. ValueError names the flag."""
     if mode not in MODES:
         raise ValueError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
-    if config.layer_format or config.head_format:
-        raise ValueError(
-            f"the checkpoint is quantised already: found {config.layer_format or config.head_format}, expected none"
-        )
+    if found := config.layer_format or config.head_format:
+        raise ValueError(f"the checkpoint is quantised already: found {found}, expected plain weights")
     name, method, default_head = MODES[mode]
     if asymmetric and name != "int4":
         raise ValueError(f"asymmetric: found with mode {mode}, expected an int4 mode")
