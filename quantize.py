@@ -9,6 +9,7 @@ Letters: N rows (output features) and K columns (input features) of a weight, T 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import sys
@@ -50,6 +51,7 @@ class Recipe:
     method: str  # rtn, gptq or awq
     layers: PackedFormat
     head: PackedFormat | None  # None leaves the head plain, or tied to the embedding
+    search: bool = True  # rtn, int4: clipped ranges are tried; False takes each group's whole range
     percdamp: float = 0.01  # gptq: added to the Hessian's diagonal, as a part of its mean
     blocksize: int = 128  # gptq: columns whose later updates are gathered into one product
 
@@ -65,12 +67,13 @@ def make_recipe(
     groupsize: int = 128,
     asymmetric: bool = False,
     head: str | None = None,
+    search: bool = True,
     percdamp: float = 0.01,
     blocksize: int = 128,
 ) -> Recipe:
     """What a mode means for a model. head: int8, int4, fp8, "none" or None for the mode's own. ValueError names the flag."""
     if mode not in MODES:
-        raise ValueError(f"mode: found {mode!r}, expected one of {', '.join(MODES)}")
+        raise ValueError(f"quantisation mode: found {mode!r}, expected one of {', '.join(MODES)}")
     if found := config.layer_format or config.head_format:
         raise ValueError(f"the checkpoint is quantised already: found {found}, expected plain weights")
     name, method, default_head = MODES[mode]
@@ -86,7 +89,7 @@ def make_recipe(
             return PackedFormat("int4", groupsize, not asymmetric, config.dtype)
         return None if name == "none" else PackedFormat(name)
 
-    recipe = Recipe(mode, method, fmt(name), fmt(head or default_head), percdamp, blocksize)
+    recipe = Recipe(mode, method, fmt(name), fmt(head or default_head), search, percdamp, blocksize)
     tensor_specs(recipe.config(config))  # refuses groups that do not fill a row
     return recipe
 
@@ -105,6 +108,17 @@ def calibration_windows(text: str, tokenizer: Tokenizer, limit: int, seq_length:
     return [torch.tensor(start + ids[first : first + length]) for first in firsts]
 
 
+def read_windows(path: Path, tokenizer: Tokenizer | None, config: ModelConfig, limit=128, seq_length=2048) -> list[Tensor]:
+    """Calibration windows of a text file; seq_length is cut to the model's context. OSError, or ValueError naming the file."""
+    if tokenizer is None:
+        raise ValueError("calibration needs text: found no tokenizer beside the checkpoint, expected one")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: found byte {error.object[error.start]:#x} at {error.start}, expected UTF-8 text") from None
+    return calibration_windows(text, tokenizer, limit, min(seq_length, config.max_position_embeddings))
+
+
 class Statistics:
     """What a linear's inputs x [T, K], all windows together, look like."""
 
@@ -118,11 +132,6 @@ class Statistics:
         self.count += x.shape[0]
         self.hessian.mul_(kept).addmm_(x.T, x, alpha=1 / self.count)
         self.magnitude.mul_(kept).add_(x.abs().sum(0) / self.count)
-
-    @property
-    def power(self) -> Tensor:
-        """Mean of x squared, [K]."""
-        return self.hessian.diagonal()
 
 
 def stage_input(layer: Layer, stage: str, x: Tensor, rope) -> Tensor:
@@ -150,32 +159,36 @@ def measure(layer: Layer, stage: str, hidden: list[Tensor], rope) -> Statistics:
 # ---------------------------------------------------------------- quantisers
 
 
-def search_scale(values: Tensor, fmt: PackedFormat, importance: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scale and zero [...] of groups [..., columns] with the least squared error, each column's weighted by its importance.
+def search_scale(values: Tensor, fmt: PackedFormat, cost: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero [...] of groups [..., columns] whose rounding error [..., columns] has the least cost [...].
 
     Clipping a group's largest values lets the others be finer: ranges from all of it down to half are tried.
     """
     best = scale = zero = None
     for shrink in SHRINKS:
         new_scale, new_zero = fit_scale(values, fmt, shrink)
-        error = decode(encode(values, new_scale, new_zero, fmt), new_scale, new_zero, fmt) - values
-        error = (error.square() * importance).sum(-1)
+        new = cost(decode(encode(values, new_scale, new_zero, fmt), new_scale, new_zero, fmt) - values)
         if best is None:
-            best, scale, zero = error, new_scale, new_zero
+            best, scale, zero = new, new_scale, new_zero
             continue
-        better = error < best
-        best, scale = torch.where(better, error, best), torch.where(better, new_scale, scale)
+        better = new < best
+        best, scale = torch.where(better, new, best), torch.where(better, new_scale, scale)
         zero = None if zero is None else torch.where(better, new_zero, zero)
     return scale, zero
 
 
-def round_to_nearest(weight: Weight, fmt: PackedFormat, importance: Tensor | None = None) -> Weight:
-    """Each value to the nearest code. int4's ranges are searched; importance [K] as in `search_scale`, all alike by default."""
+def round_searched(weight: Weight, fmt: PackedFormat, hessian: Tensor | None = None) -> Weight:
+    """Each value to the nearest code of ranges that are searched: for the least squared error, or with a Hessian [K, K] of the
+    inputs, for the least squared error of a group's part of the outputs (AWQ's clipping)."""
     if fmt.format != "int4":  # clipping does not pay where a code is this fine
         return weight.round_to_nearest(fmt)
     groups = weight.dequantized().float().unflatten(1, (fmt.num_groups(weight.in_features), -1))
-    importance = torch.ones(weight.in_features, device=groups.device) if importance is None else importance
-    scale, zero = search_scale(groups, fmt, importance.view(groups.shape[1:]))
+    cost = lambda error: error.square().sum(-1)
+    if hessian is not None:
+        size = groups.shape[-1]
+        blocks = torch.stack([hessian[i : i + size, i : i + size] for i in range(0, len(hessian), size)])
+        cost = lambda error: (torch.einsum("ngc,gcd->ngd", error, blocks) * error).sum(-1)
+    scale, zero = search_scale(groups, fmt, cost)
     return weight.quantized(fmt, encode(groups, scale, zero, fmt).flatten(1), scale, zero)
 
 
@@ -203,8 +216,7 @@ def gptq(weight: Weight, hessian: Tensor, fmt: PackedFormat, percdamp: float = 0
         part, factor, errors = w[:, start:stop], inverse[start:stop, start:stop], torch.empty_like(w[:, start:stop])
         for i in range(stop - start):
             if (first := start + i) % group == 0:
-                importance = inverse.diagonal()[first : first + group] ** -2  # what an error costs once it is made up for
-                scale, zero = search_scale(w[:, first : first + group], fmt, importance)
+                scale, zero = search_scale(w[:, first : first + group], fmt, lambda error: error.square().sum(-1))
                 scales.append(scale)
                 zeros.append(zero)
             codes.append(encode(part[:, i : i + 1], scale, zero, fmt))
@@ -215,16 +227,20 @@ def gptq(weight: Weight, hessian: Tensor, fmt: PackedFormat, percdamp: float = 0
     return weight.quantized(fmt, torch.cat(codes, 1), torch.stack(scales, 1), zero)
 
 
-def awq_scale(weight: Weight, hessian: Tensor, magnitude: Tensor, fmt: PackedFormat) -> Tensor:
-    """AWQ (Lin et al. 2023): the scale [K] of input channels, magnitude ** a, that costs the outputs least; a is searched.
+def awq_scale(weight: Weight, hessian: Tensor, inputs: Tensor, columns: Tensor, fmt: PackedFormat) -> Tensor:
+    """AWQ (Lin et al. 2023): the scale [K] of input channels that costs the outputs least.
 
-    Weights are multiplied by it before they are rounded, so that channels with large inputs are rounded more finely.
+    Weights are multiplied by it before they are rounded: channels with large inputs are rounded more finely. Tried are 1
+    and inputs ** a / columns ** (1 - a) for a in [0, 1), of mean magnitudes of inputs and of weights' columns [K] (as AutoAWQ
+    does; the paper has the inputs alone). hessian [K, K]: mean of x x^T.
     """
     w = weight.dequantized().float()
     best, chosen = float("inf"), None
-    for i in range(AWQ_STEPS):
-        scale = magnitude.clamp(min=1e-4) ** (i / AWQ_STEPS)
-        scale = scale / (scale.max() * scale.min()).sqrt()
+    for i in range(-1, AWQ_STEPS):
+        scale = torch.ones_like(inputs)
+        if i >= 0:
+            scale = inputs.clamp(min=1e-4) ** (i / AWQ_STEPS) / columns.clamp(min=1e-6) ** (1 - i / AWQ_STEPS)
+            scale = scale / (scale.max() * scale.min()).sqrt()
         groups = (w * scale).unflatten(1, (fmt.num_groups(w.shape[1]), -1))
         fitted = fit_scale(groups, fmt)
         error = decode(encode(groups, *fitted, fmt), *fitted, fmt).flatten(1) / scale - w
@@ -240,7 +256,7 @@ def fold_scale(layer: Layer, stage: str, scale: Tensor) -> None:
     weight = layer.get_submodule(stage)
     if stage in ("attention.wqkv", "feed_forward.w13"):
         gain = (layer.attention_norm if stage == "attention.wqkv" else layer.ffn_norm).weight
-        old = gain.float()
+        old = gain.float().clone()
         gain.copy_(old / scale)
         scale = torch.where(gain == 0, 1.0, old / gain.float())  # as it was rounded
     elif stage == "attention.wo":
@@ -268,24 +284,25 @@ def quantize_layer(layer: Layer, recipe: Recipe, hidden: list[Tensor], rope) -> 
     fmt, c = recipe.layers, layer.attention.config
     if recipe.method == "rtn":
         for stage in STAGES:
-            replace(layer, stage, round_to_nearest(layer.get_submodule(stage), fmt))
+            weight = layer.get_submodule(stage)
+            replace(layer, stage, round_searched(weight, fmt) if recipe.search else weight.round_to_nearest(fmt))
     elif recipe.method == "gptq":
         for stage in STAGES:  # the inputs of a stage are those that the quantised stages before it give
             hessian = measure(layer, stage, hidden, rope).hessian
             replace(layer, stage, gptq(layer.get_submodule(stage), hessian, fmt, recipe.percdamp, recipe.blocksize))
     else:
         measured = {stage: measure(layer, stage, hidden, rope) for stage in STAGES}
-        power = {}
         for stage, statistics in measured.items():
-            magnitude = statistics.magnitude
-            if stage == "attention.wo":
-                heads = magnitude.view(c.num_kv_heads, -1, c.head_dim)
-                magnitude = heads.mean(1, keepdim=True).expand_as(heads).flatten()
-            scale = awq_scale(layer.get_submodule(stage), statistics.hessian, magnitude, fmt)
+            weight = layer.get_submodule(stage)
+            magnitudes = [statistics.magnitude, weight.weight.float().abs().mean(0)]
+            if stage == "attention.wo":  # the query heads of a group have one v to fold their scale into
+                heads = [m.view(c.num_kv_heads, -1, c.head_dim) for m in magnitudes]
+                magnitudes = [m.mean(1, keepdim=True).expand_as(m).flatten() for m in heads]
+            scale = awq_scale(weight, statistics.hessian, *magnitudes, fmt)
             fold_scale(layer, stage, scale)
-            power[stage] = statistics.power / scale.square()
+            statistics.hessian.div_(scale).div_(scale[:, None])  # of the inputs as they are now
         for stage in STAGES:
-            replace(layer, stage, round_to_nearest(layer.get_submodule(stage), fmt, power[stage]))
+            replace(layer, stage, round_searched(layer.get_submodule(stage), fmt, measured[stage].hessian))
 
 
 def quantize_layers(config: ModelConfig, layers: Iterable[Layer], recipe: Recipe, hidden: list[Tensor]) -> Iterator[Layer]:
@@ -298,10 +315,6 @@ def quantize_layers(config: ModelConfig, layers: Iterable[Layer], recipe: Recipe
         yield layer
 
 
-def quantize_head(weight: Weight, fmt: PackedFormat) -> Weight:
-    return round_to_nearest(weight, fmt)
-
-
 @torch.no_grad()
 def quantize_model(model: Transformer, mode: str, windows: list[Tensor] = (), progress: bool = False, **options) -> None:
     """Quantise a loaded model in place. windows: calibration token ids [T] each, for GPTQ and AWQ; options of make_recipe."""
@@ -312,8 +325,35 @@ def quantize_model(model: Transformer, mode: str, windows: list[Tensor] = (), pr
         for _ in quantize_layers(model.config, model.layers, recipe, hidden):
             add()
     if recipe.head:
-        model.output = quantize_head(model.head, recipe.head)
+        model.output = round_searched(model.head, recipe.head)
     model.config = recipe.config(model.config)
+
+
+def quantize_at_load(model: Transformer, mode: str, tokenizer: Tokenizer | None, progress: bool = True) -> None:
+    """What `generate.py --quantize MODE` does: everything by default."""
+    windows = []
+    if mode in MODES and MODES[mode][1] != "rtn":
+        windows = read_windows(CALIBRATION_FILE, tokenizer, model.config)
+    quantize_model(model, mode, windows, progress)
+
+
+@torch.no_grad()
+def random_model(config: ModelConfig, mode: str, device, dtype: torch.dtype | None = None) -> Transformer:
+    """A model of random weights, quantised one by one as they are made: never is more than one of them plain."""
+    config = dataclasses.replace(config, dtype=dtype or config.dtype)
+    model = Transformer(make_recipe(mode, config).config(config), device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, module in model.named_modules():
+        if isinstance(module, Weight) and module.packed:
+            bias = module.bias is not None
+            plain = Weight(module.out_features, module.in_features, bias=bias, dtype=config.dtype, device=device)
+            for tensor in plain.buffers():
+                tensor.normal_(0.0, 0.02, generator=generator)
+            module.load_state_dict(plain.round_to_nearest(module.packed).state_dict())
+        else:
+            for tensor in module.buffers(recurse=False):
+                tensor.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
+    return model
 
 
 def quantize_checkpoint(
@@ -367,7 +407,7 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Cal
     plain = embedding if config.tie_word_embeddings else next(stream)[1]
     head.load_state_dict({"weight": plain.to(device)}, assign=True)
     if recipe.head:
-        head = quantize_head(head, recipe.head)
+        head = round_searched(head, recipe.head)
     yield from ((f"output.{name}", tensor.cpu()) for name, tensor in head.state_dict().items())
 
 
@@ -376,24 +416,13 @@ def _need_windows(recipe: Recipe, windows) -> None:
         raise ValueError(f"mode {recipe.mode}: found no calibration text, expected some (it needs a tokenizer)")
 
 
-def _progress(mode: str, config: ModelConfig, show: bool):
-    """A context that gives a function to call after each layer."""
-    plain = tensor_specs(dataclasses.replace(config, num_layers=1)).items()
-    layer_bytes = sum(spec.num_bytes for name, spec in plain if name.startswith("layers."))
-    return _Progress(checkpoint.progress_line(f"quantize {mode}", layer_bytes * config.num_layers, show), layer_bytes)
-
-
-@dataclass
-class _Progress:
-    line: object
-    layer_bytes: int
-
-    def __enter__(self):
-        add = self.line.__enter__()
-        return lambda: add(self.layer_bytes)
-
-    def __exit__(self, *error):
-        return self.line.__exit__(*error)
+@contextlib.contextmanager
+def _progress(mode: str, config: ModelConfig, show: bool) -> Iterator[Callable[[], None]]:
+    """A bar on stderr; yields a function to call after each layer."""
+    specs = tensor_specs(dataclasses.replace(config, num_layers=1)).items()
+    layer_bytes = sum(spec.num_bytes for name, spec in specs if name.startswith("layers."))
+    with checkpoint.progress_line(f"quantize {mode}", layer_bytes * config.num_layers, show) as add:
+        yield lambda: add(layer_bytes)
 
 
 # ---------------------------------------------------------------- command line
@@ -407,6 +436,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--mode", "-q", choices=MODES, default="int8", help="format of the layers, and the quantiser")
     flag("--groupsize", type=int, choices=GROUP_SIZES["int4"], default=128, help="int4: columns that share a scale")
     flag("--asymmetric", action="store_true", help="int4: with zero points")
+    flag("--no_search", dest="search", action="store_false", help="mode int4: do not look for better ranges than the whole")
     flag("--quantize_head", choices=("int8", "int4", "fp8", "none"), help="default: fp8 for mode fp8, else int8")
     flag("--calibration_file", type=Path, default=CALIBRATION_FILE, help="text (default: the demo model's training text)")
     flag("--calibration_limit", type=int, default=128, help="windows of text at most")
@@ -424,27 +454,16 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def read_windows(path: Path, directory: Path, config: ModelConfig, limit: int, seq_length: int) -> list[Tensor]:
-    """Calibration windows of a text file, in the tokens of a checkpoint."""
-    tokenizer = load_tokenizer(directory, config.vocab_size, config.model_type)
-    if tokenizer is None:
-        raise ValueError(f"{directory}: found no tokenizer, expected one: calibration needs text")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: found byte {error.object[error.start]:#x} at {error.start}, expected UTF-8 text") from None
-    return calibration_windows(text, tokenizer, limit, min(seq_length, config.max_position_embeddings))
-
-
 def run(args: argparse.Namespace) -> None:
     directory = resolve(args.checkpoint_path, args.revision)
     source = open_source(directory)
-    options = {"groupsize": args.groupsize, "asymmetric": args.asymmetric, "head": args.quantize_head}
+    options = {"groupsize": args.groupsize, "asymmetric": args.asymmetric, "head": args.quantize_head, "search": args.search}
     recipe = make_recipe(args.mode, source.config, **options, percdamp=args.percdamp, blocksize=args.blocksize)
     about, windows = {"label": args.label}, []
     if recipe.method != "rtn":
         limits = (args.calibration_limit, args.calibration_seq_length)
-        windows = read_windows(args.calibration_file, directory, source.config, *limits)
+        tokenizer = load_tokenizer(directory, source.config.vocab_size, source.config.model_type)
+        windows = read_windows(args.calibration_file, tokenizer, source.config, *limits)
         about["calibration"] = {"file": args.calibration_file.name, "windows": len(windows), "seq_length": len(windows[0])}
     if recipe.method == "gptq":
         about |= {"percdamp": args.percdamp, "blocksize": args.blocksize}

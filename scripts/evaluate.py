@@ -133,8 +133,9 @@ def engines(args: argparse.Namespace, options: dict) -> Iterator[tuple[str, Engi
             engine, windows = Engine.load(args.reference, **options), []
             if is_calibrated:
                 limits = (args.calibration_limit, args.calibration_seq_length)
-                windows = quantize.read_windows(args.calibration_file, args.reference, engine.model.config, *limits)
+                windows = quantize.read_windows(args.calibration_file, engine.tokenizer, engine.model.config, *limits)
             how = {"groupsize": groupsize, "asymmetric": args.asymmetric and is_int4, "head": args.quantize_head}
+            how["search"] = args.search
             quantize.quantize_model(engine.model, mode, windows, progress=True, **how)
             yield mode, engine
 
@@ -168,6 +169,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--quantize", nargs="+", choices=quantize.MODES, metavar="MODE", help="quantise the reference in memory, so")
     flag("--groupsize", type=int, nargs="+", choices=GROUP_SIZES["int4"], default=[128], help="of --quantize int4")
     flag("--asymmetric", action="store_true", help="of --quantize int4")
+    flag("--no_search", dest="search", action="store_false", help="of --quantize int4")
     flag("--quantize_head", choices=("int8", "int4", "fp8", "none"), help="of --quantize")
     flag("--calibration_file", type=Path, default=quantize.CALIBRATION_FILE)
     flag("--calibration_limit", type=int, default=128)
