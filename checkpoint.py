@@ -171,9 +171,10 @@ def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     present = sorted(path.name for path in directory.glob("*.safetensors"))
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        files = set(weight_map.values()) if isinstance(weight_map, dict) else {None}
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         if not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in files):
             raise ValueError(f"{index}: weight_map: expected an object of tensor: name of a .safetensors file beside the index")
+        files = set(files)
         if missing := sorted(file for file in files if not (directory / file).exists()):
             raise ValueError(f"{index}: {len(missing)} of {len(files)} shards are missing: {some(missing)}")
     elif "model.safetensors" in present or len(present) == 1:

@@ -1,237 +1,71 @@
-"""Text from a model: prefill, the decode step and its graphs, streaming, stopping; the Python API and the command line.
+"""Text from a model: prefill and the decode loop, streaming, stopping; the Python API and the command line.
 
-Owns the run of a generation. Knows no file format: checkpoints come from convert_hf_checkpoint, text from tokenizer.
-Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring.
-
-Everything a decode step reads and writes lives on the device in buffers with fixed addresses (`Session`). The host launches
-steps without waiting for their tokens and reads the output ring some steps behind.
+Owns the run of a generation. Knows no file format: checkpoints come from convert_hf_checkpoint, text from tokenizer; what runs
+on the device, and how it is launched, is decoding's.
+Letters: T tokens of a prompt, H hidden size.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import gc
 import json
 import os
-import statistics
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import checkpoint
 import convert_hf_checkpoint
-import kernels
-from kv_cache import KVCache, bytes_per_row
-from model import DTYPES, SHAPES, DecodeStep, PrefillStep, Transformer, fused
-from sampling import SamplingParams, SamplingState, choose
+from decoding import (
+    MAX_STOP_IDS,
+    RING,
+    STEPS_PER_GRAPH,
+    Decoder,
+    Session,
+    StatusReader,
+    check_mode,
+    choose_token,
+    decode_one_token,
+    elapsed_sec,
+    prefill,
+)
+from kv_cache import bytes_per_row
+from model import DTYPES, SHAPES, Transformer
+from sampling import KINDS, SamplingParams
+from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
 from tokenizer import TokenStream, load_tokenizer
 
+__all__ = [  # for the scripts, beside what is defined below
+    "BANDWIDTH",
+    "STEPS_PER_GRAPH",
+    "Decoder",
+    "decode_one_token",
+    "floor_ms",
+    "metrics",
+    "weight_bytes_per_step",
+]
+
 DEMO = Path(__file__).parent / "assets" / "demo"
-RING = 256  # tokens of a sequence that the device may be ahead of the host
-MAX_STOP_IDS = 16
-STEPS_PER_GRAPH = 8  # steps of one hand-captured graph: its launch costs the host about 10 us + 0.5 us a kernel node
+CHAT_TOKENS = 4096  # max_new_tokens of an answer in a conversation, unless told
 LAUNCHES_AHEAD = 2  # graph launches in flight before the host reads the oldest one's tokens
-
-# Read bandwidth in bytes/s that MBU is divided by: (measured by a 4 GiB sum, data sheet). Others: no MBU.
-BANDWIDTH = {"NVIDIA H200": (4.44e12, 4.8e12), "NVIDIA H100 80GB HBM3": (None, 3.35e12)}
-
-# ---------------------------------------------------------------- device state
-
-
-class Session(nn.Module):
-    """The cache and every other buffer that decode steps of up to `batch_size` sequences read and write."""
-
-    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
-        super().__init__()
-        config, weight = model.config, model.norm.weight
-        device = weight.device
-        self.batch_size, self.max_seq_len = batch_size, max_seq_len
-        self.cache = KVCache(config, batch_size, max_seq_len, device, weight.dtype)
-        self.sampling = SamplingState(batch_size, device)
-        buffers = {
-            "x": torch.zeros(batch_size, config.hidden_size, dtype=weight.dtype, device=device),  # the next step's input
-            "token": torch.zeros(batch_size, dtype=torch.int32, device=device),  # the last one chosen
-            "ring": torch.zeros(batch_size, RING, dtype=torch.int32, device=device),  # tokens, for the host
-            "cursor": torch.zeros(batch_size, dtype=torch.int32, device=device),  # tokens written to the ring so far
-            "done": torch.ones(batch_size, dtype=torch.int32, device=device),
-            "nan": torch.zeros(batch_size, dtype=torch.int32, device=device),  # a logit was NaN
-            "limit": torch.zeros(batch_size, dtype=torch.int32, device=device),  # cache rows that a sequence may fill
-            "stop_ids": torch.full((batch_size, MAX_STOP_IDS), -1, dtype=torch.int32, device=device),
-        }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
-            torch._dynamo.mark_static_address(buffer)
-
-    def status(self) -> torch.Tensor:
-        """[B, R + 3] int32: what the host reads of a step: the ring, cursor, done and nan."""
-        return torch.cat([self.ring, self.cursor[:, None], self.done[:, None], self.nan[:, None]], dim=1)
-
-
-# ---------------------------------------------------------------- stages
-
-
-def prefill(model: Transformer, session: Session, row: int, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Embedded tokens x [n, H] of sequence `row` from position `start` on -> the last one's hidden state [1, H]."""
-    return model(x, PrefillStep(x.shape[0], session.cache, row, start))[-1:]
-
-
-def choose_token(model: Transformer, session: Session, hidden: torch.Tensor, rows: slice, kind: str) -> torch.Tensor:
-    """Hidden states of sequences `rows` -> their next tokens, and everything that follows from them, in the session.
-
-    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
-    the most general among the sequences. Returns the logits [B, V].
-    """
-    s, lengths = session.sampling, session.cache.lengths[rows]
-    draw = {} if kind == "greedy" else {n: getattr(s, n)[rows] for n in ("temperature", "seed", "sample")}
-    if fused(hidden, model.head):
-        logits, best, token = kernels.head(
-            hidden,
-            model.head,
-            norm=model.norm.weight,
-            eps=model.config.norm_eps,
-            vocab_size=model.vocab_limit,
-            lengths=lengths,
-            **draw,
-        )
-    else:
-        logits = model.logits(hidden)
-    if kind == "truncate" or not fused(hidden, model.head):
-        cuts = {n: getattr(s, n)[rows] for n in ("top_k", "top_p", "min_p")} if kind == "truncate" else {}
-        best, token = choose(logits, lengths, **draw, **cuts)
-    kernels.advance(
-        best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
-        token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
-        flag=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
-    )  # fmt: skip
-    return logits
-
-
-def decode_one_token(model: Transformer, session: Session, kind: str) -> torch.Tensor:
-    """One step of every sequence of the session, in its buffers; returns the logits [B, V] that the tokens were chosen from."""
-    hidden = model(session.x, DecodeStep(session.cache))
-    return choose_token(model, session, hidden, slice(None), kind)
-
-
-class Decoder:
-    """Runs decode steps of a session in one of these ways; `path` says which one, and why.
-
-    eager: step by step. compile: `torch.compile` (on a CPU, where there are no CUDA graphs). reduce-overhead: the same with
-    Inductor's CUDA graphs. graph: CUDA graphs of several steps, captured by hand.
-    """
-
-    MODES = ("auto", "eager", "compile", "reduce-overhead", "graph")
-
-    def __init__(self, model: Transformer, session: Session, mode: str):
-        self.model, self.session = model, session
-        on_gpu = session.x.is_cuda
-        self.in_kernels = fused(session.x, model.head, *(layer.attention.wqkv for layer in model.layers))
-        if mode == "auto":
-            mode = "graph" if on_gpu else "compile"
-        if mode in ("graph", "reduce-overhead") and not on_gpu:
-            raise ValueError(f"decode mode: found {mode} on {session.x.device}, expected a CUDA device")
-        self.mode = mode
-        self.step = decode_one_token
-        torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one
-        if mode in ("compile", "reduce-overhead"):
-            self.step = torch.compile(decode_one_token, fullgraph=True, mode="reduce-overhead" if on_gpu else None)
-        elif mode == "graph" and not self.in_kernels:
-            self.step = torch.compile(decode_one_token, fullgraph=True)
-        self.graphs: dict[tuple[int, str], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.logits: torch.Tensor | None = None  # [B, V] of the step launched last
-        self.pool = None
-        self.capture_sec = 0.0
-
-    @property
-    def path(self) -> str:
-        work = "Rooflama's kernels" if self.in_kernels else "plain PyTorch"
-        reason = {
-            "eager": "step by step",
-            "compile": "compiled by torch.compile",
-            "reduce-overhead": "compiled by torch.compile, Inductor's CUDA graphs",
-            "graph": f"CUDA graphs of {STEPS_PER_GRAPH} steps, captured by hand"
-            + (" (nothing between the kernels to compile)" if self.in_kernels else " from the compiled step"),
-        }[self.mode]
-        return f"{self.mode}: {work}, {reason}"
-
-    def run(self, steps: int, kind: str = "greedy") -> None:
-        """Launches `steps` decode steps; returns before they have run."""
-        if self.mode != "graph":
-            for _ in range(steps):
-                self.logits = self.step(self.model, self.session, kind)
-            return
-        while steps:
-            n = STEPS_PER_GRAPH if steps >= STEPS_PER_GRAPH else 1
-            graph, self.logits = self._graph(n, kind)
-            graph.replay()
-            steps -= n
-
-    def _graph(self, steps: int, kind: str) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The captured graph of so many steps and its last step's logits, made when first asked for. All share one pool."""
-        key = (steps, kind)
-        if key not in self.graphs:
-            started = time.perf_counter()
-            self._warm_up(kind)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
-                for _ in range(steps):
-                    logits = self.step(self.model, self.session, kind)
-            self.pool = graph.pool()
-            self.graphs[key] = graph, logits
-            self.capture_sec += time.perf_counter() - started
-        return self.graphs[key]
-
-    def _warm_up(self, kind: str) -> None:
-        """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
-        session = self.session
-        state = (session.cache.lengths, session.done, session.x)
-        saved = [t.clone() for t in state]
-        session.cache.lengths.zero_()
-        session.done.fill_(1)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.step(self.model, session, kind)
-        torch.cuda.current_stream().wait_stream(stream)
-        for tensor, value in zip(state, saved, strict=True):
-            tensor.copy_(value)
-
-
-class StatusReader:
-    """Brings `Session.status` to the host without making it wait for the steps launched last."""
-
-    def __init__(self, session: Session):
-        self.session, self.on_gpu = session, session.x.is_cuda
-        self.pending: deque = deque()
-
-    def request(self, steps: int) -> None:
-        """Asks for the status as it will be after everything launched so far, `steps` of it since the last request."""
-        status, event = self.session.status(), None
-        if self.on_gpu:
-            status = torch.empty(status.shape, dtype=status.dtype, pin_memory=True).copy_(status, non_blocking=True)
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        self.pending.append((status, event, steps, time.perf_counter()))
-
-    def oldest(self) -> tuple[torch.Tensor, object, int]:
-        """(status, timestamp, steps) of the oldest request; waits for it."""
-        status, event, steps, now = self.pending.popleft()
-        if event is None:
-            return status, now, steps
-        event.synchronize()
-        return status, event, steps
-
-
-def elapsed_sec(earlier, later) -> float:
-    """Between two timestamps of a StatusReader."""
-    return later - earlier if isinstance(later, float) else earlier.elapsed_time(later) / 1e3
-
+WARM_UP_TOKENS = STEPS_PER_GRAPH + 2  # both sizes of graph
+CHAT_ROWS = 8192  # cache rows that a conversation begins with, where the context is longer
 
 # ---------------------------------------------------------------- the Python API
+
+
+@dataclass
+class TokenLogprob:
+    """How likely the model found one token: natural logarithms of its distribution, before penalty, temperature and cuts."""
+
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]  # the likeliest tokens, best first
 
 
 @dataclass
@@ -242,20 +76,41 @@ class Output:
     text: str | None  # None without a tokenizer
     finish_reason: str  # stop | length
     prompt_tokens: int
+    logprobs: list[TokenLogprob] | None = None  # one a token, where SamplingParams.logprobs asks for them
+
+    def to_dict(self) -> dict:
+        """As `--json` gives it."""
+        out = asdict(self)
+        if self.logprobs is None:
+            del out["logprobs"]
+        return out
 
 
-@dataclass
-class Timing:
-    """When things happened in one run of `Engine.generate`; seconds."""
+class Stream:
+    """An iterator over the text of one answer, piece by piece. `close()` ends it early, as does the engine's next run."""
 
-    ttft_sec: float = 0.0  # until the first token of every sequence was chosen
-    prefill_tokens: int = 0
-    decode_sec: float = 0.0  # from then to the last step that the host read
-    decode_tokens: int = 0  # emitted in that time, first tokens excluded
-    step_ms: list[float] = field(default_factory=list)  # per step, each the mean of one launch
-    host_sec: float = 0.0  # what launching cost the host
-    context_sum: int = 0  # cached rows read, summed over steps and sequences
-    steps: int = 0
+    def __init__(self, run: "_Run"):
+        if len(run.texts) != 1:
+            raise ValueError(f"n: found {len(run.texts)}, expected 1 where text is streamed")
+        self._run, self._pieces = run, run.pieces()
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        return next(self._pieces)[1]
+
+    def close(self) -> None:
+        self._pieces.close()
+
+    @property
+    def output(self) -> Output:
+        """What has come so far; all of it once the iterator has ended."""
+        return self._run.outputs()[0]
+
+    @property
+    def timing(self) -> Timing:
+        return self._run.timing
 
 
 class Engine:
@@ -264,10 +119,14 @@ class Engine:
         engine = Engine.load("checkpoints/Llama-3.2-1B")
         outputs, timing = engine.generate(["Once upon a time"], SamplingParams(max_new_tokens=100))
 
-    Prompts are text, lists of token ids, or embeddings [T, H].
+    Prompts are text, lists of token ids, or embeddings [T, H]. One run at a time: a new one ends the one before.
     """
 
     def __init__(self, model: Transformer, tokenizer=None, *, decode_mode="eager", compile_prefill=False, max_seq_len=None):
+        context = model.config.max_position_embeddings
+        if max_seq_len is not None and not 1 <= max_seq_len <= context:
+            raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's context, {context}")
+        check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
         self.decode_mode, self.max_seq_len = decode_mode, max_seq_len
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
@@ -276,13 +135,14 @@ class Engine:
         self.prefill = torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill
         self.session: Session | None = None
         self.decoder: Decoder | None = None
-        model.setup_rope(min(model.config.max_position_embeddings, max_seq_len or model.config.max_position_embeddings))
+        self.running: _Run | None = None  # whose sequences the session holds
+        model.setup_rope(max_seq_len or context)
 
     @classmethod
     def load(cls, checkpoint_path, device=None, dtype=None, *, progress=False, **options) -> "Engine":
         """From a checkpoint directory, ours or an HF one. `dtype` overrides the checkpoint's; `options` as in __init__."""
         started = time.perf_counter()
-        device = torch.device(device or default_device())
+        device = parse_device(device)
         directory = Path(checkpoint_path)
         config, tensors, report = convert_hf_checkpoint.load(directory, device, dtype, progress=progress)
         model = Transformer(config, device="meta", dtype=config.dtype)
@@ -312,7 +172,7 @@ class Engine:
             raise ValueError(f"random_weights: found {shape!r}, expected one of {', '.join(SHAPES)}")
         started = time.perf_counter()
         config = SHAPES[shape]
-        model = Transformer(config, device=device or default_device(), dtype=dtype)
+        model = Transformer(config, device=parse_device(device), dtype=dtype)
         fill_randomly(model)
         engine = cls(model, **options)
         synchronize(model.norm.weight.device)
@@ -320,12 +180,24 @@ class Engine:
         return engine
 
     @property
+    def context(self) -> int:
+        """Tokens that a prompt and its answer may have together."""
+        return self.max_seq_len or self.model.config.max_position_embeddings
+
+    @property
     def device(self) -> torch.device:
         return self.model.norm.weight.device
+
+    def stop_ids_of(self, params: SamplingParams) -> set[int]:
+        """The ids that end an answer."""
+        return set(params.stop_token_ids) | (set() if params.ignore_eos else self.stop_ids)
 
     def encode(self, prompt) -> list[int] | torch.Tensor:
         """A prompt as token ids (BOS in front of text, where the model has one), or embeddings as they are."""
         if isinstance(prompt, torch.Tensor):
+            width = self.model.config.hidden_size
+            if prompt.dim() != 2 or prompt.shape[1] != width or not prompt.is_floating_point():
+                raise ValueError(f"prompt: found {prompt.dtype} {list(prompt.shape)}, expected embeddings [T, {width}]")
             return prompt
         if not isinstance(prompt, str):
             return list(prompt)
@@ -341,22 +213,39 @@ class Engine:
         sample: int = 0,
         on_text: Callable[[int, str], None] | None = None,
     ) -> tuple[list[Output], Timing]:
-        """Generates for every prompt at once. `on_text(i, text)` is given each piece of prompt i's text when it is final.
+        """Generates for every prompt at once, with parameters for all or for each. Gives an output a sample: `params.n` for the
+        first prompt, and so on. `on_text(i, text)` is given each piece of output i's text when it is final.
 
-        ValueError: an empty prompt, or one that leaves no room in the context. FloatingPointError: the model gave NaN.
+        `sample`: the number of the first sample, for more of them later. ValueError: an empty prompt, or one that leaves no
+        room in the context. FloatingPointError: the model gave NaN.
         """
+        if isinstance(prompts, str):
+            raise ValueError("prompts: found one text, expected a list of prompts")
         run = _Run(self, [self.encode(p) for p in prompts], params or self.params(), sample)
         for i, text in run.pieces():
             if on_text:
                 on_text(i, text)
         return run.outputs(), run.timing
 
-    def stream(self, prompt, params: SamplingParams | None = None, *, sample: int = 0) -> Iterator[str]:
-        """The text of one prompt, piece by piece."""
-        run = _Run(self, [self.encode(prompt)], params or self.params(), sample)
-        with contextlib.closing(run.pieces()) as pieces:
-            for _, text in pieces:
-                yield text
+    def stream(self, prompt, params: SamplingParams | None = None, *, sample: int = 0) -> Stream:
+        """The text of one prompt, piece by piece. ValueError as for `generate`, at once."""
+        return Stream(_Run(self, [self.encode(prompt)], params or self.params(), sample))
+
+    def chat(self, messages: list[dict], params: SamplingParams | None = None, *, sample: int = 0, **variables) -> Stream:
+        """The answer to a conversation of {"role", "content"} objects, piece by piece; `variables` as in encode_chat.
+
+        What the conversation shares with the session's last run stays in the cache: only tokens from the first difference on
+        are prefilled. ValueError: no chat template, or a conversation that fills the context.
+        """
+        if self.tokenizer is None:
+            raise ValueError("chat: found a checkpoint without a tokenizer, expected one with a chat template")
+        prompt = self.tokenizer.encode_chat(messages, **variables)
+        params = params or self.params()
+        rows = CHAT_ROWS
+        while rows < len(prompt) + params.max_new_tokens:
+            rows *= 2  # a cache that is outgrown is prefilled anew: let that be seldom
+        self.prepare(1, rows)
+        return Stream(_Run(self, [prompt], params, sample, continues=True))
 
     def params(self, **given) -> SamplingParams:
         """SamplingParams from the checkpoint's defaults, overridden by what is given (None = not given)."""
@@ -364,20 +253,23 @@ class Engine:
 
     def prepare(self, batch_size: int, length: int) -> None:
         """Makes a session for so many sequences of up to `length` tokens, unless the present one serves."""
-        context = self.max_seq_len or self.model.config.max_position_embeddings
         s = self.session
-        if s and s.batch_size == batch_size and s.max_seq_len >= min(length, context):
+        if s and s.batch_size == batch_size and s.max_seq_len >= min(length, self.context):
             return
         self.session = self.decoder = None  # frees the memory of the old one first
-        rows = min(context, self.max_seq_len or -(-length // 1024) * 1024)  # whole thousands: few sessions for many lengths
-        try:
+        rows = min(
+            self.context, self.max_seq_len or -(-length // 1024) * 1024
+        )  # whole thousands: few sessions for many lengths
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
             self.session = Session(self.model, batch_size, rows)
-        except torch.cuda.OutOfMemoryError:
-            raise MemoryError(self._no_room(batch_size, rows)) from None
+        if self.session is None:
+            raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
 
     def _no_room(self, batch_size: int, rows: int) -> str:
         each = bytes_per_row(self.model.config, self.model.norm.weight.dtype) * batch_size
+        gc.collect()
+        torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(self.device)[0]
         return (
             f"the KV cache of {batch_size} x {rows} tokens needs {each * rows / 2**30:.2f} GiB, free {free / 2**30:.2f} GiB: "
@@ -386,128 +278,179 @@ class Engine:
 
 
 class _Run:
-    """One call of Engine.generate: prefill every prompt, then decode until every sequence is done."""
+    """One call of Engine.generate, stream or chat: prefill every prompt, then decode until every sequence is done."""
 
-    def __init__(self, engine: Engine, prompts: list, params, sample: int):
-        self.engine, self.prompts, self.sample = engine, prompts, sample
-        self.params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+    def __init__(self, engine: Engine, prompts: list, params, sample: int, continues: bool = False):
+        self.engine, self.first_sample, self.continues = engine, sample, continues
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if not prompts or len(each) != len(prompts):
+            raise ValueError(f"prompts: found {len(prompts)} with {len(each)} parameters, expected as many of each")
+        for prompt, p in zip(prompts, each, strict=True):
+            self._check(prompt, p)
+        self.requests = list(zip(prompts, each, strict=True))
+        # one sequence of the session for each sample of each prompt
+        self.texts = [self._text(prompt, p) for prompt, p in self.requests for _ in range(p.n)]
+        self.prompt_tokens = [len(prompt) for prompt, p in self.requests for _ in range(p.n)]
         self.timing = Timing()
-        context = engine.max_seq_len or engine.model.config.max_position_embeddings
-        vocab = engine.model.config.vocab_size
-        if not prompts or len(self.params) != len(prompts):
-            raise ValueError(f"prompts: found {len(prompts)} with {len(self.params)} parameters, expected as many of each")
-        for prompt in prompts:
-            if len(prompt) == 0:
-                raise ValueError("prompt: found no tokens, expected at least one")
-            if len(prompt) >= context:
-                raise ValueError(f"prompt: found {len(prompt)} tokens, expected fewer than the context of {context}")
-            if not isinstance(prompt, torch.Tensor) and not all(0 <= t < vocab for t in prompt):
-                raise ValueError(f"prompt: found token id {max(prompt)}, expected 0 to {vocab - 1}")
-        for p in self.params:
-            if any(i >= vocab for i in p.stop_token_ids):
-                raise ValueError(f"stop_token_ids: found {max(p.stop_token_ids)}, expected 0 to {vocab - 1}")
-        self.texts = [_Text(engine, p, prompt) for p, prompt in zip(self.params, prompts, strict=True)]
-        engine.prepare(len(prompts), max(len(t) + p.max_new_tokens for t, p in zip(prompts, self.params, strict=True)))
+        self.kind = max((p.kind for p in each), key=list(KINDS).index)
+        if engine.device.type == "cpu":  # one kind for all that take no state of their own: torch.compile compiles one step
+            self.kind = max(self.kind, "truncate", key=list(KINDS).index)
+        self.logprobs = any(p.logprobs is not None for p in each)
+        engine.prepare(len(self.texts), max(len(prompt) + p.max_new_tokens for prompt, p in self.requests))
+        engine.running = self
+
+    def _check(self, prompt: list[int] | torch.Tensor, params: SamplingParams) -> None:
+        context, vocab = self.engine.context, self.engine.model.config.vocab_size
+        if len(prompt) == 0:
+            raise ValueError("prompt: found no tokens, expected at least one")
+        if len(prompt) >= context:
+            raise ValueError(f"prompt: found {len(prompt)} tokens, expected fewer than the context of {context}")
+        if not isinstance(prompt, torch.Tensor) and not all(0 <= t < vocab for t in prompt):
+            raise ValueError(f"prompt: found token id {max(prompt)}, expected 0 to {vocab - 1}")
+        if any(i >= vocab for i in params.stop_token_ids):
+            raise ValueError(f"stop_token_ids: found {max(params.stop_token_ids)}, expected 0 to {vocab - 1}")
+        if (number := len(self.engine.stop_ids_of(params))) > MAX_STOP_IDS:
+            raise ValueError(f"stop_token_ids: found {number}, expected at most {MAX_STOP_IDS} with the model's own")
+
+    def _text(self, prompt: list[int] | torch.Tensor, params: SamplingParams) -> "_Text":
+        tokenizer = self.engine.tokenizer
+        alone = self.continues or isinstance(prompt, torch.Tensor)  # an answer in a chat is a text of its own
+        stream = TokenStream(tokenizer, () if alone else prompt) if tokenizer else None
+        return _Text(params, self.engine.stop_ids_of(params), stream)
 
     def pieces(self) -> Iterator[tuple[int, str]]:
-        """Runs it all; yields (prompt index, text) as text becomes final."""
-        engine, timing = self.engine, self.timing
-        reader = StatusReader(engine.session)
-        kind = max((p.kind for p in self.params), key=SamplingParams.KINDS.index)
-        if engine.device.type == "cpu":
-            kind = SamplingParams.KINDS[-1]  # the general one serves all: torch.compile compiles one step
+        """Runs it all; yields (output index, text) as text becomes final."""
+        engine = self.engine
+        try:
+            yield from self._decode()
+            for i, text in enumerate(self.texts):
+                if rest := text.finish():
+                    yield i, rest
+        finally:  # also after Ctrl-C or close(): what the device is still doing then is of no consequence
+            if engine.running is self:
+                engine.running = None
+                engine.session.retire()
+                for row, text in enumerate(self.texts):
+                    if engine.session.cached[row]:  # the last token's K and V may not have been written
+                        engine.session.cached[row] = engine.session.cached[row] + text.tokens[:-1]
+
+    def _check_running(self) -> None:
+        if self.engine.running is not self:
+            raise RuntimeError("the engine has begun another run, which ended this one")
+
+    def _decode(self) -> Iterator[tuple[int, str]]:
+        self._check_running()
+        engine, session, timing = self.engine, self.engine.session, self.timing
+        reader = StatusReader(session, self.logprobs)
         synchronize(engine.device)
         started = time.perf_counter()
-        self._prefill(kind)
+        self._prefill()
         reader.request(0)
         status, last, _ = reader.oldest()
         timing.ttft_sec = time.perf_counter() - started
         yield from self._emit(status)
-        first_tokens = sum(len(t.tokens) for t in self.texts)
-        decode_started, launched = last, 0
-        most = max(p.max_new_tokens for p in self.params) - 1
+        launched, most = 0, max(p.max_new_tokens for _, p in self.requests) - 1
+        ahead = LAUNCHES_AHEAD if engine.device.type == "cuda" else 0
         while launched < most and not all(t.finish_reason for t in self.texts):
+            self._check_running()
             before = time.perf_counter()
             steps = min(STEPS_PER_GRAPH if engine.decoder.mode == "graph" else 1, most - launched)
-            engine.decoder.run(steps, kind)
+            engine.decoder.run(steps, self.kind, self.logprobs)
             reader.request(steps)
             timing.host_sec += time.perf_counter() - before
             launched += steps
-            if len(reader.pending) > LAUNCHES_AHEAD * (1 if engine.device.type == "cuda" else 0):
+            if len(reader.pending) > ahead:
                 last = yield from self._read(reader, last)
         while reader.pending:
             last = yield from self._read(reader, last)
-        timing.decode_sec = elapsed_sec(decode_started, last)
-        timing.decode_tokens = sum(len(t.tokens) for t in self.texts) - first_tokens
-        for i, text in enumerate(self.texts):
-            if rest := text.finish():
-                yield i, rest
 
-    def _prefill(self, kind: str) -> None:
-        engine, s = self.engine, self.engine.session
-        model = engine.model
-        s.cursor.zero_()
-        s.nan.zero_()
-        for row, (prompt, params) in enumerate(zip(self.prompts, self.params, strict=True)):
-            n = len(prompt)
-            stop = set(params.stop_token_ids) | (set() if params.ignore_eos else engine.stop_ids)
-            if len(stop) > MAX_STOP_IDS:
-                raise ValueError(f"stop_token_ids: found {len(stop)}, expected at most {MAX_STOP_IDS} with the model's own")
-            s.stop_ids[row] = torch.tensor(sorted(stop) + [-1] * (MAX_STOP_IDS - len(stop)), dtype=torch.int32)
-            s.sampling.set(row, params, self.sample)
-            s.limit[row] = min(n + params.max_new_tokens, s.max_seq_len) - 1
-            x = prompt if isinstance(prompt, torch.Tensor) else model.embed(torch.tensor(prompt, device=engine.device))
-            hidden = engine.prefill(model, s, row, x.to(s.x.dtype))
-            s.cache.lengths[row] = n
-            s.done[row] = 0
-            choose_token(model, s, hidden, slice(row, row + 1), kind)
-            self.timing.prefill_tokens += n
+    def _prefill(self) -> None:
+        """Fills the cache with every prompt, once for all of its samples, and chooses each sample's first token."""
+        engine, session, row = self.engine, self.engine.session, 0
+        if self.logprobs:
+            session.keep_logprobs(engine.model.vocab_limit)
+        for prompt, params in self.requests:
+            ids = None if isinstance(prompt, torch.Tensor) else prompt
+            kept = _shared(session.cached[row], ids[:-1]) if self.continues else 0  # at least one token must run
+            session.cached[row] = session.cached[row][:kept]
+            x = prompt if ids is None else engine.model.embed(torch.tensor(ids[kept:], device=engine.device))
+            hidden = engine.prefill(engine.model, session, row, x.to(session.x.dtype), kept)
+            for i in range(params.n):
+                if i:
+                    session.copy_rows(row, row + i, len(prompt))
+                session.cached[row + i] = ids or []
+                session.admit(row + i, len(prompt), params, engine.stop_ids_of(params), self.first_sample + i)
+                if self.kind == "penalize":
+                    session.sampling.see(row + i, ids or [])
+                choose_token(engine.model, session, hidden, slice(row + i, row + i + 1), self.kind, self.logprobs)
+            row += params.n
+            self.timing.prefill_tokens += len(prompt) - kept
+            self.timing.kept_tokens += kept
 
     def _read(self, reader: StatusReader, last) -> Iterator[tuple[int, str]]:
-        """Takes the oldest status; returns its timestamp."""
+        """Takes the oldest status, whose predecessor has the timestamp `last`; returns its own."""
         status, stamp, steps = reader.oldest()
         timing = self.timing
         timing.steps += steps
         timing.step_ms += [elapsed_sec(last, stamp) / steps * 1e3] * steps
-        going = [len(p) + len(t.tokens) for p, t in zip(self.prompts, self.texts, strict=True) if not t.finish_reason]
+        timing.decode_sec += elapsed_sec(last, stamp)
+        going = [n + len(t.tokens) for n, t in zip(self.prompt_tokens, self.texts, strict=True) if not t.finish_reason]
         timing.context_sum += steps * sum(going)
+        before = sum(len(t.tokens) for t in self.texts)
         yield from self._emit(status)
+        timing.decode_tokens += sum(len(t.tokens) for t in self.texts) - before
         return stamp
 
     def _emit(self, status: torch.Tensor) -> Iterator[tuple[int, str]]:
-        ring, (cursor, done, nan) = status[:, :RING], status[:, RING:].T.tolist()
+        """Takes over the tokens that are new in a status (Session.status)."""
+        session = self.engine.session
+        ring, (cursor, done, nan) = status[:, :RING], status[:, RING : RING + 3].T.tolist()
         for i, text in enumerate(self.texts):
             if nan[i]:
-                raise FloatingPointError(f"the model's logits are NaN at token {len(text.tokens) + 1} of prompt {i}")
+                raise FloatingPointError(f"the model's logits are NaN at token {len(text.tokens) + 1} of output {i}")
             if text.finish_reason:
                 continue
-            new = [int(ring[i, c % RING]) for c in range(text.read, cursor[i])]
+            entries = [c % RING for c in range(text.read, cursor[i])]
             text.read = cursor[i]
-            piece = text.push(new)
+            before = len(text.tokens)
+            piece = text.push(ring[i, entries].tolist())
+            if text.logprobs is not None:
+                taken = len(text.tokens) - before  # a stop drops the rest
+                text.logprobs += _logprobs(status[i], entries[:taken], text.params.logprobs)
             if text.finish_reason and not done[i]:  # a stop string: only the host sees those
-                self.engine.session.cache.lengths[i] = 0
-                self.engine.session.done[i] = 1
+                session.retire(i)
             elif done[i] and not text.finish_reason:
                 text.finish_reason = "length"
             if piece:
                 yield i, piece
 
     def outputs(self) -> list[Output]:
+        has_text = self.engine.tokenizer is not None
         return [
-            Output(t.tokens, t.text if self.engine.tokenizer else None, t.finish_reason or "length", len(p))
-            for p, t in zip(self.prompts, self.texts, strict=True)
+            Output(t.tokens, t.text if has_text else None, t.finish_reason or "length", n, t.logprobs)
+            for n, t in zip(self.prompt_tokens, self.texts, strict=True)
         ]
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def _logprobs(status: torch.Tensor, entries: list[int], top: int) -> list[TokenLogprob]:
+    """Those of ring entries, from one sequence's status."""
+    ids, values = status[RING + 3 :].view(2, RING, -1)[:, entries]
+    rows = zip(ids.tolist(), values.contiguous().view(torch.float32).tolist(), strict=True)
+    return [TokenLogprob(i[0], v[0], list(zip(i[1 : top + 1], v[1 : top + 1], strict=True))) for i, v in rows]
 
 
 class _Text:
     """The growing answer to one prompt: its tokens, its text so far, and whether a stop was met."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, prompt: Sequence[int] | torch.Tensor = ()):
-        self.params = params
-        before = () if isinstance(prompt, torch.Tensor) else prompt
-        self.stop_ids = set(params.stop_token_ids) | (set() if params.ignore_eos else engine.stop_ids)
-        self.stream = TokenStream(engine.tokenizer, before) if engine.tokenizer else None
+    def __init__(self, params: SamplingParams, stop_ids: set[int], stream: TokenStream | None):
+        self.params, self.stop_ids, self.stream = params, stop_ids, stream
         self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] | None = None if params.logprobs is None else []
         self.read = 0  # tokens taken from the ring
         self.text = ""  # final
         self.held = ""  # may yet become a stop string
@@ -529,7 +472,7 @@ class _Text:
     def finish(self) -> str:
         """What was still held back when the run ended."""
         before = len(self.text)
-        if self.stream and self.held is not None:
+        if self.stream:
             self._add(self.stream.finish())
             self.text += self.held
             self.held = ""
@@ -555,6 +498,17 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def parse_device(name: str | torch.device | None) -> torch.device:
+    """A device that is there; None is the default. ValueError names it."""
+    try:
+        device = torch.device(name or default_device())
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"device: found {str(name)!r}, expected cpu" + (" or cuda" if torch.cuda.is_available() else ""))
+    return device
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -566,76 +520,6 @@ def fill_randomly(model: Transformer, seed: int = 0) -> None:
     generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
     for name, tensor in model.state_dict().items():
         tensor.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
-
-
-def weight_bytes_per_step(model: Transformer) -> int:
-    """Bytes of weights that one decode step reads: all but the embedding table, of which it reads a row a sequence."""
-    total = sum(b.numel() * b.element_size() for b in model.state_dict().values())
-    return total if model.config.tie_word_embeddings else total - model.tok_embeddings.num_bytes
-
-
-def floor_ms(engine: Engine, batch_size: int, context: float, bandwidth: float) -> float:
-    """Time that a step's bytes take: all weights once, the cached rows of every sequence once."""
-    kv = batch_size * context * bytes_per_row(engine.model.config, engine.model.norm.weight.dtype)
-    return (weight_bytes_per_step(engine.model) + kv) / bandwidth * 1e3
-
-
-def metrics(engine: Engine, timing: Timing, compile_sec: float) -> dict:
-    """The metrics of one run, as `--json` gives them."""
-    steps_ms = sorted(timing.step_ms)
-    quantile = lambda q: steps_ms[min(len(steps_ms) - 1, int(q * len(steps_ms)))] if steps_ms else None
-    out = {
-        "load_sec": engine.load_sec,
-        "compile_sec": compile_sec,
-        "ttft_sec": timing.ttft_sec,
-        "prefill_tok_per_sec": timing.prefill_tokens / timing.ttft_sec,
-        "decode_tok_per_sec": timing.decode_tokens / timing.decode_sec if timing.decode_sec else None,
-        "tpot_ms": {"p50": quantile(0.5), "p90": quantile(0.9), "p99": quantile(0.99)},
-        "host_ms_per_step": timing.host_sec / timing.steps * 1e3 if timing.steps else None,
-        "path": engine.decoder.path,
-    }
-    if engine.device.type == "cuda":
-        out["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        out["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
-    else:
-        import resource
-
-        out["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if timing.steps:
-        config = engine.model.config
-        kv_bytes = timing.context_sum / timing.steps * bytes_per_row(config, engine.model.norm.weight.dtype)
-        rate = (weight_bytes_per_step(engine.model) + kv_bytes) / (statistics.median(steps_ms) / 1e3)
-        out["bytes_per_step"] = weight_bytes_per_step(engine.model) + kv_bytes
-        out["bandwidth_gbps"] = rate / 1e9
-        name = torch.cuda.get_device_name() if engine.device.type == "cuda" else "cpu"
-        measured, datasheet = BANDWIDTH.get(name, (None, None))
-        out["mbu"] = rate / (measured or datasheet) if measured or datasheet else None
-        out["mbu_divided_by_gbps"] = (measured or datasheet) / 1e9 if measured or datasheet else None
-        out["mbu_datasheet"] = rate / datasheet if datasheet else None
-        out["device"] = name
-    return out
-
-
-def report(m: dict, timing: Timing, out=sys.stderr) -> None:
-    """The metrics of one run for a person."""
-    ms = m["tpot_ms"]
-    print(f"path: {m['path']}", file=out)
-    print(
-        f"load {m['load_sec']:.2f} s, compile {m['compile_sec']:.2f} s, time to first token {m['ttft_sec'] * 1e3:.1f} ms "
-        f"({timing.prefill_tokens} prompt tokens, {m['prefill_tok_per_sec']:.0f} tok/s)",
-        file=out,
-    )
-    if timing.steps:
-        print(
-            f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a step "
-            f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), host {m['host_ms_per_step']:.3f} ms",
-            file=out,
-        )
-        line = f"{m['bytes_per_step'] / 1e9:.3f} GB a step at {m['bandwidth_gbps']:.0f} GB/s"
-        if m["mbu"]:
-            line += f", MBU {m['mbu']:.1%} of {m['mbu_divided_by_gbps']:.0f} GB/s ({m['device']})"
-        print(line, file=out)
-    print(f"peak memory {m['peak_memory_bytes'] / 2**30:.2f} GiB", file=out)
 
 
 # ---------------------------------------------------------------- command line
@@ -659,14 +543,18 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("random_weights", metavar="SHAPE", help=f"random weights instead of a checkpoint: {', '.join(SHAPES)}")
     flag("prompt", default="ROMEO:", help="text; an integer makes a synthetic prompt of so many tokens")
     flag("num_samples", type=int, default=1, help="samples, one after the other")
-    flag("batch_size", type=int, default=1, help="copies of the prompt that are generated at once")
-    flag("max_new_tokens", type=int, help="default 200")
+    flag("batch_size", type=int, default=1, help="of these, how many are generated at once (num_samples times)")
+    flag("interactive", action="store_true", help="a conversation in the terminal; /help in it says more")
+    flag("system", metavar="TEXT", help="the system message of the conversation")
+    flag("max_new_tokens", type=int, help=f"default 200; {CHAT_TOKENS} in a conversation")
     flag("temperature", type=float, help="0 is greedy (default: the checkpoint's, else 0.8)")
     flag("top_k", type=int, help="0 is off (default: the checkpoint's, else 200)")
     flag("top_p", type=float)
     flag("min_p", type=float)
+    flag("repetition_penalty", type=float)
     flag("seed", type=int, help="default 0")
     flag("stop", action="append", help="a string that ends the answer; may be given more than once")
+    flag("logprobs", type=int, metavar="N", help="with --json: each token's log-probability, and the N likeliest tokens")
     flag("ignore_eos", action="store_true", default=None, help="go on past the model's stop tokens")
     flag("compile", action="store_true", help="the fast decode path: CUDA graphs on a GPU, torch.compile on a CPU")
     flag("compile_prefill", action="store_true", help="compile the prefill too (for any prompt length)")
@@ -684,6 +572,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name in ("num_samples", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    if args.interactive and (args.json or args.num_samples * args.batch_size > 1):
+        parser.error("--interactive: found with --json, --num_samples or --batch_size, expected none of them")
     return args
 
 
@@ -705,54 +595,73 @@ def load_engine(args: argparse.Namespace) -> Engine:
     return engine
 
 
-def run(args: argparse.Namespace) -> None:
-    engine = load_engine(args)
-    for note in engine.load_notes:
-        print(note, file=sys.stderr)
-    given = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p", "min_p", "seed", "max_new_tokens", "ignore_eos")}
+def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
+    """What the command line asks for, else the checkpoint's defaults, else gpt-fast's; says which the checkpoint's are."""
     if engine.defaults:
         print(f"sampling defaults of the checkpoint: {engine.defaults}", file=sys.stderr)
     engine.defaults = {"temperature": 0.8, "top_k": 200} | engine.defaults
-    params = engine.params(**given, stop=tuple(args.stop) if args.stop else None)
+    fields = {f.name for f in dataclasses.fields(SamplingParams)}
+    given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
+    given["stop"] = tuple(args.stop or ())
+    if args.interactive:
+        given.setdefault("max_new_tokens", CHAT_TOKENS)
+    return engine.params(**given)
+
+
+def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> None:
+    """Generates the samples of one prompt and prints them."""
+    params = dataclasses.replace(params, n=args.batch_size)
     prompt = args.prompt
     if prompt.isdecimal():
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(0, min(1024, engine.model.vocab_limit), (int(prompt),), generator=generator).tolist()
-    prompts = [prompt] * args.batch_size
 
     compile_sec = 0.0
     if engine.decode_mode != "eager" or args.compile_prefill:
         started = time.perf_counter()
         engine.prepare(args.batch_size, len(engine.encode(prompt)) + params.max_new_tokens)
-        engine.generate(prompts, dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, STEPS_PER_GRAPH + 2)))
+        engine.generate([prompt], dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, WARM_UP_TOKENS)))
         compile_sec = time.perf_counter() - started
 
     outputs, last = [], None
-    stream = args.num_samples == args.batch_size == 1 and engine.tokenizer is not None
-    on_text = (lambda _, text: print(text, end="", flush=True)) if stream else None
-    for sample in range(args.num_samples):
-        profiling = args.profile and sample == args.num_samples - 1
+    streams = args.num_samples == args.batch_size == 1 and engine.tokenizer is not None
+    on_text = (lambda _, text: print(text, end="", flush=True)) if streams else None
+    for i in range(args.num_samples):
+        profiling = args.profile and i == args.num_samples - 1
         with torch.profiler.profile() if profiling else contextlib.nullcontext() as profiler:
-            new, timing = engine.generate(prompts, params, sample=sample, on_text=on_text)
+            new, timing = engine.generate([prompt], params, sample=i * args.batch_size, on_text=on_text)
         if profiling:
             profiler.export_chrome_trace(str(args.profile))
         outputs += new
         last = metrics(engine, timing, compile_sec)
-        if not stream:
+        if i == 0:
+            cache = engine.session.cache
+            gib = cache.num_bytes / 2**30
+            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB", file=sys.stderr)
+        if streams:
+            print()
+        else:
             for out in new:
                 print(out.text if out.text is not None else " ".join(map(str, out.tokens)))
-        else:
-            print()
         report(last, timing)
     if args.json:
-        print(json.dumps({"outputs": [asdict(o) for o in outputs], "metrics": last}))
+        print(json.dumps({"outputs": [o.to_dict() for o in outputs], "metrics": last}))
 
 
 def main(argv=None) -> int:
     """The command line. Exit status 0; 1 and one line on stderr for bad input; 2 for bad usage; 130 after Ctrl-C."""
     args = parse_args(argv)
     try:
-        run(args)
+        engine = load_engine(args)
+        for note in engine.load_notes:
+            print(note, file=sys.stderr)
+        params = sampling_params(args, engine)
+        if args.interactive:
+            import chat
+
+            chat.converse(engine, params, args.system)
+        else:
+            run(args, engine, params)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone: `| head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -122,12 +122,13 @@ def _parse_config(hf: dict, source: str) -> ModelConfig:
     def number(field, kind=int, default=None, low=1):
         value = hf.get(field)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != kind(value) or value < low:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not real or value != kind(value) or value < low:
             fail(field, value, f"{'an integer' if kind is int else 'a number'} of at least {low}")
         return kind(value)
 
     def flag(field, default=False):
-        value = hf.get(field, default)
+        value = default if hf.get(field) is None else hf[field]
         if not isinstance(value, bool):
             fail(field, value, "true or false")
         return value
@@ -217,6 +218,8 @@ def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float,
 
     if kind == "yarn" and any(rope.get(k) is not None for k in ("mscale", "mscale_all_dim")):
         fail(f"{name}.mscale", rope.get("mscale"), "no such field (DeepSeek's variant of YaRN is not supported)")
+    if kind == "yarn" and rope.get("truncate", True) is not True:
+        fail(f"{name}.truncate", rope["truncate"], "true")
     original = (
         None if kind == "linear" else int(number("original_max_position_embeddings", max_positions if kind == "yarn" else None))
     )
@@ -282,7 +285,7 @@ def rope_tables(config: ModelConfig, length: int, device=None) -> tuple[torch.Te
             inv_freq = _llama3_frequencies(inv_freq, scaling)
         else:
             inv_freq = _yarn_frequencies(inv_freq, scaling, config)
-            amplitude = scaling.attention_factor or 0.1 * math.log(scaling.factor) + 1.0
+            amplitude = scaling.attention_factor or 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
     angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * inv_freq.to(device)
     return angles.cos() * amplitude, angles.sin() * amplitude
 
@@ -325,8 +328,9 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
-    """True where the rows of x [N, K] go through the small-batch kernels, which read the formats of these weights."""
-    few = x.shape[0] <= kernels.MAX_ROWS and kernels.runs_kernels(x) and x.dtype != torch.float32
+    """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
+    that the kernels read."""
+    few = x.shape[0] <= kernels.MAX_ROWS and kernels.runs_kernels(x) and x.dtype != torch.float32 and x.shape[1] % 64 == 0
     return few and all(weight.in_kernels for weight in weights)
 
 
@@ -388,13 +392,18 @@ class DecodeStep:
         return (self.cache.lengths[:, None] + t).flatten()
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v [N, Hkv, D] into the cache; an absent sequence's row is kept as it was."""
+        """k, v [N, Hkv, D] into the cache.
+
+        A row without a position repeats the write of one that has one, so that no two writes to one place differ; where no row
+        has one, what was there is written again.
+        """
         position = self.positions()
         slot = self.cache.table[:, 0].repeat_interleave(self.tokens_each, output_size=position.shape[0])
-        row = position.clamp(min=0)
+        present = position >= 0
+        source = torch.where(present, torch.arange(position.shape[0], device=position.device), present.int().argmax())
+        slot, row = slot[source], position[source].clamp(min=0)
         for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
-            kept = torch.where((position >= 0)[:, None, None], new.to(cached.dtype), cached[slot, :, row])
-            cached[slot, :, row] = kept
+            cached[slot, :, row] = torch.where(present.any(), new[source].to(cached.dtype), cached[slot, :, row])
 
     def attend(self, layer: int, q: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]."""

@@ -1,14 +1,17 @@
 """The public operators: what the model calls, whatever the device."""
 
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
-from kernels.flash_decode import flash_decode
+from kernels.choose import choose
+from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
 
 __all__ = [
+    "HEAD_SIZES",
     "MAX_ROWS",
     "advance",
+    "choose",
     "flash_decode",
     "gumbel",
     "head",

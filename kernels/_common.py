@@ -8,6 +8,7 @@ every kernel of the chain waits before it reads anything that an earlier kernel 
 step never triggers early, so that what a step's end writes (lengths, tokens, cache rows) is final for the next step's start.
 """
 
+import concurrent.futures
 import contextlib
 import functools
 import os
@@ -91,6 +92,31 @@ def pdl_disabled():
         yield
     finally:
         _pdl_enabled = before
+
+
+_workspaces: dict[tuple, torch.Tensor] = {}
+
+
+def zeroed_workspace(device: torch.device, name: str, size: int, dtype=torch.int32) -> torch.Tensor:
+    """Memory [size] that is zero between launches, because the kernels that use it put the zeros back: counters, histograms.
+
+    One a device and name, so two streams must not run the same operator at once. A thread of its own allocates it: were the
+    current thread about to record a graph, the memory would belong to that graph's private pool.
+    RuntimeError: a CUDA graph is being captured and the operator has not run before.
+    """
+    key = (device, name)
+    if key not in _workspaces:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(f"the {name} must be there before a CUDA graph is captured: run the operator once")
+
+        def allocate():
+            _workspaces[key] = torch.zeros(size, dtype=dtype, device=device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            pool.submit(allocate).result()
+    return _workspaces[key]
 
 
 @functools.cache

@@ -12,13 +12,11 @@ FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, beca
 shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels
+from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS
 from kernels.tiles import Tile, tile_for
 
@@ -398,8 +396,8 @@ def check_matmul(x, weight, bias, norm):
     (M, K), N = x.shape, weight.shape[0]
     if not 1 <= M <= MAX_ROWS:
         raise ValueError(f"x: found {M} rows, expected 1 to {MAX_ROWS}")
-    if K % 64 or N % 16:
-        raise ValueError(f"weight: found {N} x {K}, expected a multiple of 16 rows and of 64 columns")
+    if K % 64:
+        raise ValueError(f"weight: found {N} x {K}, expected a multiple of 64 columns")
     for name, t, size in (("weight", weight, None), ("bias", bias, N), ("norm", norm, K)):
         if t is not None and (t.dtype != x.dtype or (size is not None and t.shape != (size,))):
             expected = f"{x.dtype}" if size is None else f"{x.dtype} [{size}]"
@@ -410,7 +408,7 @@ def check_matmul(x, weight, bias, norm):
 
 
 def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
-    """What every kernel built on inner_loops is launched with: (arguments, Triton's own options)."""
+    """What every kernel built on these loops is launched with: (arguments, Triton's own options)."""
     (M, K), N = x.shape, weight.shape[0]
     words = 1 if tile.dot else 2  # columns in an element of the kernel's pointers
     columns, chunk = K // words, max(16, tile.chunk // words)
@@ -443,17 +441,6 @@ def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
     return arguments, options
 
 
-@functools.cache
-def counters(device: torch.device) -> torch.Tensor:
-    """The arrival counters of one device: zero before and after every kernel. Not for launches on two streams at once.
-
-    They must not be born inside a CUDA graph's memory pool: call this once while loading, before anything is captured.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("kernels._matmul.counters(device) must be called once before a CUDA graph is captured")
-    return torch.zeros(MAX_GROUPS, dtype=torch.int32, device=device)
-
-
 def scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:
     """Memory through which the programs of a group meet; nothing where each is alone."""
     if groups == programs:
@@ -463,5 +450,5 @@ def scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:
     return {
         "partial_ptr": torch.empty(programs * tile.rows * MP, dtype=torch.float32, device=x.device),
         "squares_ptr": torch.empty(programs * MP, dtype=torch.float32, device=x.device),
-        "counter_ptr": counters(x.device),
+        "counter_ptr": zeroed_workspace(x.device, "counters of split matmuls", MAX_GROUPS),
     }

@@ -5,11 +5,8 @@ temperature) and `advance` (the choice, stopping, the output ring, the next step
 Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), K hidden size,
 V rows of the head's weight, P = PARTIALS candidates a row.
 
-Sampling adds to each logit / temperature a Gumbel draw and takes the largest: exactly a draw from the softmax (Gumbel 1954;
-Maddison et al. 2014, "A* sampling"). The draw of token `id` is lane id % 4 of Philox-4x32-10 with the key `seed` and the
-counter (id // 4, position, sample, 0), where position is the one that the chosen token will have: it depends on nothing else.
-
-A NaN logit becomes an infinite candidate, so that it reaches `advance` through any maximum and is flagged there.
+Sampling takes the largest of logit / temperature + Gumbel noise (_random.py). A NaN logit becomes an infinite candidate, so
+that it reaches `advance` through any maximum and is flagged there.
 """
 
 import math
@@ -24,6 +21,7 @@ from kernels._matmul import (
     fma_again,
     matmul_arguments,
     multiply,
+    prefetch_l2,
     prefetch_rows,
     preload,
     rms_factor,
@@ -31,41 +29,14 @@ from kernels._matmul import (
     tile_of,
     uses_kernel,
 )
+from kernels._random import gumbel_ref, gumbel_tile, token_positions
 from kernels.formats import Weight
 
+AHEAD_BYTES = 16 << 20  # what memory can deliver until the next step's first kernel has started, and more
 PARTIALS = 4096  # candidates a row, whatever the tile: a program that has no candidate left to give fills up with -inf
 
 
 # ---------------------------------------------------------------- reference
-
-
-def philox_ref(key: torch.Tensor, counter: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Philox-4x32-10 (Salmon et al. 2011): four words of 32 random bits, as int64. `key` int64, `counter` four of 32 bits."""
-    mask = 0xFFFFFFFF
-    c0, c1, c2, c3 = (c.long() & mask for c in counter)
-    k0, k1 = key & mask, (key >> 32) & mask
-    for _ in range(10):
-        product0, product2 = 0xD2511F53 * c0, 0xCD9E8D57 * c2  # 64 bits: the sign bit is one of them
-        c0, c1 = ((product2 >> 32) & mask) ^ c1 ^ k0, product2 & mask
-        c2, c3 = ((product0 >> 32) & mask) ^ c3 ^ k1, product0 & mask
-        k0, k1 = (k0 + 0x9E3779B9) & mask, (k1 + 0xBB67AE85) & mask
-    return [c0, c1, c2, c3]
-
-
-def gumbel_ref(seed, sample, position, V: int) -> torch.Tensor:
-    """The Gumbel draws [M, V] float32 for seed, sample and position [M]."""
-    quad = torch.arange((V + 3) // 4, device=seed.device)[None, :]
-    counter = torch.broadcast_tensors(quad, position[:, None], sample[:, None], torch.zeros_like(quad))
-    bits = torch.stack(philox_ref(seed[:, None].long(), counter), dim=-1).flatten(1)[:, :V]
-    uniform = ((bits.double() + 0.5) * 2.0**-32).float()
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def _positions(lengths, M):
-    """The position that the token chosen by each row will have."""
-    T = M // lengths.numel()
-    row = torch.arange(M, device=lengths.device)
-    return row // T, lengths[row // T] - T + row % T + 1
 
 
 def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths):
@@ -77,7 +48,7 @@ def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, length
     logits[:, vocab_size:] = -math.inf
     value = logits
     if temperature is not None:
-        sequence, position = _positions(lengths, x.shape[0])
+        sequence, position = token_positions(lengths, x.shape[0])
         t = temperature[sequence, None]
         noise = gumbel_ref(seed[sequence], sample[sequence], position, weight.shape[0])
         value = torch.where(t > 0, logits / torch.where(t > 0, t, 1.0) + noise, logits)
@@ -109,28 +80,13 @@ def advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, length
 
 
 @triton.jit
-def _gumbel(seed, sample, position, first_id, R: tl.constexpr, MP: tl.constexpr):
-    """The Gumbel draws [R, MP] of ids first_id to first_id + R, both multiples of 4, for the keys [MP] of each row."""
-    quad = (first_id // 4 + tl.arange(0, R // 4)).to(tl.uint32)[:, None] + tl.zeros([R // 4, MP], tl.uint32)
-    zero = tl.zeros([R // 4, MP], tl.uint32)
-    c1 = zero + position.to(tl.uint32)[None, :]
-    c2 = zero + sample.to(tl.uint32)[None, :]
-    a, b, c, d = tl.philox(seed[None, :], quad, c1, c2, zero)
-    bits = tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 2, 3, 1).reshape([R, MP])
-    uniform = (bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32; in (0, 1]
-    # -log(1 - u), whose series keeps the small ones exact: they are the large draws, which decide
-    series = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3 + uniform * 0.25)))
-    return -tl.log(tl.where(uniform < 0.01, series, -tl.log(1.0 - uniform)))
-
-
-@triton.jit
 def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: tl.constexpr, MP: tl.constexpr):
     """Each row's best (value [MP], id [MP]) of the logits [R, MP]."""
     value = logits
     if temperature is not None:
         if tl.max(temperature, 0) > 0:
             sampled = temperature > 0
-            noise = _gumbel(seed, sample, position, first_id, R, MP)
+            noise = gumbel_tile(seed, sample, position, first_id, R, MP)
             value = tl.where(sampled[None, :], logits / tl.where(sampled, temperature, 1.0)[None, :] + noise, logits)
     value = tl.where(value == value, value, float("inf"))
     best = tl.max(value, 0)
@@ -183,8 +139,8 @@ def _head_kernel(
     if LOOPS:
         for tile in tl.range(pid + programs, tl.cdiv(N, R), programs, num_stages=STAGES):
             rows = tile * R + r
-            sums = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
-            logits = _store_logits(sums * factor, logits_ptr, rows, m, M, N, vocab_size)
+            more = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
+            logits = _store_logits(more * factor, logits_ptr, rows, m, M, N, vocab_size)
             value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
             best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
             best = tl.maximum(best, value)
@@ -214,11 +170,34 @@ def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constex
 @triton.jit
 def _advance_kernel(
     max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
+    embedding_ptr, x_ptr, ahead_ptr, sequences, partials, ring_size, stops, K, ahead_bytes,
+    PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program a sequence. Never triggers early: what it writes is final before any kernel of the next step starts.
+
+    Memory would idle meanwhile: the programs behind the sequences' bring the weight that the next step reads first into L2.
+    """
+    b = tl.program_id(0)
+    if b < sequences:
+        _advance_sequence(
+            b, max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
+            embedding_ptr, x_ptr, partials, ring_size, stops, K, PARTIALS, STOPS, BLOCK, PDL,
+        )  # fmt: skip
+    else:
+        pdl_wait(PDL)
+        if PDL and ahead_ptr is not None:
+            share = ahead_bytes // (tl.num_programs(0) - sequences) // 128 * 128
+            if share > 0:
+                prefetch_l2(ahead_ptr.to(tl.int64) + (b - sequences).to(tl.int64) * share, share, 1)
+
+
+@triton.jit
+def _advance_sequence(
+    b, max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
     embedding_ptr, x_ptr, partials, ring_size, stops, K,
     PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program a sequence. Never triggers early: what it writes is final before any kernel of the next step starts."""
-    b = tl.program_id(0)
+    """The choice among the candidates, and all that follows from it."""
     length, done, cursor = tl.load(lengths_ptr + b), tl.load(done_ptr + b), tl.load(cursor_ptr + b)
     limit, before = tl.load(limit_ptr + b), tl.load(token_ptr + b)
     s = tl.arange(0, STOPS)
@@ -378,21 +357,24 @@ def _advance(
     stop_ids: torch.Tensor,
     embedding: torch.Tensor,
     x: torch.Tensor,
+    ahead: torch.Tensor | None,
 ) -> None:
     _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
     if not uses_kernel(x):
         advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
         return
-    _advance_kernel[(token.numel(),)](
-        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x,
-        partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
+    helpers = 0 if ahead is None else num_sms(x.device.index or 0)
+    _advance_kernel[(token.numel() + helpers,)](
+        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x, ahead,
+        token.numel(), partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
+        0 if ahead is None else min(AHEAD_BYTES, ahead.numel() * ahead.element_size()),
         PARTIALS=triton.next_power_of_2(partial_max.shape[1]), STOPS=triton.next_power_of_2(stop_ids.shape[1]),
         BLOCK=min(4096, triton.next_power_of_2(x.shape[1])), num_warps=8, **launch_options(x),
     )  # fmt: skip
 
 
 @_advance.register_fake
-def _(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):
+def _(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x, ahead):
     _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
 
 
@@ -410,6 +392,7 @@ def advance(
     stop_ids: torch.Tensor,
     embedding: torch.Tensor,
     x: torch.Tensor,
+    ahead: Weight | None = None,
 ) -> None:
     """Chooses each sequence's token and moves it on by one; the last kernel of a step, one query token a sequence.
 
@@ -418,8 +401,10 @@ def advance(
     A sequence that is done, or has length 0, is left alone. One whose token is in stop_ids, or whose length + 1 exceeds
     limit (the rows of the cache that it may use), is done: its length becomes 0, which ends its work. Where a logit is NaN or
     infinite, flag becomes 1, nothing is emitted and the sequence is done.
-    x [B, K] receives the embedding's row of each token. ValueError: a shape or dtype that does not fit.
+    x [B, K] receives the embedding's row of each token. `ahead` is the weight that the next step reads first, as in `linear`.
+    ValueError: a shape or dtype that does not fit.
     """
     torch.ops.rooflama.advance(
-        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x
+        partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x,
+        None if ahead is None else ahead.weight,
     )  # fmt: skip

@@ -163,8 +163,8 @@ def _linear_kernel(
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
         if GRID:
-            later_rows = _loaded_rows(_linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), R)
-            prefetch_rows(w_ptr, later_rows, 0, N, columns, PREFETCH * 1024)
+            next_loaded = _loaded_rows(_linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), R)
+            prefetch_rows(w_ptr, next_loaded, 0, N, columns, PREFETCH * 1024)
         else:
             prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
@@ -194,12 +194,12 @@ def _linear_kernel(
             for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
                 later_rows = _linear_rows(later, F, R, SILU_MUL)
                 later_loaded = _loaded_rows(later_rows, R)
-                sums = fma_again(
+                later_sums = fma_again(
                     widened, w_ptr, later_loaded, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
                 )
-                sums = members(sums, SILU_MUL, R, MP)
+                pair = members(later_sums, SILU_MUL, R, MP)
                 later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
-                _linear_epilogue(sums, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
+                _linear_epilogue(pair, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
 
 
 @triton.jit
@@ -291,7 +291,9 @@ def _qkv_kernel(
         prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
         prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
-    # lengths, table, cos and sin are constant during a step
+    # Constant during a step: lengths, table, cos and sin. Behind a barrier, because ptxas else moves their loads, each of which
+    # waits for the one before it, ahead of the weights' loads.
+    tl.debug_barrier()
     position, page = _token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
     if TILES == 1:
         cos, sin = _rope_factors(cos_ptr, sin_ptr, pair, position, HALF)

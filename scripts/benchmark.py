@@ -8,6 +8,7 @@ read bandwidth. The last line of standard output is one JSON object.
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -24,17 +25,24 @@ from generate import BANDWIDTH, DTYPES, STEPS_PER_GRAPH, Engine, add_flag, defau
 from sampling import SamplingParams
 
 
+def output_of(*command: str) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() or None
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def stamp() -> dict:
-    """The machine and versions that a stored result carries."""
+    """The machine and versions that a stored result carries. A commit with a `+` had uncommitted changes."""
     import triton
 
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    commit = output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or os.environ.get("ROOFLAMA_COMMIT")
+    if commit and output_of("git", "-C", str(ROOT), "status", "--porcelain"):
+        commit += "+"
     out = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "commit": commit}
     if torch.cuda.is_available():
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-        ).stdout.strip()
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         out |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": driver}
     return out
 
@@ -71,18 +79,22 @@ def decode(args: argparse.Namespace) -> dict:
         _, timing = engine.generate(prompts, params)
         runs.append(metrics(engine, timing, 0.0))
     steps = [m["tpot_ms"]["p50"] for m in runs]
-    best = runs[steps.index(statistics.median_low(steps))]
+    if None in steps:
+        raise ValueError(f"max_new_tokens: found {args.max_new_tokens}, expected at least 2, for a decode step to time")
+    median = runs[steps.index(statistics.median_low(steps))]
     result = {
         "benchmark": "decode", "model": name, "batch_size": args.batch_size, "prompt_len": args.prompt_len,
         "max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "floor_ms": floor, "ms_per_step_of_each_run": steps,
-        **best, "capture_sec": engine.decoder.capture_sec, **stamp(),
+        **median, "capture_sec": engine.decoder.capture_sec, **stamp(),
     }  # fmt: skip
-    ms = best["tpot_ms"]
+    ms = median["tpot_ms"]
     line = f"{name} batch {args.batch_size}, {args.prompt_len} in / {args.max_new_tokens} out: {ms['p50']:.4f} ms a step"
-    line += f" (p90 {ms['p90']:.4f}, p99 {ms['p99']:.4f}), TTFT {best['ttft_sec'] * 1e3:.2f} ms"
-    line += f", host {best['host_ms_per_step']:.4f} ms"
-    if best.get("mbu"):
-        line += f", MBU {best['mbu']:.1%} of {best['mbu_divided_by_gbps']:.0f}, {best['mbu_datasheet']:.1%} of the data sheet"
+    line += f" (p90 {ms['p90']:.4f}, p99 {ms['p99']:.4f}), TTFT {median['ttft_sec'] * 1e3:.2f} ms"
+    line += f", host {median['host_ms_per_step']:.4f} ms"
+    if median.get("mbu"):
+        line += (
+            f", MBU {median['mbu']:.1%} of {median['mbu_divided_by_gbps']:.0f}, {median['mbu_datasheet']:.1%} of the data sheet"
+        )
     print(line, file=sys.stderr)
     if args.explain:
         result["explain"] = explain(engine, params, prompts, floor)
@@ -93,12 +105,16 @@ def explain(engine: Engine, params: SamplingParams, prompts: list, floor: float 
     """Where a step's time goes, from a trace of graph replays: per kernel class, and the time with no kernel running."""
     from torch.profiler import ProfilerActivity, profile
 
+    if engine.device.type != "cuda":
+        raise ValueError(f"--explain: found device {engine.device}, expected a CUDA device")
     engine.generate(prompts, params)
     session = engine.session
     session.cache.lengths.fill_(len(prompts[0]) + 1)
     session.done.zero_()
     session.limit.fill_(session.max_seq_len - 1)
     replays = min(4, (session.max_seq_len - len(prompts[0]) - 2) // STEPS_PER_GRAPH)
+    if replays < 1:
+        raise ValueError(f"--explain: found {params.max_new_tokens} new tokens, expected at least {STEPS_PER_GRAPH + 2}")
     steps = replays * STEPS_PER_GRAPH
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         engine.decoder.run(steps, params.kind)

@@ -146,13 +146,10 @@ def tune(shape: str, args, pool) -> None:
 
     def try_all(jobs: list[tuple]) -> None:
         nonlocal best_us
-        compiled = [pool.submit(compile_tile, (shape, rows, *key, tile)) for key, tile in jobs]
-        for (key, tile), future in zip(jobs, compiled, strict=True):
-            if time.perf_counter() > deadline:
-                future.cancel()
-                continue
-            if fault := future.result():
-                failed[fault[:4]] = fault[4]
+        faults = pool.map(compile_tile, [(shape, rows, *key, tile) for key, tile in jobs])
+        failed.update({fault[:4]: fault[4] for fault in faults if fault})  # all done: nothing else uses the GPU from here on
+        for key, tile in jobs:
+            if time.perf_counter() > deadline or (*key, tile) in failed:
                 continue
             try:
                 us = timer.us_per_step({**best, key: tile})
@@ -163,7 +160,7 @@ def tune(shape: str, args, pool) -> None:
                 record = {"model": shape, "rows": rows, "op": key[0], "N": key[1], "K": key[2], "tile": repr(tile), "us": us}
                 with args.output.open("a") as file:
                     file.write(json.dumps(record) + "\n")
-            if us < best_us * MIN_GAIN:
+            if us < best_us * MIN_GAIN and us < timer.us_per_step(best) * MIN_GAIN:  # still better, right after it
                 best_us, best[key] = us, tile
                 print(f"  {us:8.1f} us  {key[0]} {key[1]} x {key[2]}: {tile}", flush=True)
 
@@ -183,8 +180,9 @@ def tune(shape: str, args, pool) -> None:
     )
     for error in sorted(set(failed.values()))[:3]:
         print(f"    {error}", flush=True)
-    for (op, N, K), tile in best.items():
-        print(f"    ({sms}, {op!r}, {N}, {K}): {tile},", flush=True)
+    if rows == 1:  # the table's tiles are for one row; for more rows this run says what the rule costs
+        for (op, N, K), tile in best.items():
+            print(f"    ({sms}, {op!r}, {N}, {K}): {tile},", flush=True)
 
 
 def main(argv=None) -> int:

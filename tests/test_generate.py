@@ -11,7 +11,9 @@ from families import hf_model
 
 import generate
 from generate import DEMO, Engine, _Text
+from model import PrefillStep
 from sampling import SamplingParams
+from tokenizer import TokenStream
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,6 +86,22 @@ def test_embeddings_serve_as_a_prompt(engine):
     assert tokens_of(engine, engine.model.embed(torch.tensor(ids))) == tokens_of(engine, ids)
 
 
+@pytest.mark.parametrize("prompt", [torch.tensor([1, 2, 3]), torch.zeros(3, 7), torch.zeros(2, 64, dtype=torch.int64)])
+def test_a_tensor_that_is_no_embedding_is_refused(engine, prompt):
+    with pytest.raises(ValueError, match=r"prompt: found .*expected embeddings \[T, 64\]"):
+        engine.generate([prompt])
+
+
+def test_one_text_is_no_list_of_prompts(engine):
+    with pytest.raises(ValueError, match="expected a list"):
+        engine.generate("AB")
+
+
+def test_a_mode_that_is_none_is_refused(engine):
+    with pytest.raises(ValueError, match="decode_mode: found 'reduce_overhead', expected one of auto, eager"):
+        Engine(engine.model, decode_mode="reduce_overhead")
+
+
 def test_seed_and_sample_decide_the_draw(engine):
     params = SamplingParams(temperature=1.5, max_new_tokens=24, ignore_eos=True, seed=5)
     draw = lambda sample, p: engine.generate([[4, 5, 6]], p, sample=sample)[0][0].tokens
@@ -132,7 +150,7 @@ def test_a_prompt_that_cannot_run_is_refused(engine, prompt, message):
 def test_nan_logits_stop_the_run(directory):
     engine = Engine.load(directory, "cpu", torch.float32, max_seq_len=128)
     engine.model.norm.weight[3] = torch.nan
-    with pytest.raises(FloatingPointError, match="NaN at token 1 of prompt 0"):
+    with pytest.raises(FloatingPointError, match="NaN at token 1 of output 0"):
         tokens_of(engine, [4, 5, 6])
 
 
@@ -156,11 +174,7 @@ class _Letters:
 )
 def test_stop_strings_over_tokens(stops, text, shown, reason):
     """Text that may still become a stop string is held back; text of and after one is never shown."""
-
-    class Owner:
-        tokenizer, stop_ids = _Letters(), frozenset()
-
-    answer = _Text(Owner, SamplingParams(stop=stops))
+    answer = _Text(SamplingParams(stop=stops), set(), TokenStream(_Letters()))
     pieces = []
     for byte in text.encode():
         if not answer.finish_reason:
@@ -183,7 +197,7 @@ def test_golden_tokens_of_the_demo_model():
     assert out.text == golden["text"]
 
     ids = torch.tensor(engine.encode(golden["prompt"]) + out.tokens)
-    logits = engine.model.logits(engine.model(engine.model.embed(ids), generate.PrefillStep(len(ids))))
+    logits = engine.model.logits(engine.model(engine.model.embed(ids), PrefillStep(len(ids))))
     best = logits[-65:-1].topk(2).values
     assert (best[:, 0] - best[:, 1]).min() > 1e-2
 
@@ -234,6 +248,10 @@ def test_closed_output_ends_quietly():
         (["--checkpoint_path", "/nowhere"], 1, ["/nowhere"]),
         (["--decode_mode", "graph"], 1, ["graph", "CUDA"]),
         (["--frobnicate"], 2, ["--frobnicate"]),
+        (["--max_seq_len", "0"], 1, ["max_seq_len", "0", "expected 1 to"]),
+        (["--max_seq_len", "-5"], 1, ["max_seq_len", "-5"]),
+        (["--device", "foo"], 1, ["device", "foo", "cpu"]),
+        (["--top_k", "99999999999"], 1, ["top_k", "99999999999"]),
     ],
 )
 def test_bad_input_gets_one_line(argv, status, words, capsys, monkeypatch):

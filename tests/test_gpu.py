@@ -147,7 +147,8 @@ def run():
     s.cache.table.copy_(torch.arange({batch}, device="cuda")[:, None])
     s.stop_ids.fill_(-1); s.limit.fill_(1000); s.x.copy_(model.embed(torch.arange({batch}, device="cuda") + 7))
     s.cache.lengths.fill_(1)
-    engine.decoder.run(96)
+    s.sampling.temperature.fill_(0.9); s.sampling.top_k.fill_(40); s.sampling.top_p.fill_(0.9)
+    engine.decoder.run(96, {kind!r})
     torch.cuda.synchronize()
     return digest()
 if {pdl}:
@@ -159,13 +160,22 @@ print(" ".join(sorted(got)))
 """
 
 
-@pytest.mark.parametrize(("shape", "batch"), [("llama-3.2-1b", 1), ("llama-3.2-1b", 5), ("llama-3.1-8b", 1)])
-def test_early_launches_keep_the_order(shape, batch):
+@pytest.mark.parametrize(
+    ("shape", "batch", "kind"),
+    [
+        ("llama-3.2-1b", 1, "greedy"),
+        ("llama-3.2-1b", 5, "draw"),
+        ("llama-3.1-8b", 1, "greedy"),
+        ("qwen3-8b", 1, "truncate"),
+        ("qwen2.5-7b", 3, "truncate"),
+    ],
+)
+def test_early_launches_keep_the_order(shape, batch, kind):
     """1,000 replays of 8-step graphs, with and without programs that are made late: tokens and cache equal those without PDL,
     bit for bit."""
 
     def digests(pdl, repeats, delay):
-        code = ORDER.format(root=str(ROOT), shape=shape, batch=batch, pdl=pdl, repeats=repeats)
+        code = ORDER.format(root=str(ROOT), shape=shape, batch=batch, kind=kind, pdl=pdl, repeats=repeats)
         env = os.environ | {"ROOFLAMA_DELAY_NS": str(delay)}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=500)
         assert done.returncode == 0, done.stderr

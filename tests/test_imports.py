@@ -9,12 +9,12 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import those in the layers below its own. What stands in one layer does not import each other.
 LAYERS = [
-    {"kernels._common", "kernels.formats", "kernels._matmul", "kernels.tiles"},
+    {"kernels._common", "kernels.formats", "kernels._matmul", "kernels._random", "kernels.tiles"},
     {"kernels"},
     {"kv_cache"},
     {"model"},
     {"sampling", "chat_template", "checkpoint"},
-    {"tokenizer"},
+    {"tokenizer", "decoding", "timing"},
     {"convert_hf_checkpoint", "speculative"},
     {"generate", "quantize"},
     {"chat", "batching"},

@@ -71,6 +71,16 @@ def test_several_tokens_in_one_decode_step(pair):
     torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
 
 
+def test_a_sequence_shorter_than_the_step(pair):
+    """Two tokens of a sequence in a step of four: the rows before its start write nothing, not even over its first row."""
+    _, _, model = pair
+    tokens = torch.tensor([7, 9])
+    cache = KVCache(model.config, 1, 64, dtype=torch.float32)
+    cache.lengths[0] = 2
+    got = model.logits(model(model.embed(torch.tensor([3, 4, 7, 9])), DecodeStep(cache, 4)))[2:]
+    torch.testing.assert_close(got, full_forward(model, tokens), atol=2e-5, rtol=0)
+
+
 def test_greedy_tokens_equal_transformers(pair):
     reference, directory, _ = pair
     expected = reference.generate(PROMPT[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -113,6 +123,9 @@ def test_config_round_trip(pair):
         ({"attention_bias": True}, "attention_bias"),
         ({"dtype": "int3"}, "dtype"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"vocab_size": float("inf")}, "vocab_size"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "truncate": False}}, "truncate"),
     ],
 )
 def test_a_bad_config_is_refused_by_field(change, field):

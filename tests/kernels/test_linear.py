@@ -10,7 +10,16 @@ from tolerance import assert_within
 from kernels._common import INTERPRET
 from kernels.formats import Weight
 from kernels.linear import MAX_ROWS, linear, linear_ref, qkv_rope_append, qkv_rope_append_ref
-from kernels.tiles import Tile, batch_invariant, choose_tile, override_tiles
+from kernels.tiles import (
+    FMA_MOST_ROWS,
+    LEAST_ROWS,
+    SHARED_BYTES,
+    Tile,
+    batch_invariant,
+    candidate_tiles,
+    choose_tile,
+    override_tiles,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -123,6 +132,14 @@ def test_rows_are_independent_of_the_batch():
             assert torch.equal(linear(x[rows], weight, norm=norm, eps=EPS), together[rows])
 
 
+@pytest.mark.parametrize("M", [1, 5])
+def test_any_number_of_rows(M):
+    """A vocabulary of 32,001 or a layer of 201 features: no multiple of anything."""
+    weight, x = make_weight(201, 192, torch.bfloat16), randn(M, 192, dtype=torch.bfloat16)
+    exact = linear_ref(wide(x), wide(weight.weight))
+    assert_within(linear(x, weight), linear_ref(x, weight.weight), exact)
+
+
 def test_a_weight_to_come_changes_nothing():
     weight, ahead, x = (
         make_weight(48, 192, torch.bfloat16),
@@ -145,7 +162,7 @@ def test_a_weight_to_come_changes_nothing():
         ({"residual": torch.ones(1, 16)}, r"residual: found torch.float32 \[1, 16\], expected torch.float32 \[1, 32\]"),
         (
             {"weight": Weight(32, 72, dtype=torch.float32), "x": torch.zeros(1, 72)},
-            "found 32 x 72, expected a multiple of 16 rows",
+            "found 32 x 72, expected a multiple of 64 columns",
         ),
     ],
 )
@@ -323,6 +340,21 @@ def test_choose_tile_fits(op, sms):
         if N * K > 1 << 22 and op != "head":
             programs = min(tile.grid * sms, N // tile.rows) if tile.grid else -(-N // tile.rows) * tile.split
             assert programs >= sms, (tile, rows, N, K)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 16, 64])
+@pytest.mark.parametrize(
+    ("op", "N", "K"), [("qkv", 3072, 2048), ("linear", 4096, 14336), ("silu_mul", 37888, 3584), ("head", 128256, 4096)]
+)
+def test_candidates_fit(op, N, K, rows):
+    """A tuner gets a choice for every shape, and nothing that the kernels refuse."""
+    tiles = candidate_tiles(op, rows, N, K)
+    assert len(tiles) == len(set(tiles)) > 3
+    for tile in tiles:
+        assert tile.rows >= LEAST_ROWS[op]
+        assert tile.dot or rows <= FMA_MOST_ROWS
+        assert not tile.dot or (tile.rows + max(16, rows)) * tile.chunk * 2 * tile.preload <= SHARED_BYTES
+        assert tile.dot or tile.preload * tile.chunk >= K or not tile.grid
 
 
 def test_override_goes_back():

@@ -1,0 +1,161 @@
+"""choose: the kept tokens against a float64 sort, the choice against the reference, at flat, peaked and tied logits."""
+
+import math
+import sys
+
+import pytest
+import torch
+
+from kernels import choose as _loaded  # noqa: F401 (the module, below, is shadowed by the operator where that is exported)
+from kernels._common import _workspaces
+
+module = sys.modules["kernels.choose"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+V = 3000  # above the list's 2048: tied logits make the third kernel look through the vocabulary
+
+
+def logits_of(kind: str, rows: int = 2) -> torch.Tensor:
+    torch.manual_seed(sum(map(ord, kind)))
+    make = {
+        "flat": lambda: torch.randn(rows, V),
+        "peaked": lambda: torch.randn(rows, V) * 3 + 9 * (torch.arange(V) == 7),
+        "equal": lambda: torch.zeros(rows, V),
+        "tied": lambda: (torch.randn(rows, V) * 2).round(decimals=1),
+        "far": lambda: torch.randn(rows, V) * 60,  # most of it beyond the bins
+        "masked": lambda: torch.where(torch.arange(V) % 3 == 0, torch.randn(rows, V), -math.inf),
+    }
+    return make[kind]().to(DEVICE)
+
+
+def parameters(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> dict:
+    """The arguments of choose for each of `rows` sequences; a list gives each its own."""
+
+    def each(value, dtype):
+        return torch.tensor(value if isinstance(value, list) else [value] * rows, dtype=dtype, device=DEVICE)
+
+    return {
+        "temperature": each(temperature, torch.float32),
+        "seed": torch.arange(rows, device=DEVICE) + seed,
+        "sample": each(3, torch.int32),
+        "lengths": each(7, torch.int32),
+        "top_k": each(top_k, torch.int32),
+        "top_p": each(top_p, torch.float32),
+        "min_p": each(min_p, torch.float32),
+    }
+
+
+def maxima_of(logits):
+    """What `head` gives beside its logits: NaN has become infinite."""
+    return logits.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).view(logits.shape[0], -1, V // 4).amax(-1)
+
+
+def kept_by_sorting(logits, temperature, top_k, top_p, min_p) -> torch.Tensor:
+    """One row's kept tokens by the definition, in float64."""
+    warm = logits.double() / temperature
+    ordered = warm.sort(descending=True).values
+    if top_k:
+        ordered = torch.where(ordered >= ordered[min(top_k, V) - 1], ordered, -math.inf)
+    probs = ordered.softmax(0)
+    before = probs.cumsum(0) - probs
+    kept = (ordered > -math.inf) & ((before < top_p) if top_p < 1 else True) & (probs >= min_p * probs[0])
+    return warm >= ordered[kept].min()
+
+
+CUTS = [
+    {"top_p": 0.9},
+    {"top_k": 50, "temperature": 0.7},
+    {"top_k": 50, "top_p": 0.9, "temperature": 1.3},
+    {"top_k": 5, "top_p": 0.5, "min_p": 0.1},
+    {"min_p": 0.05},
+    {"top_k": 1},
+    {"top_k": V + 5, "top_p": 0.3},
+    {},
+    {"temperature": 0.0, "top_k": 5},
+]
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "equal", "tied", "masked"])
+def test_cut_ref_is_the_definition(kind):
+    logits = logits_of(kind, rows=1)
+    for cut in CUTS[:-1]:
+        a = parameters(1, **cut)
+        kept = module.cut_ref(logits, *(a[n] for n in ("temperature", "top_k", "top_p", "min_p")))[0]
+        options = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, **cut}
+        want = kept_by_sorting(logits[0], **options)
+        want |= (logits[0] == -math.inf) if kept.all() else False  # nothing is cut: what has no mass may stay
+        wrong = kept != want
+        # float32 and float64 may differ on tokens of one value, right at the cut
+        assert logits[0][wrong].unique().numel() <= 1, f"{cut}: {int(wrong.sum())} of {int(want.sum())}"
+        assert not wrong.any() or "top_p" in cut or "min_p" in cut
+
+
+@pytest.mark.parametrize("kind", ["flat", "peaked", "equal", "tied", "far", "masked"])
+def test_choose(kind):
+    """Every draw is the reference's, for several keys; the bins are left empty."""
+    logits = logits_of(kind)
+    for i, cut in enumerate(CUTS):
+        a = parameters(2, **cut, seed=1000 * i)
+        value, index = module.choose(logits, maxima_of(logits), **a)
+        order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
+        want, want_index = module.choose_ref(logits, *(a[n] for n in order))
+        torch.testing.assert_close(value[:, 0], want, rtol=1e-5, atol=1e-5)
+        assert torch.equal(index[:, 0], want_index), cut
+        assert logits.gather(1, index.long()).isfinite().all()
+    if DEVICE == "cuda" or module.runs_kernels(logits):
+        assert not any(bins.any() for bins in _workspaces.values())
+
+
+def test_each_row_has_its_own_cuts():
+    """Greedy, uncut and cut rows in one batch, two query tokens a sequence, give what each gives alone."""
+    logits = logits_of("flat", rows=6)
+    a = parameters(3, temperature=[0.0, 1.0, 0.8], top_k=[5, 0, 7], top_p=[0.5, 1.0, 0.6])
+    value, index = module.choose(logits, maxima_of(logits), **a)
+    assert index[:2, 0].tolist() == logits[:2].argmax(dim=1).tolist()
+    for row in range(6):
+        alone = {name: t[row // 2 : row // 2 + 1].clone() for name, t in a.items()}
+        alone["lengths"] -= 1 - row % 2  # T = 1: the same position
+        one = slice(row, row + 1)
+        alone_value, alone_index = module.choose(logits[one].clone(), maxima_of(logits[one]), **alone)
+        assert (value[row], index[row]) == (alone_value[0], alone_index[0])
+
+
+def test_the_choice_is_a_draw_from_what_is_kept():
+    """240 draws with top_k = 4: only the 4, each about as often as the softmax says."""
+    row = logits_of("flat", rows=1)[:, :256]
+    logits = row.expand(60, 256).contiguous()
+    counts = torch.zeros(256)
+    for i in range(4):
+        _, index = module.choose(logits, logits, **parameters(60, top_k=4, seed=60 * i))
+        counts += torch.bincount(index[:, 0].cpu(), minlength=256)
+    top = row[0].topk(4)
+    assert counts.nonzero().squeeze(1).sort().values.tolist() == top.indices.sort().values.tolist()
+    expected = top.values.softmax(0).cpu() * 240
+    statistic = ((counts[top.indices.cpu()] - expected) ** 2 / expected).sum()
+    assert statistic < 23.0, f"chi-square with 3 degrees of freedom: found {statistic:.1f}, expected below 23.0 (p = 4e-5)"
+
+
+def test_broken_logits_stay_broken():
+    logits = logits_of("flat", rows=3)
+    logits[0, 77], logits[1, 5] = math.nan, math.inf
+    value, _ = module.choose(logits, maxima_of(logits), **parameters(3, top_k=5, top_p=0.9))
+    assert value[:2, 0].tolist() == [math.inf] * 2
+    assert value[2, 0].isfinite()
+
+
+def test_choose_refuses():
+    logits = logits_of("flat")
+    for change, message in [
+        ({"top_k": torch.zeros(2)}, r"top_k: found torch.float32 \[2\], expected torch.int32 \[2\]"),
+        ({"lengths": torch.zeros(3, dtype=torch.int32)}, "B dividing 2 rows"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            module.choose(logits, maxima_of(logits), **{**parameters(2), **change})
+    with pytest.raises(ValueError, match=r"logits: found torch\.float64"):
+        module.choose(logits.double(), maxima_of(logits), **parameters(2))
+
+
+def test_opcheck():
+    logits = logits_of("peaked", rows=1)
+    a = parameters(1, top_k=5)
+    order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
+    torch.library.opcheck(torch.ops.rooflama.choose.default, (logits, maxima_of(logits), *(a[n] for n in order)))

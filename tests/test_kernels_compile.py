@@ -1,0 +1,156 @@
+"""Every kernel compiles for a Hopper card, on a machine without one: what the interpreter accepts, the compiler may not.
+
+A call of each operator is brought as far as its launch, with early launches on; that launch is compiled for sm_90.
+"""
+
+import sys
+
+import pytest
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import kernels
+from kernels import _common
+from kernels.formats import Weight
+from kernels.tiles import MEASURED, Tile, override_tiles
+
+pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
+
+TYPES = {
+    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
+    torch.float8_e4m3fn: "*fp8e4nv",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Makes operators on CPU tensors launch their kernels, and records each launch in place of running it."""
+    taken = []
+
+    def record(self, *args, grid, warmup, **kwargs):
+        taken.append((self, args, kwargs))
+
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", record)
+    monkeypatch.setattr(_common, "INTERPRET", True)  # runs_kernels: on any device
+    monkeypatch.setattr(_common, "pdl_supported", lambda x: True)
+    monkeypatch.setattr(sys.modules["kernels.flash_decode"], "pdl_supported", lambda x: True)
+    return taken
+
+
+def compile_for_hopper(kernel, args, kwargs):
+    """Compiles one recorded launch with the types, constants and divisibilities that Triton would find."""
+    options = {k: kwargs.pop(k) for k in OPTIONS if kwargs.get(k) is not None}
+    kwargs.pop("maxnreg", None)
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def check(launches, count):
+    assert len(launches) == count
+    for kernel, args, kwargs in launches:
+        compiled = compile_for_hopper(kernel, args, dict(kwargs))
+        assert "griddepcontrol.wait" in compiled.asm["ptx"], "every kernel of a step waits for the ones before it"
+
+
+def empty(*size, dtype=torch.bfloat16):
+    return torch.empty(*size, dtype=dtype)
+
+
+def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False):
+    """The operator `op` of tiles.OPS at a shape, on memory that nothing reads."""
+    x, norm = empty(M, K), empty(K)
+    weight = Weight(N, K, bias=bias)  # never touched, so that a large one takes no memory
+    lengths = empty(M, dtype=torch.int32)
+    if op == "linear":
+        kernels.linear(x, weight, residual=empty(M, N))
+    elif op == "silu_mul":
+        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
+    elif op == "head":
+        kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)
+    else:
+        heads = N // head_dim
+        cache, rope, qk = empty(M, heads // 6, 128, head_dim), empty(128, head_dim // 2, dtype=torch.float32), empty(head_dim)
+        kernels.qkv_rope_append(
+            x, weight, norm=norm, eps=1e-5, q_norm=qk if qk_norm else None, k_norm=qk if qk_norm else None, qk_eps=1e-6,
+            cos=rope, sin=rope, lengths=lengths, table=empty(M, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
+            page_size=128, num_heads=heads // 6 * 4, num_kv_heads=heads // 6, head_dim=head_dim,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("op", "N", "K"), [key[1:] for key in MEASURED], ids=str)
+def test_measured_tiles(launches, op, N, K):
+    call(op, N, K, head_dim=64 if K == 2048 else 128)
+    check(launches, 1)
+
+
+@pytest.mark.parametrize("M", [2, 5, 16, 64])
+@pytest.mark.parametrize(
+    ("op", "N", "K"), [("qkv", 3072, 2048), ("linear", 2048, 2048), ("silu_mul", 1024, 3584), ("head", 4096, 192)]
+)
+def test_rules(launches, op, N, K, M):
+    call(op, N, K, M)
+    check(launches, 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "N", "K", "M", "tile"),
+    [
+        ("silu_mul", 16384, 2048, 1, Tile(8, 2048, 8, grid=6, stages=2, prefetch=64)),
+        ("linear", 2048, 8192, 16, Tile(64, 128, 4, dot=True, split=2, prefetch=64, preload=1, stages=3)),
+        ("linear", 2048, 2048, 1, Tile(2, 1024, 4, late=True, stream=True, ahead=4096)),
+        ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2, prefetch=32)),
+        ("linear", 201, 192, 3, Tile(4, 64, 1)),
+    ],
+    ids=str,
+)
+def test_tiles_that_a_tuner_may_try(launches, op, N, K, M, tile):
+    with override_tiles({op: tile}):
+        call(op, N, K, M)
+    check(launches, 1)
+
+
+def test_qk_norm_and_bias(launches):
+    call("qkv", 6144, 1024, head_dim=128, qk_norm=True)
+    call("qkv", 768, 896, head_dim=128, bias=True)
+    check(launches, 2)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("B", "T", "capacity"), [(1, 1, 256), (1, 1, 65536), (64, 1, 1024), (1, 8, 1024)])
+def test_flash_decode(launches, head_dim, B, T, capacity):
+    cache = empty(B, 8, capacity, head_dim)
+    lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
+    kernels.flash_decode(empty(B, T, 32, head_dim), cache, cache, lengths, table, scale=0.1)
+    check(launches, 1)
+
+
+def test_choose_and_advance(launches):
+    integers = {n: empty(2, dtype=torch.int32) for n in ("token", "cursor", "done", "flag", "lengths", "limit")}
+    best, ids = empty(2, 4096, dtype=torch.float32), empty(2, 4096, dtype=torch.int32)
+    kernels.advance(
+        best, ids, ring=empty(2, 256, dtype=torch.int32), stop_ids=empty(2, 16, dtype=torch.int32), embedding=empty(9, 256),
+        x=empty(2, 256), ahead=Weight(64, 256), **integers,
+    )  # fmt: skip
+    floats = {n: empty(2, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
+    kernels.choose(
+        empty(2, 128256, dtype=torch.float32), best, seed=empty(2, dtype=torch.int64), sample=integers["token"],
+        lengths=integers["lengths"], top_k=integers["cursor"], **floats,
+    )  # fmt: skip
+    check(launches, 4)

@@ -1,0 +1,101 @@
+"""What a run cost: the record of one, the metrics made of it, and the time that a step's bytes must take.
+
+Owns the names and units of the metrics that users know, and the bandwidths they are divided by. Starts nothing.
+"""
+
+import resource
+import statistics
+import sys
+from dataclasses import dataclass, field
+
+import torch
+
+from kv_cache import bytes_per_row
+from model import Transformer
+
+# Read bandwidth in bytes/s that MBU is divided by: (measured by a 4 GiB sum, data sheet). Others: no MBU.
+BANDWIDTH = {"NVIDIA H200": (4.44e12, 4.8e12), "NVIDIA H100 80GB HBM3": (None, 3.35e12)}
+
+
+@dataclass
+class Timing:
+    """When things happened in one run of `Engine.generate`; seconds."""
+
+    ttft_sec: float = 0.0  # until the first token of every sequence was chosen
+    prefill_tokens: int = 0  # run through the model
+    kept_tokens: int = 0  # of the prompts, not run: the cache had them
+    decode_sec: float = 0.0  # from then to the last step that the host read
+    decode_tokens: int = 0  # emitted in that time, first tokens excluded
+    step_ms: list[float] = field(default_factory=list)  # per step, each the mean of one launch
+    host_sec: float = 0.0  # what launching cost the host
+    context_sum: int = 0  # cached rows read, summed over steps and sequences
+    steps: int = 0
+
+
+def weight_bytes_per_step(model: Transformer) -> int:
+    """Bytes of weights that one decode step reads: all but the embedding table, of which it reads a row a sequence."""
+    total = sum(b.numel() * b.element_size() for b in model.state_dict().values())
+    return total if model.config.tie_word_embeddings else total - model.tok_embeddings.num_bytes
+
+
+def floor_ms(engine, batch_size: int, context: float, bandwidth: float) -> float:
+    """Time that a step's bytes take: all weights once, the cached rows of every sequence once."""
+    kv = batch_size * context * bytes_per_row(engine.model.config, engine.model.norm.weight.dtype)
+    return (weight_bytes_per_step(engine.model) + kv) / bandwidth * 1e3
+
+
+def metrics(engine, timing: Timing, compile_sec: float) -> dict:
+    """The metrics of one run, as `--json` gives them."""
+    steps_ms = sorted(timing.step_ms)
+    quantile = lambda q: steps_ms[min(len(steps_ms) - 1, int(q * len(steps_ms)))] if steps_ms else None
+    out = {
+        "load_sec": engine.load_sec,
+        "compile_sec": compile_sec,
+        "ttft_sec": timing.ttft_sec,
+        "prefill_tok_per_sec": timing.prefill_tokens / timing.ttft_sec,
+        "decode_tok_per_sec": timing.decode_tokens / timing.decode_sec if timing.decode_sec else None,
+        "tpot_ms": {"p50": quantile(0.5), "p90": quantile(0.9), "p99": quantile(0.99)},
+        "host_ms_per_step": timing.host_sec / timing.steps * 1e3 if timing.steps else None,
+        "path": engine.decoder.path,
+    }
+    if engine.device.type == "cuda":
+        out["peak_memory_bytes"] = torch.cuda.max_memory_allocated(engine.device)
+        out["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(engine.device)
+    else:
+        out["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if timing.steps:
+        config = engine.model.config
+        kv_bytes = timing.context_sum / timing.steps * bytes_per_row(config, engine.model.norm.weight.dtype)
+        rate = (weight_bytes_per_step(engine.model) + kv_bytes) / (statistics.median(steps_ms) / 1e3)
+        out["bytes_per_step"] = weight_bytes_per_step(engine.model) + kv_bytes
+        out["bandwidth_gbps"] = rate / 1e9
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
+        measured, datasheet = BANDWIDTH.get(name, (None, None))
+        out["mbu"] = rate / (measured or datasheet) if measured or datasheet else None
+        out["mbu_divided_by_gbps"] = (measured or datasheet) / 1e9 if measured or datasheet else None
+        out["mbu_datasheet"] = rate / datasheet if datasheet else None
+        out["device"] = name
+    return out
+
+
+def report(m: dict, timing: Timing) -> None:
+    """The metrics of one run for a person, on stderr."""
+    out = sys.stderr
+    ms = m["tpot_ms"]
+    print(f"path: {m['path']}", file=out)
+    print(
+        f"load {m['load_sec']:.2f} s, compile {m['compile_sec']:.2f} s, time to first token {m['ttft_sec'] * 1e3:.1f} ms "
+        f"({timing.prefill_tokens} prompt tokens, {m['prefill_tok_per_sec']:.0f} tok/s)",
+        file=out,
+    )
+    if timing.steps:
+        print(
+            f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a step "
+            f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), host {m['host_ms_per_step']:.3f} ms",
+            file=out,
+        )
+        line = f"{m['bytes_per_step'] / 1e9:.3f} GB a step at {m['bandwidth_gbps']:.0f} GB/s"
+        if m["mbu"]:
+            line += f", MBU {m['mbu']:.1%} of {m['mbu_divided_by_gbps']:.0f} GB/s ({m['device']})"
+        print(line, file=out)
+    print(f"peak memory {m['peak_memory_bytes'] / 2**30:.2f} GiB", file=out)
