@@ -161,6 +161,14 @@ class Weight(nn.Module):
             self.register_buffer(name, empty)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
+    def _load_from_state_dict(self, state, prefix, *rest):
+        """PyTorch would cast codes to another format's dtype, or assign them as they are: both give other weights, silently."""
+        for name, buffer in self.named_buffers():
+            found = state.get(prefix + name)
+            if self.packed and name != "bias" and found is not None and found.dtype != buffer.dtype:
+                raise ValueError(f"{prefix}{name}: found {found.dtype}, expected {buffer.dtype} for {self.packed}")
+        super()._load_from_state_dict(state, prefix, *rest)
+
     @property
     def num_bytes(self) -> int:
         """Bytes that one pass over this weight reads."""
@@ -181,6 +189,8 @@ class Weight(nn.Module):
 
     def quantized(self, fmt: PackedFormat, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> "Weight":
         """This weight in another format: codes [N, K] as `encode` gives them, scale and zero [N, G]; the bias is kept."""
+        if codes.dtype != CODE_DTYPES[fmt.format]:
+            raise ValueError(f"weight of {fmt}: found {codes.dtype} codes, expected {CODE_DTYPES[fmt.format]}")
         where = {"bias": self.bias is not None, "dtype": self.dtype, "packed": fmt}
         out = Weight(self.out_features, self.in_features, device="meta", **where)
         state = {"weight": pack_int4(codes) if fmt.format == "int4" else codes, "scale": scale, "zero": zero, "bias": self.bias}
