@@ -384,6 +384,7 @@ def quantize_checkpoint(
 def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Callable) -> Iterator[tuple[str, Tensor]]:
     """A quantised checkpoint's tensors in their order; the device holds one layer and the calibration's activations."""
     config, stream = source.config, finite_tensors(source, source.config.dtype)
+    names = list(tensor_specs(recipe.config(config)))
     name, embedding = next(stream)
     yield name, embedding
     hidden = [embedding[window].to(device) for window in windows]
@@ -391,14 +392,14 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Cal
     def read_layers():
         for i in range(config.num_layers):
             layer = Layer(config, i, device="meta", dtype=config.dtype)
-            names = layer.state_dict()
-            tensors = dict(itertools.islice(stream, len(names)))
-            state = {name: tensors[f"layers.{i}.{name}"].to(device) for name in names}
+            tensors = itertools.islice(stream, len(layer.state_dict()))
+            state = {name.removeprefix(f"layers.{i}."): tensor.to(device) for name, tensor in tensors}
             layer.load_state_dict(state, assign=True)
             yield layer
 
     for i, layer in enumerate(quantize_layers(config, read_layers(), recipe, hidden)):
-        yield from ((f"layers.{i}.{name}", tensor.cpu()) for name, tensor in layer.state_dict().items())
+        state = {f"layers.{i}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        yield from ((name, state[name].cpu()) for name in names if name in state)
         add()
     yield next(stream)  # the final norm
     if config.tie_word_embeddings and recipe.head is None:

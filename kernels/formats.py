@@ -194,11 +194,11 @@ class Weight(nn.Module):
         where = {"bias": self.bias is not None, "dtype": self.dtype, "packed": fmt}
         out = Weight(self.out_features, self.in_features, device="meta", **where)
         state = {"weight": pack_int4(codes) if fmt.format == "int4" else codes, "scale": scale, "zero": zero, "bias": self.bias}
-        state = {name: tensor for name, tensor in state.items() if tensor is not None}
         for name, tensor in state.items():
-            if (buffer := getattr(out, name)) is None or (buffer.dtype, buffer.shape) != (tensor.dtype, tensor.shape):
-                expected = "none" if buffer is None else f"{buffer.dtype} {list(buffer.shape)}"
-                raise ValueError(f"{name} of {fmt}: found {tensor.dtype} {list(tensor.shape)}, expected {expected}")
+            found, expected = ((t.dtype, list(t.shape)) if t is not None else None for t in (tensor, getattr(out, name)))
+            if found != expected:
+                raise ValueError(f"{name} of {fmt}: found {found}, expected {expected}")
+        state = {name: tensor for name, tensor in state.items() if tensor is not None}
         out.load_state_dict(state, strict=True, assign=True)
         return out
 
