@@ -45,10 +45,6 @@ class KVCache(nn.Module):
         """K and V of one layer, [slots, Hkv, S, D] each."""
         return getattr(self, f"k{index}"), getattr(self, f"v{index}")
 
-    def reset(self) -> None:
-        """Forgets every sequence. Rows keep what they held: nothing reads past a length."""
-        self.lengths.zero_()
-
 
 def append(cache: torch.Tensor, rows: torch.Tensor, slot: int, start: int) -> None:
     """Writes rows [n, Hkv, D] of one sequence into its slot of a layer's K or V, from position `start` on."""

@@ -83,8 +83,10 @@ def decode(args: argparse.Namespace) -> dict:
         raise ValueError(f"max_new_tokens: found {args.max_new_tokens}, expected at least 2, for a decode step to time")
     median = runs[steps.index(statistics.median_low(steps))]
     result = {
-        "benchmark": "decode", "model": name, "batch_size": args.batch_size, "prompt_len": args.prompt_len,
-        "max_new_tokens": args.max_new_tokens, "repeats": args.repeats, "floor_ms": floor, "ms_per_step_of_each_run": steps,
+        "benchmark": "decode", "engine": "rooflama", "model": name, "batch_size": args.batch_size,
+        "prompt_len": args.prompt_len, "max_new_tokens": args.max_new_tokens, "repeats": args.repeats,
+        "floor_ms": floor, "ms_per_step_of_each_run": steps,
+        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
         **median, "capture_sec": engine.decoder.capture_sec, **stamp(),
     }  # fmt: skip
     ms = median["tpot_ms"]

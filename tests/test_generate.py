@@ -1,6 +1,7 @@
 """Generation: the decode paths, stopping, streaming, the command line and its errors."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -185,6 +186,56 @@ def test_stop_strings_over_tokens(stops, text, shown, reason):
     assert answer.finish_reason == reason
 
 
+# ---------------------------------------------------------------- streaming
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return Engine.load(DEMO, "cpu", torch.float32)
+
+
+def test_a_stream_gives_the_text_of_generate(demo):
+    params = SamplingParams(temperature=0.9, seed=3, max_new_tokens=30)
+    (out,), _ = demo.generate(["ROMEO:"], params)
+    stream = demo.stream("ROMEO:", params)
+    pieces = list(stream)
+    assert len(pieces) > 10
+    assert "".join(pieces) == out.text
+    assert stream.output == out
+    assert stream.timing.prefill_tokens == out.prompt_tokens
+
+
+def test_a_stream_may_be_left_early(demo):
+    stream = demo.stream("ROMEO:", SamplingParams(max_new_tokens=200))
+    shown = next(stream) + next(stream)
+    stream.close()
+    assert next(stream, None) is None
+    assert stream.output.text.startswith(shown)
+    assert demo.session.done.tolist() == [1], "the device has nothing left to do"
+    assert demo.session.cache.lengths.tolist() == [0]
+
+
+def test_a_stop_string_ends_a_sequence_on_the_device(demo):
+    """Text up to it, no token after the one that completes it; a neighbour goes on."""
+    free, _ = demo.generate(["ROMEO:"], SamplingParams(max_new_tokens=40))
+    stop = free[0].text[20:26]
+    params = [SamplingParams(max_new_tokens=40, stop=(stop,)), SamplingParams(max_new_tokens=40)]
+    (stopped, other), _ = demo.generate(["ROMEO:", "ROMEO:"], params)
+    assert stopped.text == free[0].text[: free[0].text.index(stop)]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free[0].tokens[: len(stopped.tokens)]
+    assert stop in demo.tokenizer.decode(stopped.tokens)
+    assert stop not in demo.tokenizer.decode(stopped.tokens[:-1])
+    assert other.tokens == free[0].tokens
+
+
+def test_a_character_that_was_cut_off_is_marked_at_the_end():
+    """Bytes of an unfinished character are held back, and are U+FFFD once no more can come."""
+    answer = _Text(SamplingParams(), set(), TokenStream(_Letters()))
+    assert [answer.push([b]) for b in "é😀".encode()[:-1]] == ["", "é", "", "", ""]
+    assert answer.finish() == "\ufffd"
+
+
 # ---------------------------------------------------------------- the demo model and the command line
 
 
@@ -230,10 +281,23 @@ def test_json_is_the_last_line():
 
 
 def test_closed_output_ends_quietly():
-    command = f"{sys.executable} {ROOT / 'generate.py'} --device cpu --max_new_tokens 60 --temperature 0 | head -c 1"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
-    assert len(done.stdout) == 1
+    command = f"{sys.executable} {ROOT / 'generate.py'} --device cpu --max_new_tokens 900 --temperature 0 | head -1"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=300)
+    assert len(done.stdout.splitlines()) == 1
+    assert done.returncode == 0
     assert "Traceback" not in done.stderr
+    assert "decode" not in done.stderr, "it went on to the end although nobody read"
+
+
+def test_ctrl_c_in_mid_stream_ends_with_130():
+    command = [sys.executable, str(ROOT / "generate.py"), "--device", "cpu", "--max_new_tokens", "900", "--ignore_eos"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.read(1)  # the answer has begun
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.decode().splitlines()[-1] == "interrupted"
+    assert b"Traceback" not in err
 
 
 @pytest.mark.parametrize(

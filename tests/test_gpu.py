@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels
 from generate import Engine, Transformer, fill_randomly
 from model import SHAPES, PrefillStep
 from sampling import SamplingParams
@@ -185,7 +184,3 @@ def test_early_launches_keep_the_order(shape, batch, kind):
     assert len(expected) == 1
     assert digests(True, 84, 0) == expected  # 84 x 12 = 1,008 replays
     assert digests(True, 8, 3000) == expected
-
-
-def test_pdl_is_on():
-    assert kernels.pdl_supported(torch.zeros(1, device="cuda")) == (torch.cuda.get_device_capability() >= (9, 0))
