@@ -260,6 +260,24 @@ def test_random_model_has_the_layout_of_a_quantised_one():
         assert values.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_kernels_are_asked_only_for_formats_that_they_read(monkeypatch):
+    """On a GPU, packed layers take plain PyTorch while a plain head stays in its kernel."""
+    import kernels
+    from model import fused
+
+    monkeypatch.setattr(kernels, "runs_kernels", lambda x: True)
+    model, x = tiny("llama3", torch.bfloat16), torch.zeros(1, 64, dtype=torch.bfloat16)
+    assert fused(x, model.head)
+    assert fused(x, model.layers[0].attention.wqkv, model.head)
+    quantize.quantize_model(model, "int8", head="none")
+    assert fused(x, model.head)
+    assert not fused(x, model.layers[0].attention.wqkv)
+    assert not fused(x, model.head, model.layers[0].attention.wqkv)
+    monkeypatch.setattr(kernels, "linear", lambda *a, **k: pytest.fail("a kernel was given packed weights"))
+    with torch.inference_mode():
+        model(x, PrefillStep(1))
+
+
 # ---------------------------------------------------------------- the command line
 
 
@@ -300,6 +318,13 @@ def test_errors_are_one_line(tmp_path, capsys, flags, named):
     assert error.count("\n") == 1
     assert named in error
     assert not out.exists()
+
+
+def test_random_weights_quantised_as_they_are_made(monkeypatch, capsys):
+    monkeypatch.setitem(generate.SHAPES, "tiny", tiny("llama3").config)
+    flags = ["--random_weights", "tiny", "--quantize", "fp8", "--prompt", "5", "--max_new_tokens", "4", "--device", "cpu"]
+    assert generate.main([*flags, "--ignore_eos", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out.splitlines()[-1])["outputs"][0]["tokens"]) == 4
 
 
 def test_an_unknown_mode_at_load(capsys):
