@@ -1,6 +1,7 @@
 """The checkpoint: a directory that describes itself.
 
-    config.json                          ModelConfig.to_dict() and "rooflama": {format_version, source, quantization}
+    config.json                          ModelConfig.to_dict() and "rooflama": {format_version, source, quantization}:
+                                         null, or {layers, head: PackedFormat.to_dict() or null, method, and how it was done}
     model-0000i-of-0000n.safetensors     the tensors, under the names of model.Transformer's state dict
     model.safetensors.index.json         which shard holds which tensor, where there is more than one shard
     tokenizer files, generation_config.json
@@ -28,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.formats import PackedFormat
 from model import ModelConfig
 
 FORMAT_VERSION = 1
@@ -46,6 +48,17 @@ STORED_DTYPES = FLOAT_DTYPES | {  # that a file may hold beside them
     **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
 }
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """What a tensor of ours is."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 class TensorInfo(NamedTuple):
@@ -74,6 +87,7 @@ class Source:
     config: ModelConfig
     pieces: dict[str, list[Piece]]  # by our names
     notes: list[str]  # what a user should know: files ignored, embeddings untied
+    quantization: dict | None = None  # how packed weights were made: {"method": ..., ...}
 
 
 class LoadReport(NamedTuple):
@@ -179,8 +193,13 @@ def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     return tensors | {name: headers[file][name] for name, file in weight_map.items()}, notes
 
 
-def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, ...]], directory: Path) -> None:
-    """Exactly the expected names, each with its shape and a plain floating-point dtype."""
+def check_tensors(
+    found: dict[str, TensorInfo],
+    expected: dict[str, tuple[int, ...]],
+    directory: Path,
+    dtypes: dict[str, torch.dtype] | None = None,
+) -> None:
+    """Exactly the expected names, each with its shape and a plain floating-point dtype, or the one that `dtypes` asks for."""
     if missing := [name for name in expected if name not in found]:
         raise ValueError(f"{directory}: {len(missing)} of {len(expected)} tensors are missing: {some(missing)}")
     if extra := [name for name in found if name not in expected]:
@@ -189,9 +208,10 @@ def check_tensors(found: dict[str, TensorInfo], expected: dict[str, tuple[int, .
         info = found[name]
         if info.shape != shape:
             raise ValueError(f"{info.path}: tensor {name}: shape: found {list(info.shape)}, expected {list(shape)}")
-        if info.dtype not in FLOAT_DTYPES.values():
-            found_dtype = DTYPE_NAMES[info.dtype]
-            raise ValueError(f"{info.path}: tensor {name}: dtype: found {found_dtype}, expected {some(FLOAT_DTYPES)}")
+        allowed = [dtypes[name]] if dtypes and name in dtypes else FLOAT_DTYPES.values()
+        if info.dtype not in allowed:
+            known = some(DTYPE_NAMES[dtype] for dtype in allowed)
+            raise ValueError(f"{info.path}: tensor {name}: dtype: found {DTYPE_NAMES[info.dtype]}, expected {known}")
 
 
 def some(names: Iterable[str], limit: int = 5) -> str:
@@ -207,28 +227,63 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict]:
     ours = raw.get("rooflama")
     if not isinstance(ours, dict):
         raise ValueError(f"{path}: rooflama: found {ours!r}, expected an object (convert_hf_checkpoint.py makes one)")
-    for name, expected in (("format_version", FORMAT_VERSION), ("quantization", None)):
-        if ours.get(name) != expected:
-            raise ValueError(f"{path}: rooflama.{name}: found {ours.get(name)!r}, supported: {expected or 'none'}")
-    return ModelConfig.from_dict(raw, str(path)), raw
+    if (version := ours.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{path}: rooflama.format_version: found {version!r}, supported: {FORMAT_VERSION}")
+    config = ModelConfig.from_dict(raw, str(path))
+    if (quantization := ours.get("quantization")) is not None:
+        config = _with_formats(config, quantization, f"{path}: rooflama.quantization")
+    return config, raw
+
+
+def _with_formats(config: ModelConfig, quantization: dict, where: str) -> ModelConfig:
+    if not isinstance(quantization, dict) or not {"layers", "head"} <= quantization.keys():
+        raise ValueError(f"{where}: found {str(quantization)[:200]}, supported: null, or an object with layers and head")
+    formats = {}
+    for name in ("layers", "head"):
+        try:
+            formats[name] = quantization[name] and PackedFormat.from_dict(quantization[name])
+        except ValueError as error:
+            raise ValueError(f"{where}.{name}: {error}") from None
+    if formats["head"] and config.tie_word_embeddings:
+        raise ValueError(f"{where}.head: found {formats['head']}, supported: null (tie_word_embeddings is true)")
+    return dataclasses.replace(config, layer_format=formats["layers"], head_format=formats["head"])
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of model.Transformer's state dict, in the order in which they are saved."""
+    return {name: spec.shape for name, spec in tensor_specs(config).items()}
+
+
+def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
+    """Names, dtypes and shapes of model.Transformer's state dict, in the order in which they are saved."""
     if config.num_layers > MAX_LAYERS:  # a hostile config must not make us list them
         raise ValueError(f"config: num_hidden_layers: found {config.num_layers}, expected at most {MAX_LAYERS}")
     hidden, inner, qkv = config.hidden_size, config.intermediate_size, config.q_size + 2 * config.kv_size
-    layer = {"attention_norm.weight": (hidden,), "attention.wqkv.weight": (qkv, hidden)}
+
+    def plain(*shape):
+        return TensorSpec(config.dtype, shape)
+
+    def weight(name, rows, columns, fmt):
+        try:
+            tensors = fmt.tensors(rows, columns) if fmt else {"weight": plain(rows, columns)}
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        return {f"{name}.{part}": TensorSpec(*spec) for part, spec in tensors.items()}
+
+    layer = {"attention_norm.weight": plain(hidden), **weight("attention.wqkv", qkv, hidden, config.layer_format)}
     if config.qkv_bias:
-        layer["attention.wqkv.bias"] = (qkv,)
+        layer["attention.wqkv.bias"] = plain(qkv)
     if config.qk_norm:
-        layer |= {"attention.q_norm.weight": (config.head_dim,), "attention.k_norm.weight": (config.head_dim,)}
-    layer |= {"attention.wo.weight": (hidden, config.q_size), "ffn_norm.weight": (hidden,)}
-    layer |= {"feed_forward.w13.weight": (2 * inner, hidden), "feed_forward.w2.weight": (hidden, inner)}
-    out = {"tok_embeddings.weight": (config.vocab_size, hidden)}
-    out |= {f"layers.{i}.{name}": shape for i in range(config.num_layers) for name, shape in layer.items()}
-    out["norm.weight"] = (hidden,)
-    return out if config.tie_word_embeddings else out | {"output.weight": (config.vocab_size, hidden)}
+        layer |= {"attention.q_norm.weight": plain(config.head_dim), "attention.k_norm.weight": plain(config.head_dim)}
+    layer |= weight("attention.wo", hidden, config.q_size, config.layer_format) | {"ffn_norm.weight": plain(hidden)}
+    layer |= weight("feed_forward.w13", 2 * inner, hidden, config.layer_format)
+    layer |= weight("feed_forward.w2", hidden, inner, config.layer_format)
+    out = {"tok_embeddings.weight": plain(config.vocab_size, hidden)}
+    out |= {f"layers.{i}.{name}": spec for i in range(config.num_layers) for name, spec in layer.items()}
+    out["norm.weight"] = plain(hidden)
+    if config.tie_word_embeddings:
+        return out
+    return out | weight("output", config.vocab_size, hidden, config.head_format)
 
 
 GENERATION_FIELDS = {  # of generation_config.json: type, lowest, highest
@@ -263,11 +318,18 @@ def load_checkpoint(directory: str | Path, device="cpu", dtype: torch.dtype | No
 
 def open_checkpoint(directory: str | Path) -> Source:
     directory = Path(directory)
-    config, _ = read_config(directory)
+    config, raw = read_config(directory)
     found, notes = find_tensors(directory)
     expected = expected_tensors(config)
-    check_tensors(found, expected, directory)
-    return Source(directory, "rooflama", config, {n: [Piece(n, found[n], lambda out: out)] for n in expected}, notes)
+    check_tensors(found, expected, directory, packed_dtypes(config))
+    pieces = {name: [Piece(name, found[name], lambda out: out)] for name in expected}
+    return Source(directory, "rooflama", config, pieces, notes, raw["rooflama"].get("quantization"))
+
+
+def packed_dtypes(config: ModelConfig) -> dict[str, torch.dtype]:
+    """Those of packed weights' tensors, which are stored as they are: codes and scales mean nothing in another dtype."""
+    plain = tensor_specs(dataclasses.replace(config, layer_format=None, head_format=None))
+    return {name: spec.dtype for name, spec in tensor_specs(config).items() if spec != plain.get(name)}
 
 
 @torch.inference_mode(False)  # which the reading threads, not having inherited it, could not write to
@@ -275,8 +337,8 @@ def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, 
     """Allocate every tensor on the device and fill it."""
     began = time.perf_counter()
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
-    shapes = expected_tensors(config)
-    state = {name: torch.empty(shape, dtype=config.dtype, device=device) for name, shape in shapes.items()}
+    specs = tensor_specs(config)
+    state = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
     num_bytes = fill(source, state, progress)
     seconds = time.perf_counter() - began
     return config, state, LoadReport(num_bytes, seconds, num_bytes / 1e9 / seconds, source.notes)
@@ -353,33 +415,39 @@ def save_checkpoint(
     companions: str | Path | None = None,
     shard_bytes: int = 5_000_000_000,
     progress: bool = True,
+    quantization: dict | None = None,
 ) -> int:
     """Write a checkpoint that appears whole or not at all; returns the bytes of its tensors.
 
-    tensors: (name, tensor) as `expected_tensors(config)` lists them, in config.dtype; taken one at a time, so that a generator
-    needs memory for one only. source: where they come from, for config.json. companions: a directory with tokenizer files.
+    tensors: (name, tensor) as `tensor_specs(config)` lists them; taken one at a time, so that a generator needs memory for one
+    only. source: where they come from, for config.json. companions: a directory with tokenizer files. quantization: how the
+    weights that config says are packed were made, for config.json; one without "method" is refused when there are such.
     ValueError: other tensors than expected; `directory` holds something else than a checkpoint, or is being written.
     """
-    shards: list[dict[str, tuple[int, ...]]] = [{}]
-    for name, shape in expected_tensors(config).items():
-        if shards[-1] and _num_elements({**shards[-1], name: shape}) * config.dtype.itemsize > shard_bytes:
+    about = {"format_version": FORMAT_VERSION, "source": source, "quantization": None}
+    if config.layer_format or config.head_format:
+        formats = {"layers": config.layer_format, "head": config.head_format}
+        if "method" not in (quantization or {}):
+            raise ValueError(f"quantization: found {quantization}, expected an object with a method")
+        about["quantization"] = quantization | {name: fmt and fmt.to_dict() for name, fmt in formats.items()}
+    shards: list[dict[str, TensorSpec]] = [{}]
+    for name, spec in tensor_specs(config).items():
+        if shards[-1] and _num_bytes({**shards[-1], name: spec}) > shard_bytes:
             shards.append({})
-        shards[-1][name] = shape
-    total, count = config.dtype.itemsize * sum(map(_num_elements, shards)), len(shards)
+        shards[-1][name] = spec
+    total, count = sum(map(_num_bytes, shards)), len(shards)
     files = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)] if count > 1 else ["model.safetensors"]
 
     with atomic_directory(Path(directory), total) as temporary:
         stream = iter(tensors)
         for number, (file, shard) in enumerate(zip(files, shards, strict=True), 1):
-            num_bytes = _num_elements(shard) * config.dtype.itemsize
-            with progress_line(f"save {number}/{count} {file}", num_bytes, progress) as add:
-                _write_file(temporary / file, _shard_blocks(shard, config.dtype, stream, add))
+            with progress_line(f"save {number}/{count} {file}", _num_bytes(shard), progress) as add:
+                _write_file(temporary / file, _shard_blocks(shard, stream, add))
         if (extra := next(stream, None)) is not None:
             raise ValueError(f"{directory}: tensor {extra[0]}: found after the last, expected none")
         if count > 1:
             weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
             _write_json(temporary / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        about = {"format_version": FORMAT_VERSION, "source": source, "quantization": None}
         _write_json(temporary / "config.json", config.to_dict() | {"rooflama": about})
         for path in [Path(companions) / name for name in COMPANIONS] if companions else ():
             if path.is_file():
@@ -387,24 +455,24 @@ def save_checkpoint(
     return total
 
 
-def _num_elements(shapes: dict[str, tuple[int, ...]]) -> int:
-    return sum(map(math.prod, shapes.values()))
+def _num_bytes(specs: dict[str, TensorSpec]) -> int:
+    return sum(spec.num_bytes for spec in specs.values())
 
 
-def _shard_blocks(shapes: dict, dtype: torch.dtype, stream: Iterator[tuple[str, Tensor]], add: Callable) -> Iterator:
+def _shard_blocks(specs: dict[str, TensorSpec], stream: Iterator[tuple[str, Tensor]], add: Callable) -> Iterator:
     """A safetensors file in blocks: its header, then each tensor as it comes."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        start, end = end, end + dtype.itemsize * math.prod(shape)
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
+    for name, spec in specs.items():
+        start, end = end, end + spec.num_bytes
+        header[name] = {"dtype": DTYPE_NAMES[spec.dtype], "shape": spec.shape, "data_offsets": [start, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # so that the data is aligned
     yield len(head).to_bytes(8, "little") + head
-    for name, shape in shapes.items():
+    for name, spec in specs.items():
         got, tensor = next(stream, ("no more", torch.empty(0)))
-        if (got, tensor.dtype, tuple(tensor.shape)) != (name, dtype, shape):
+        if (got, tensor.dtype, tuple(tensor.shape)) != (name, *spec):
             found = f"{got} {tensor.dtype} {list(tensor.shape)}"
-            raise ValueError(f"tensors to save: found {found}, expected {name} {dtype} {list(shape)}")
+            raise ValueError(f"tensors to save: found {found}, expected {name} {spec.dtype} {list(spec.shape)}")
         yield memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         add(tensor.nbytes)
 

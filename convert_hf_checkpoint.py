@@ -23,7 +23,18 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import FLOAT_DTYPES, Piece, Source, TensorInfo, check_tensors, expected_tensors, find_tensors, read_json, some
+from checkpoint import (
+    FLOAT_DTYPES,
+    Piece,
+    Source,
+    TensorInfo,
+    check_tensors,
+    expected_tensors,
+    find_tensors,
+    read_json,
+    some,
+    tensor_specs,
+)
 from model import DTYPES, ModelConfig
 
 SUPPORTED_QUANT_METHODS = ()  # of quantization_config.quant_method
@@ -293,11 +304,16 @@ def download(repo: str, revision: str | None = None, token: str | None = None) -
 
 def finite_tensors(source: Source, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """Our tensors on the CPU, one at a time. ValueError names a stored tensor that holds NaN or Inf."""
-    for name, shape in expected_tensors(source.config).items():
-        out = torch.empty(shape, dtype=dtype)
+    for name, spec in tensor_specs(dataclasses.replace(source.config, dtype=dtype)).items():
+        out = torch.empty(spec.shape, dtype=spec.dtype)
         checkpoint.fill(source, {name: out}, progress=False)
         for piece in source.pieces[name]:
-            if not torch.stack(torch.aminmax(piece.view(out))).isfinite().all():  # aminmax passes NaN on
+            values = piece.view(out)
+            if values.dtype == torch.float8_e4m3fn:  # whose NaN has every bit set but the sign
+                bad = (values.view(torch.uint8) & 127 == 127).any()
+            else:
+                bad = not torch.stack(torch.aminmax(values)).isfinite().all()  # aminmax passes NaN on
+            if bad:
                 raise ValueError(f"{source.directory}: tensor {piece.name}: NaN or Inf among its values (as {dtype})")
         yield name, out
 
@@ -322,7 +338,8 @@ def convert(directory: Path, output: Path, dtype: torch.dtype | None = None, nam
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     tensors = _one_ahead(finite_tensors(source, config.dtype))
     name = name or str(directory)
-    return source, checkpoint.save_checkpoint(output, config, tensors, source=name, companions=directory, **options)
+    options |= {"source": name, "companions": directory, "quantization": source.quantization}
+    return source, checkpoint.save_checkpoint(output, config, tensors, **options)
 
 
 # ---------------------------------------------------------------- command line
@@ -359,7 +376,8 @@ def run(args: argparse.Namespace) -> None:
         done = f"wrote {args.output_dir}: {str(dtype or source.config.dtype).removeprefix('torch.')}"
     sec, peak_bytes = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     config = source.config
-    parameters = sum(map(math.prod, expected_tensors(config).values()))
+    plain = dataclasses.replace(config, layer_format=None, head_format=None)
+    parameters = sum(map(math.prod, expected_tensors(plain).values()))
     what = f"{source.layout}, {config.model_type}, {config.num_layers} layers, {parameters / 1e9:.3f} B parameters"
     speed = f"{num_bytes / 1e9:.2f} GB in {sec:.1f} s, {num_bytes / 1e9 / sec:.2f} GB/s, peak memory {peak_bytes / 1e9:.2f} GB"
     print(*source.notes, f"read {directory}: {what}", f"{done}, {speed}", sep="\n", file=sys.stderr)

@@ -110,7 +110,7 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
     lengths = session.cache.lengths[rows]
     settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
-    if fused(hidden):
+    if fused(hidden, model.head):
         norm, eps = model.norm.weight, model.config.norm_eps
         draw = settings if kind == "draw" else {}
         logits, best, token = kernels.head(
@@ -177,7 +177,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, session: Session, mode: str):
         self.model, self.session = model, session
-        self.in_kernels = fused(session.x)
+        self.in_kernels = fused(session.x, model.head, *(layer.attention.wqkv for layer in model.layers))
         self.mode = mode = check_mode(mode, session.x.device)
         self.step = decode_one_token
         torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one

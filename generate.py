@@ -561,6 +561,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
+    flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")
     flag("profile", type=Path, metavar="FILE", help="write a trace of the last sample (chrome://tracing)")
@@ -580,9 +581,17 @@ def load_engine(args: argparse.Namespace) -> Engine:
     dtype = DTYPES[args.dtype] if args.dtype else None
     mode = args.decode_mode or ("auto" if args.compile else "eager")
     options = {"decode_mode": mode, "compile_prefill": args.compile_prefill, "max_seq_len": args.max_seq_len}
+    if args.quantize:
+        import quantize
+
+        if args.random_weights in SHAPES:
+            return Engine(quantize.random_model(SHAPES[args.random_weights], args.quantize, args.device, dtype), **options)
     if args.random_weights:
         return Engine.random(args.random_weights, args.device, dtype, **options)
-    return Engine.load(args.checkpoint_path, args.device, dtype, progress=True, **options)
+    engine = Engine.load(args.checkpoint_path, args.device, dtype, progress=True, **options)
+    if args.quantize:
+        quantize.quantize_at_load(engine.model, args.quantize, engine.tokenizer)
+    return engine
 
 
 def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:

@@ -14,7 +14,7 @@ from torch import nn
 
 import kernels
 import kv_cache
-from kernels.formats import Weight
+from kernels.formats import PackedFormat, Weight
 from kv_cache import KVCache
 
 WORLD_SIZE = 1  # devices that share one model's weights
@@ -63,6 +63,8 @@ class ModelConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     dtype: torch.dtype = torch.bfloat16
+    layer_format: PackedFormat | None = None  # of the layers' linear weights; None = plain, in dtype
+    head_format: PackedFormat | None = None  # of the head's own weight (it has one where embeddings are not tied)
 
     @property
     def q_size(self) -> int:
@@ -325,9 +327,11 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 
 
-def fused(x: torch.Tensor) -> bool:
-    """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU."""
-    return x.shape[0] <= kernels.MAX_ROWS and kernels.runs_kernels(x) and x.dtype != torch.float32 and x.shape[1] % 64 == 0
+def fused(x: torch.Tensor, *weights: Weight) -> bool:
+    """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
+    that the kernels read."""
+    few = x.shape[0] <= kernels.MAX_ROWS and kernels.runs_kernels(x) and x.dtype != torch.float32 and x.shape[1] % 64 == 0
+    return few and all(weight.in_kernels for weight in weights)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -341,7 +345,8 @@ def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None, ahea
 
     `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits.
     """
-    if fused(x):
+    if fused(x, weight):
+        ahead = ahead if ahead is None or ahead.in_kernels else None
         return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, ahead=ahead)
     if norm is not None:
         x = rms_norm(x, norm, eps)
@@ -444,15 +449,16 @@ class Attention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         self.window, self.scale = config.layer_window(layer), config.head_dim**-0.5
-        self.wqkv = Weight(config.q_size + 2 * config.kv_size, config.hidden_size, bias=config.qkv_bias, **where)
-        self.wo = Weight(config.hidden_size, config.q_size, **where)
+        qkv_size, linear = config.q_size + 2 * config.kv_size, where | {"packed": config.layer_format}
+        self.wqkv = Weight(qkv_size, config.hidden_size, bias=config.qkv_bias, **linear)
+        self.wo = Weight(config.hidden_size, config.q_size, **linear)
         self.q_norm = Scale(config.head_dim, **where) if config.qk_norm else None
         self.k_norm = Scale(config.head_dim, **where) if config.qk_norm else None
 
     def forward(self, x: torch.Tensor, norm: torch.Tensor, rope, step: Step, ahead: Weight) -> torch.Tensor:
         """x [N, H] -> x + attention(norm(x)) [N, H]; `ahead` as in `linear`."""
         c = self.config
-        if fused(x) and isinstance(step, DecodeStep):
+        if fused(x, self.wqkv) and isinstance(step, DecodeStep):
             k_cache, v_cache = step.cache.layer(self.layer)
             q = kernels.qkv_rope_append(
                 x, self.wqkv, norm=norm, eps=c.norm_eps, qk_eps=c.norm_eps,
@@ -488,8 +494,8 @@ class FeedForward(nn.Module):
     def __init__(self, config: ModelConfig, **where):
         super().__init__()
         self.eps = config.norm_eps
-        self.w13 = Weight(2 * config.intermediate_size, config.hidden_size, **where)
-        self.w2 = Weight(config.hidden_size, config.intermediate_size, **where)
+        self.w13 = Weight(2 * config.intermediate_size, config.hidden_size, packed=config.layer_format, **where)
+        self.w2 = Weight(config.hidden_size, config.intermediate_size, packed=config.layer_format, **where)
 
     def forward(self, x: torch.Tensor, norm: torch.Tensor, ahead: Weight) -> torch.Tensor:
         """x [N, H] -> x + feed_forward(norm(x)) [N, H]; `ahead` as in `linear`."""
@@ -536,7 +542,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i, **where) for i in range(config.num_layers))
         self.norm = Scale(config.hidden_size, **where)
         if not config.tie_word_embeddings:
-            self.output = Weight(config.vocab_size, config.hidden_size, **where)
+            self.output = Weight(config.vocab_size, config.hidden_size, packed=config.head_format, **where)
         self.vocab_limit = config.vocab_size  # ids from here on are padding: never sampled
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)

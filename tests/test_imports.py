@@ -21,7 +21,7 @@ LAYERS = [
     {"scripts"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-LAZY = {"generate": {"chat", "batching"}}  # inside main() only
+LAZY = {"generate": {"chat", "batching", "quantize"}}  # inside functions only
 
 
 def module_of(path: Path) -> str:

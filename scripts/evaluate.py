@@ -1,0 +1,215 @@
+"""How good a model is: perplexity of a text through prefill and through the decode path, and how far it is from a reference.
+
+    python scripts/evaluate.py --text FILE --checkpoint_path quantised1 quantised2 --reference original
+    python scripts/evaluate.py --text FILE --reference original --quantize int8 fp8 int4-gptq --groupsize 64 128
+
+The text is cut into windows, each read from its start without what came before. The decode path reads them token by token, as
+if each had been generated: the same kernels and graphs, the true token in the place of the chosen one (teacher forcing).
+A table, then one JSON object as the last line of standard output.
+Letters: B windows of a batch, T tokens of a window, V vocabulary.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import quantize
+from convert_hf_checkpoint import report_errors, underscored
+from generate import DEMO, DTYPES, Engine, default_device, weight_bytes_per_step
+from kernels.formats import GROUP_SIZES
+from model import PrefillStep
+
+
+@dataclass
+class Score:
+    """Sums over scored tokens of a model's logits, beside a reference's."""
+
+    tokens: int = 0
+    nats: float = 0.0  # negative log-likelihood
+    kl: float = 0.0  # KL divergence, reference || model, nats
+    same: int = 0  # tokens where both have the same largest logit
+
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> None:
+        """logits, reference [n, V]; targets [n]."""
+        ours, theirs = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
+        self.tokens += targets.numel()
+        self.nats += F.nll_loss(ours, targets, reduction="sum").item()
+        real = torch.isfinite(theirs)  # padding rows of the vocabulary are -inf in both
+        self.kl += torch.where(real, theirs.exp() * (theirs - ours), 0.0).sum().item()
+        self.same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+
+    def means(self, num_bytes: int | None) -> dict:
+        """Per scored token; num_bytes: of their text."""
+        return {
+            "perplexity": math.exp(self.nats / self.tokens),
+            "bits_per_byte": self.nats / math.log(2) / num_bytes if num_bytes else None,
+            "kl": self.kl / self.tokens,
+            "same_top": self.same / self.tokens,
+        }
+
+
+# ---------------------------------------------------------------- the two paths
+
+
+def cut_windows(engine: Engine, text: str, length: int, max_tokens: int) -> tuple[Tensor, int]:
+    """Windows [n, length + 1] of token ids, whose last `length` are scored, and the bytes of text that those stand for."""
+    start = engine.tokenizer.encode("", bos=True)[:1]
+    step = length + 1 - len(start)  # without a BOS, a window's first token is only read
+    ids = engine.tokenizer.encode(text, bos=False)
+    count = min(max_tokens // length, len(ids) // step)
+    if count < 1:
+        raise ValueError(f"text: found {len(ids)} tokens, max_tokens {max_tokens}, expected at least a window of {length}")
+    windows = torch.tensor([start + ids[i * step : (i + 1) * step] for i in range(count)])
+    num_bytes = sum(len(engine.tokenizer.token_bytes(i)) for i in windows[:, 1:].flatten().tolist())
+    return windows.to(engine.device), num_bytes
+
+
+@torch.inference_mode()
+def prefill_logits(engine: Engine, tokens: Tensor) -> Tensor:
+    """tokens [T] -> the logits after each, [T, V], all in one forward."""
+    model = engine.model
+    return model.logits(model(model.embed(tokens), PrefillStep(tokens.numel())))
+
+
+@torch.inference_mode()
+def decode_logits(engine: Engine, tokens: Tensor) -> Iterator[Tensor]:
+    """tokens [B, T] -> T times the logits after one more token of each, [B, V], by decode steps."""
+    engine.prepare(*tokens.shape)
+    session = engine.session
+    session.done.zero_()
+    session.nan.zero_()
+    session.stop_ids.fill_(-1)
+    session.limit.fill_(session.max_seq_len + 1)
+    for t in range(tokens.shape[1]):
+        session.cache.lengths.fill_(t + 1)
+        session.x.copy_(engine.model.embed(tokens[:, t]))
+        engine.decoder.run(1)
+        yield engine.decoder.logits
+
+
+def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int, batch_size: int) -> dict:
+    """What a model makes of windows [n, T + 1], beside a reference's prefill."""
+    prefill, decode = Score(), Score()
+    for batch in windows.split(batch_size):
+        tokens, targets = batch[:, :-1], batch[:, 1:]
+        expected = torch.stack([prefill_logits(reference, row) for row in tokens])
+        for row, target, theirs in zip(tokens, targets, expected, strict=True):
+            prefill.add(prefill_logits(engine, row), target, theirs)
+        for t, logits in enumerate(decode_logits(engine, tokens)):
+            decode.add(logits, targets[:, t], expected[:, t])
+    c = engine.model.config
+    return {
+        "layers": str(c.layer_format or engine.model.layers[0].attention.wqkv.format),
+        "head": engine.model.head.format,
+        "bytes_per_step": weight_bytes_per_step(engine.model),
+        "tokens": prefill.tokens,
+        "prefill": prefill.means(num_bytes),
+        "decode": decode.means(num_bytes),
+    }
+
+
+# ---------------------------------------------------------------- command line
+
+
+def engines(args: argparse.Namespace, options: dict) -> Iterator[tuple[str, Engine]]:
+    """(name, engine) of everything to evaluate beside the reference, loaded one at a time."""
+    for path in args.checkpoint_path or []:
+        yield str(path), Engine.load(path, **options)
+    for mode in args.quantize or []:
+        is_int4, is_calibrated = mode.startswith("int4"), quantize.MODES[mode][1] != "rtn"
+        for groupsize in args.groupsize if is_int4 else [128]:
+            engine, windows = Engine.load(args.reference, **options), []
+            if is_calibrated:
+                limits = (args.calibration_limit, args.calibration_seq_length)
+                windows = quantize.read_windows(args.calibration_file, engine.tokenizer, engine.model.config, *limits)
+            how = {"groupsize": groupsize, "asymmetric": args.asymmetric and is_int4, "head": args.quantize_head}
+            how["search"] = args.search
+            quantize.quantize_model(engine.model, mode, windows, progress=True, **how)
+            yield mode, engine
+
+
+def table(rows: list[dict]) -> str:
+    """One line a model; perplexities with their distance from the reference's prefill."""
+    base = rows[0]["prefill"]["perplexity"]
+    head = ("model", "layers", "head", "MB a step", "perplexity", "bits/byte", "KL", "same top")
+    head += ("decode: perplexity", "KL", "same top")
+    cells = [head]
+    for row in rows:
+        line = [row["name"], row["layers"], row["head"], f"{row['bytes_per_step'] / 1e6:.3f}"]
+        for path in ("prefill", "decode"):
+            p = row[path]
+            bits = [f"{p['bits_per_byte']:.4f}"] if path == "prefill" else []
+            change = f"{p['perplexity']:.4f} ({p['perplexity'] / base - 1:+.2%})"
+            line += [change, *bits, f"{p['kl']:.6f}", f"{p['same_top']:.2%}"]
+        cells.append(line)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)) + " |" for line in cells]
+    return "\n".join([lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]])
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    flag = parser.add_argument
+    flag("--text", type=Path, required=True, help="a UTF-8 text file")
+    flag("--skip", type=float, default=0.0, help="part of the text that is left out at its start (0.9: the last tenth is read)")
+    flag("--reference", type=Path, default=DEMO, help="a plain checkpoint (default: the demo model); it is the first row")
+    flag("--checkpoint_path", type=Path, nargs="+", help="checkpoints to evaluate beside it")
+    flag("--quantize", nargs="+", choices=quantize.MODES, metavar="MODE", help="quantise the reference in memory, so")
+    flag("--groupsize", type=int, nargs="+", choices=GROUP_SIZES["int4"], default=[128], help="of --quantize int4")
+    flag("--asymmetric", action="store_true", help="of --quantize int4")
+    flag("--no_search", dest="search", action="store_false", help="of --quantize int4")
+    flag("--quantize_head", choices=("int8", "int4", "fp8", "none"), help="of --quantize")
+    flag("--calibration_file", type=Path, default=quantize.CALIBRATION_FILE)
+    flag("--calibration_limit", type=int, default=128)
+    flag("--calibration_seq_length", type=int, default=2048)
+    flag("--window", type=int, default=512, help="tokens of a window")
+    flag("--max_tokens", type=int, default=2**31, help="tokens scored at most")
+    flag("--batch_size", type=int, default=8, help="windows at once in the decode path")
+    flag("--compile", action="store_true", help="the fast decode path, as in generate.py")
+    flag("--device", default=default_device())
+    flag("--dtype", choices=DTYPES, help="default: the checkpoint's")
+    flag("--debug", action="store_true", help="show tracebacks")
+    args = parser.parse_args(underscored(argv))
+    for name in ("window", "max_tokens", "batch_size"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    if not 0 <= args.skip < 1:
+        parser.error(f"--skip: found {args.skip}, expected a number from 0 to below 1")
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    options = {"device": args.device, "dtype": DTYPES.get(args.dtype), "decode_mode": "auto" if args.compile else "eager"}
+    options["max_seq_len"] = args.window  # no more of the cache than is read
+    text = args.text.read_text(encoding="utf-8")
+    reference = Engine.load(args.reference, **options)
+    if reference.tokenizer is None:
+        raise ValueError(f"{args.reference}: found no tokenizer, expected one")
+    windows, num_bytes = cut_windows(reference, text[int(len(text) * args.skip) :], args.window, args.max_tokens)
+    rows = []
+    for name, engine in itertools.chain([(str(args.reference), reference)], engines(args, options)):
+        rows.append({"name": name} | evaluate(engine, reference, windows, num_bytes, args.batch_size))
+        print(f"{name}: perplexity {rows[-1]['prefill']['perplexity']:.4f}", file=sys.stderr)
+    print(table(rows))
+    print(json.dumps({"text": str(args.text), "window": args.window, "scored_bytes": num_bytes, "rows": rows}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(sys.argv[1:] if argv is None else argv)
+    return report_errors(lambda: run(args), args.debug)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
