@@ -110,7 +110,14 @@ def test_kernels_agree_with_plain_pytorch(shape, tokens):
 
 
 @pytest.mark.parametrize(
-    "params", [{}, {"temperature": 0.9, "seed": 7}, {"temperature": 0.9, "top_k": 50, "top_p": 0.9}], ids=str
+    "params",
+    [
+        {},
+        {"temperature": 0.9, "seed": 7},
+        {"temperature": 0.9, "top_k": 50, "top_p": 0.9},
+        {"temperature": 0.9, "top_k": 50, "repetition_penalty": 1.2, "logprobs": 2},
+    ],
+    ids=str,
 )
 def test_every_path_gives_the_same_tokens(params, tokens):
     """Graphs, reduce-overhead and eager steps run the same kernels: greedy and seeded tokens are equal."""
