@@ -3,7 +3,8 @@
 Owns `SamplingParams`, its device-side form and the reference sampler. Knows nothing of the model.
 Order: repetition penalty, temperature, truncation (top-k, top-p, min-p), then one draw. Temperature 0 is greedy: the true
 argmax, ties to the lowest id. A draw is the Gumbel-max of the truncated logits, its noise keyed by (seed, sample, position,
-id): never by slot, batch or step, so that a prompt gets the same tokens whatever runs beside it.
+id): never by slot, batch or step. So what runs beside a prompt changes no draw; on a GPU it can still change the last bits of
+its logits, since tiles follow the number of rows.
 Letters: B sequences, V vocabulary.
 """
 

@@ -66,8 +66,8 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
     if timing.steps:
         config = engine.model.config
         kv_bytes = timing.context_sum / timing.steps * bytes_per_row(config, engine.model.norm.weight.dtype)
-        rate = (weight_bytes_per_step(engine.model) + kv_bytes) / (statistics.median(steps_ms) / 1e3)
         out["bytes_per_step"] = weight_bytes_per_step(engine.model) + kv_bytes
+        rate = out["bytes_per_step"] / (statistics.median(steps_ms) / 1e3)
         out["bandwidth_gbps"] = rate / 1e9
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         measured, datasheet = BANDWIDTH.get(name, (None, None))

@@ -48,20 +48,21 @@ class Tile:
 # ---------------------------------------------------------------- the measured table
 
 # One H200 (132 SMs), bf16, M = 1, tuned inside the whole decode step (a kernel alone chooses larger tiles than a chain
-# of kernels that preload beside each other). Each entry names what it was chosen over.
+# of kernels that preload beside each other). Figures are of that search, which took a candidate's time while other processes
+# compiled the next ones on the same GPU: good for a choice of several percent, not for one of a few tenths.
 MEASURED = {
     # Llama-3.2-1B: 687.5 us a step with the tiles of a first guess, 634.6 with these
-    (132, "qkv", 3072, 2048): Tile(8, 1024, 4),  # none of 60 was better
-    (132, "linear", 2048, 2048): Tile(1, 512, 2),  # none of 60 was better
+    (132, "qkv", 3072, 2048): Tile(8, 1024, 4),  # the first guess; none of 42 was better
+    (132, "linear", 2048, 2048): Tile(1, 512, 2),  # the first guess; none of 42 was better
     (132, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),  # 661.5; 8 rows on 8 warps: 675.9
     (132, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),  # 636.8; 2 rows on 2 warps: 649.9
     (132, "head", 128256, 2048): Tile(4, 1024, 2, preload=2, stream=True),  # 634.6; not evict-first: 636.8
     # Llama-3.1-8B: 3910.1 us a step with the tiles of a first guess, 3769.2 with these
     (132, "qkv", 6144, 4096): Tile(8, 1024, 2, preload=2),  # 3769.2; 4 rows: 3799.7
-    (132, "linear", 4096, 4096): Tile(1, 1024, 4),
+    (132, "linear", 4096, 4096): Tile(1, 1024, 4),  # the first guess; the search ended before it came to this one
     (132, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16),  # 3847.9; 8 rows, 2 persistent programs an SM: 3856.2
     (132, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),  # 3799.7; 2 rows on 4 warps: 3827.7
-    (132, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),
+    (132, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),  # the first guess; none of 30 was better
 }
 
 
