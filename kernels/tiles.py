@@ -35,6 +35,7 @@ class Tile:
     late: bool = False  # trigger the next kernel after this one's first loads, not before
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
     prefetch: int = 0  # KiB of a program's later weights that are brought into L2 before the wait (Hopper)
+    wave: int = 0  # tiles per SM whose programs find themselves waiting: theirs is `prefetch` of the tile so many further on
     ahead: int = 0  # KiB of the next kernel's weight that the whole grid brings into L2 before the wait (Hopper)
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
 
@@ -141,25 +142,21 @@ def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
     if M == 1:
         return []
     tiles = []
-    heights = (32, 64) if M <= 16 else (64, 128)
+    heights = (16, 32, 64) if M <= 16 else (64, 128)
     for rows, warps, split in itertools.product(heights, (4, 8), (1, 2, 4, 7, 8)):
         if K % (64 * split) or (split > 1 and (op == "head" or N // rows * split > 1024)):
             continue
         strip = K // split
-        for chunk in (128, 256, 512):
+        for chunk in (64, 128, 256, 512, 1024):
             chunks = -(-strip // chunk)
             tile_bytes = (rows + max(16, M)) * chunk * 2
-            for preload, stages in itertools.product((1, 2), (1, 3, 5)):
+            for preload, stages in itertools.product((1, 2, 4), (1, 2, 3, 4, 5)):
                 waits = chunks > preload  # a loop behind the preloaded chunks, for which stages count
-                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 160:
+                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 80:
                     continue
                 if tile_bytes * (preload + (stages if waits else 0)) > SHARED_BYTES // (1 if rows == 128 else 2):
                     continue
-                later = rows * (chunks - preload) * chunk // 512  # KiB
-                tiles += [
-                    Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages, prefetch=prefetch)
-                    for prefetch in {0, min(256, later)}
-                ]
+                tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
     return tiles
 
 
