@@ -48,22 +48,24 @@ class Tile:
 
 # ---------------------------------------------------------------- the measured table
 
-# One H200 (132 SMs), bf16, M = 1, tuned inside the whole decode step (a kernel alone chooses larger tiles than a chain
+# Keys: (multiprocessors, format, op, the most rows of x that it serves, N, K); bf16 serves fp16 too.
+# One H200 (132 SMs), tuned inside the whole decode step (a kernel alone chooses larger tiles than a chain
 # of kernels that preload beside each other). Figures are of that search, which took a candidate's time while other processes
 # compiled the next ones on the same GPU: good for a choice of several percent, not for one of a few tenths.
+ROW_BUCKETS = (1, 8, 16, 64)
 MEASURED = {
     # Llama-3.2-1B: 687.5 us a step with the tiles of a first guess, 634.6 with these
-    (132, "qkv", 3072, 2048): Tile(8, 1024, 4),  # the first guess; none of 42 was better
-    (132, "linear", 2048, 2048): Tile(1, 512, 2),  # the first guess; none of 42 was better
-    (132, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),  # 661.5; 8 rows on 8 warps: 675.9
-    (132, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),  # 636.8; 2 rows on 2 warps: 649.9
-    (132, "head", 128256, 2048): Tile(4, 1024, 2, preload=2, stream=True),  # 634.6; not evict-first: 636.8
+    (132, "bf16", "qkv", 1, 3072, 2048): Tile(8, 1024, 4),  # the first guess; none of 42 was better
+    (132, "bf16", "linear", 1, 2048, 2048): Tile(1, 512, 2),  # the first guess; none of 42 was better
+    (132, "bf16", "silu_mul", 1, 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),  # 661.5; 8 rows on 8 warps: 675.9
+    (132, "bf16", "linear", 1, 2048, 8192): Tile(8, 1024, 4, preload=4),  # 636.8; 2 rows on 2 warps: 649.9
+    (132, "bf16", "head", 1, 128256, 2048): Tile(4, 1024, 2, preload=2, stream=True),  # 634.6; not evict-first: 636.8
     # Llama-3.1-8B: 3910.1 us a step with the tiles of a first guess, 3769.2 with these
-    (132, "qkv", 6144, 4096): Tile(8, 1024, 2, preload=2),  # 3769.2; 4 rows: 3799.7
-    (132, "linear", 4096, 4096): Tile(1, 1024, 4),  # the first guess; the search ended before it came to this one
-    (132, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16),  # 3847.9; 8 rows, 2 persistent programs an SM: 3856.2
-    (132, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),  # 3799.7; 2 rows on 4 warps: 3827.7
-    (132, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),  # the first guess; none of 30 was better
+    (132, "bf16", "qkv", 1, 6144, 4096): Tile(8, 1024, 2, preload=2),  # 3769.2; 4 rows: 3799.7
+    (132, "bf16", "linear", 1, 4096, 4096): Tile(1, 1024, 4),  # the first guess; the search ended before it came to this one
+    (132, "bf16", "silu_mul", 1, 28672, 4096): Tile(2, 256, 1, preload=16),  # 3847.9; 8 rows, 2 persistent programs an SM: 3856.2
+    (132, "bf16", "linear", 1, 4096, 14336): Tile(1, 2048, 16, preload=3),  # 3799.7; 2 rows on 4 warps: 3827.7
+    (132, "bf16", "head", 1, 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),  # the first guess; none of 30 was better
 }
 
 
@@ -73,11 +75,16 @@ MEASURED = {
 def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """The tile for `rows` rows of x: the measured one where there is one, else the rule. Pure."""
     assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
-    if rows > FMA_RULE_ROWS:
-        return _dot_rule(op, rows, N, K, sms)
-    if rows == 1 and fmt in ("bf16", "fp16") and (sms, op, N, K) in MEASURED:
-        return MEASURED[sms, op, N, K]
-    return _fma_rule(op, N, K, sms)
+    measured = MEASURED.get(measured_key(op, fmt, rows, N, K, sms))
+    if measured and (measured.dot or rows <= FMA_MOST_ROWS):
+        return measured
+    return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
+
+
+def measured_key(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> tuple:
+    """Where MEASURED has the tile for `rows` rows of x, if it has one: under the next bucket of rows."""
+    bucket = next(b for b in ROW_BUCKETS if rows <= b)
+    return sms, "bf16" if fmt == "fp16" else fmt, op, bucket, N, K
 
 
 def invariant_tile(op: str, fmt: str, N: int, K: int, sms: int) -> Tile:

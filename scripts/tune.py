@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import kernels
 from generate import Engine, add_flag, decode_one_token, floor_ms
 from kernels.formats import Weight
-from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for
+from kernels.tiles import Tile, candidate_tiles, measured_key, override_tiles, tile_for
 from model import SHAPES
 
 MIN_GAIN = 0.999  # of the time before: less is noise
@@ -186,7 +186,7 @@ def tune(shape: str, args, pool) -> None:
     for error in sorted(set(failed.values()))[:3]:
         print(f"    {error}", flush=True)
     for (op, N, K), tile in best.items():
-        print(f"    ({sms}, {op!r}, {N}, {K}): {tile},", flush=True)
+        print(f"    {measured_key(op, 'bf16', rows, N, K, sms)}: {tile},", flush=True)
 
 
 def main(argv=None) -> int:

@@ -94,9 +94,9 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "N", "K"), [key[1:] for key in MEASURED], ids=str)
-def test_measured_tiles(launches, op, N, K):
-    call(op, N, K, head_dim=64 if K == 2048 else 128)
+@pytest.mark.parametrize(("op", "M", "N", "K"), [key[2:] for key in MEASURED], ids=str)
+def test_measured_tiles(launches, op, M, N, K):
+    call(op, N, K, M, head_dim=64 if K == 2048 else 128)
     check(launches, 1)
 
 
