@@ -253,6 +253,7 @@ class Engine:
 
     def prepare(self, batch_size: int, length: int) -> None:
         """Makes a session for so many sequences of up to `length` tokens, unless the present one serves."""
+        self.model.tile_weights()
         s = self.session
         if s and s.batch_size == batch_size and s.max_seq_len >= min(length, self.context):
             return
