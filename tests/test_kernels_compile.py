@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: n
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 

@@ -7,7 +7,7 @@ from test_linear import DEVICE, EPS, make_qkv, randn, wide
 from tolerance import assert_within
 
 from kernels._matmul import Operand
-from kernels.formats import PackedFormat, Weight
+from kernels.formats import PackedFormat, Weight, dequantize_tiled
 from kernels.head import head_ref
 from kernels.linear import linear, linear_ref, qkv_rope_append, qkv_rope_append_ref
 from kernels.tiles import candidate_tiles, choose_tile, override_tiles, packed_shape, packed_tile
@@ -36,30 +36,41 @@ def make(N, K, fmt, dtype=BF16, bias=False) -> Weight:
     return weight
 
 
+def exact_weight(w: Weight) -> torch.Tensor:
+    """What the codes stand for, in float64, before any rounding to the model's dtype."""
+    return dequantize_tiled(w.weight, w.scale, w.zero, w.format, w.out_features, w.in_features).double()
+
+
 def check_linear(M, N, K, fmt, dtype=BF16, norm=True, bias=False, activation="none", residual=False, tile=None):
     weight, x = make(N, K, fmt, dtype, bias), randn(M, K, dtype=dtype)
     nw = randn(K, dtype=dtype) if norm else None
     res = randn(M, N // 2 if activation == "silu_mul" else N, dtype=dtype) if residual else None
     with override_tiles({"silu_mul" if activation == "silu_mul" else "linear": tile} if tile else {}):
         y = linear(x, weight, norm=nw, eps=EPS, activation=activation, residual=res)
-    arguments = (x, weight.dequantized(), weight.bias, nw, EPS, activation, res)
-    assert_within(y, linear_ref(*arguments), linear_ref(*(wide(a) if torch.is_tensor(a) else a for a in arguments)))
+    rest = (weight.bias, nw, EPS, activation, res)
+    exact = linear_ref(wide(x), exact_weight(weight), *(wide(a) if torch.is_tensor(a) else a for a in rest))
+    assert_within(y, linear_ref(x, weight.dequantized(), *rest), exact)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize("M", [1, 2, 5, 8, 16, 21, 33, 64])
+@pytest.mark.parametrize("M", [1, 5, 16, 33])
 def test_rows(M, fmt):
-    check_linear(M, 48, 256, fmt, norm=False, bias=True, residual=True)
-    if M in (1, 5, 33):
-        check_linear(M, 64, 384, fmt, FP16, activation="silu_mul")
+    check_linear(M, 48, 128, fmt, norm=False, bias=True, residual=True)
+    if M < 16:
+        check_linear(M, 32, 256, fmt, FP16, activation="silu_mul")
+
+
+@pytest.mark.parametrize("M", [2, 8, 21, 64])
+def test_more_rows(M):
+    check_linear(M, 48, 128, INT8)
+    check_linear(M, 48, 128, INT4)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
-@pytest.mark.parametrize(("N", "K"), [(201, 128), (16, 1280), (80, 640)])
+@pytest.mark.parametrize(("N", "K"), [(73, 128), (16, 640)])
 def test_odd_shapes(N, K, fmt):
     """Rows that fill no tile; columns that no number of warps divides."""
     check_linear(1, N, K, fmt, bias=True)
-    check_linear(3, N, K, fmt, norm=False)
 
 
 @pytest.mark.parametrize("fmt", [INT8, FP8, PackedFormat("int4", 64, False, BF16)], ids=str)
@@ -78,24 +89,26 @@ TILES = {  # rows, warps that split K, warps, units in flight, programs that spl
 }
 
 
-@pytest.mark.parametrize("fmt", [INT8, INT4, PackedFormat("int4", 32, False, BF16)], ids=str)
+@pytest.mark.parametrize("fmt", [INT8, PackedFormat("int4", 32, False, BF16)], ids=str)
 @pytest.mark.parametrize("name", TILES)
 def test_tiles(name, fmt):
     rows, parts, warps, preload, split = TILES[name]
-    tile = packed_tile(fmt.format, rows, parts, warps, preload, 1024, split)
-    check_linear(1, 96, 1024, fmt, tile=tile, bias=True, residual=True)
-    check_linear(6, 160, 1024, fmt, tile=tile, activation="silu_mul", bias=True)
+    tile = packed_tile(fmt.format, rows, parts, warps, preload, 512, split)
+    if name == "no warp splits K":
+        check_linear(6, rows, 512, fmt, tile=tile, activation="silu_mul")
+    else:
+        check_linear(1, 40, 512, fmt, tile=tile, bias=True, residual=True)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_every_code(fmt):
     """A single 1 in x brings out one column of the weight: bit for bit what `dequantized` says, wherever it stands."""
-    generator, N, K = torch.Generator().manual_seed(0), 16, 256
+    generator, N, K = torch.Generator().manual_seed(0), 16, 128
     plain = Weight(N, K, dtype=FP16)
     if fmt.format == "int4":
         codes = torch.randint(0, 16, (N, K), generator=generator).to(torch.uint8)
     else:
-        codes = torch.stack([torch.randperm(256, generator=generator) for _ in range(N)]).to(torch.uint8)
+        codes = torch.arange(N * K).view(N, K).to(torch.uint8)
         codes[codes == (128 if fmt.format == "int8" else 127)] = 0
         codes[codes == (128 if fmt.format == "int8" else 255)] = 0
         codes = codes.view(torch.int8 if fmt.format == "int8" else torch.float8_e4m3fn)
@@ -104,10 +117,8 @@ def test_every_code(fmt):
     weight = plain.quantized(fmt, codes, scale, zero).to(DEVICE)
     expected = weight.dequantized()
     weight.tile()
-    for first in range(0, K, 64):
-        x = torch.eye(K, dtype=FP16, device=DEVICE)[first : first + 64]
-        assert torch.equal(linear(x, weight), expected.T[first : first + 64])
-        assert torch.equal(linear(x[5:6], weight), expected.T[first + 5 : first + 6])
+    for x in torch.eye(K, dtype=FP16, device=DEVICE).chunk(2):
+        assert torch.equal(linear(x, weight), x @ expected.T)
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
@@ -118,12 +129,11 @@ def test_qkv(fmt, qk_norm, lengths):
     caches = {name: a[name].clone() for name in ("k_cache", "v_cache")}
     q = qkv_rope_append(**a)
     arguments = {k: v for k, v in a.items() if k != "weight"}
-    dense, bias = a["weight"].dequantized(), a["weight"].bias
-    results = []
-    for convert in (lambda t: t, wide):
+    bias, results = a["weight"].bias, []
+    for dense, convert in ((a["weight"].dequantized(), lambda t: t), (exact_weight(a["weight"]), wide)):
         call = {k: convert(v) if torch.is_tensor(v) else v for k, v in (arguments | caches).items()}
         call |= {name: call[name].clone() for name in caches}
-        exact_q = qkv_rope_append_ref(call.pop("x"), convert(dense), convert(bias), **call)
+        exact_q = qkv_rope_append_ref(call.pop("x"), dense, convert(bias), **call)
         results.append((exact_q, *(call[name] for name in caches)))
     for actual, working, exact in zip((q, a["k_cache"], a["v_cache"]), *results, strict=True):
         written = exact.isfinite()
@@ -135,11 +145,11 @@ def test_qkv(fmt, qk_norm, lengths):
 @pytest.mark.parametrize(("M", "V"), [(1, 96), (3, 205), (20, 64)])
 def test_head(M, V, fmt):
     """With a vocabulary that is padded, and no multiple of anything."""
-    weight, x, norm = make(V, 256, fmt), randn(M, 256, dtype=BF16), randn(256, dtype=BF16)
+    weight, x, norm = make(V, 128, fmt, FP16), randn(M, 128, dtype=FP16), randn(128, dtype=FP16)
     lengths = torch.ones(M, dtype=torch.int32, device=DEVICE)
     logits, value, index = head(x, weight, norm=norm, eps=EPS, vocab_size=V - 3, lengths=lengths)
     rest = (V - 3, None, None, None, lengths)
-    exact, best, best_id = head_ref(wide(x), weight.dequantized().double(), norm.double(), EPS, *rest)
+    exact, best, best_id = head_ref(wide(x), exact_weight(weight), norm.double(), EPS, *rest)
     working = head_ref(x, weight.dequantized(), norm, EPS, *rest)[0]
     assert_within(logits[:, : V - 3], working[:, : V - 3], exact[:, : V - 3].double())
     assert (logits[:, V - 3 :] == -torch.inf).all()
