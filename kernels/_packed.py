@@ -58,9 +58,7 @@ _FP8 = (
 INT4_BF16, INT4_FP16 = _two_formats(_INT4, BASE=("0x43004300", "0x64006400"))
 INT8_BF16, INT8_FP16 = _two_formats(_INT8, BASE=("0x43004300", "0x64006400"))
 # e4m3's exponent and mantissa in the place of a wider type's, times 2^120 (2^8): the difference of the exponents' biases
-FP8_BF16, FP8_FP16 = _two_formats(
-    _FP8, SHIFT=("4", "1"), MASK=("0x07f007f0", "0x3f803f80"), POWER=("0x7b807b80", "0x5c005c00")
-)
+FP8_BF16, FP8_FP16 = _two_formats(_FP8, SHIFT=("4", "1"), MASK=("0x07f007f0", "0x3f803f80"), POWER=("0x7b807b80", "0x5c005c00"))
 PRODUCT_BF16 = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.bf16x2 $0, $1, $2, z; }")
 PRODUCT_FP16 = tl.constexpr("{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.f16x2 $0, $1, $2, z; }")
 
@@ -353,7 +351,9 @@ def _multiply_unit(
                                   zeros[(2 * r + 1) * PIECES + piece], FORMAT, not SCALE_SUMS, DTYPE)  # fmt: skip
             w = _weight_operand(first, second, W)
             if SCALE_SUMS:
-                scale = _of_rows(scales[2 * r * PIECES + piece].to(tl.float32), scales[(2 * r + 1) * PIECES + piece].to(tl.float32), W)
+                scale = _of_rows(
+                    scales[2 * r * PIECES + piece].to(tl.float32), scales[(2 * r + 1) * PIECES + piece].to(tl.float32), W
+                )
             for j in tl.static_range(MB):
                 if SCALE_SUMS:
                     added = added + (sums[r * MB + j] + tl.dot(w, operands[j]) * scale,)

@@ -21,7 +21,8 @@ which are the elements 4 kh + 2 b + kl below (kernels/_packed.py multiplies them
     int4          word s: element e in bits 4 (e / 2) + 16 kl, e / 2 = 2 kh + b
     fp8           word 2 s + kh: the byte of element (b, kl) in bits 16 kl + 8 (1 - b)
     int8          the same places, but with sign and magnitude, magnitudes of b = 0 and b = 1 exchanged
-    scale, zero   int4: [N / 8, units, 8, groups of a unit]; else as above
+    scale, zero   int4: [N / 8, units, 8, groups of a unit], zeros as int16 (Triton would lay out the dot for loads of bytes);
+                  else as above
 """
 
 from collections.abc import Iterable
@@ -260,10 +261,12 @@ class Weight(nn.Module):
         if self.format != "int4":
             wrong = (self.weight == -128) if self.format == "int8" else self.weight.float().isnan()
             if wrong.any():
-                raise ValueError(f"a weight of {self.packed}: found the code {self.weight[wrong][0]}, which stands for no number")
+                raise ValueError(
+                    f"a weight of {self.packed}: found the code {self.weight[wrong][0]}, which stands for no number"
+                )
         else:
             self.scale = tile_groups(self.scale, self.group_size)
-            self.zero = self.zero if self.zero is None else tile_groups(self.zero, self.group_size)
+            self.zero = self.zero if self.zero is None else tile_groups(self.zero.to(torch.int16), self.group_size)
         self.weight = tile_codes(unpack_int4(self.weight) if self.format == "int4" else self.weight, self.format)
         self.tiled = True
 

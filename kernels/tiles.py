@@ -126,9 +126,9 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
     units = -(-K // unit)
     if rows > 16:
         split = 1
-        while op != "head" and split < 8 and -(-N // 128) * split < sms and units >= 8 * split:
+        while op != "head" and split < 4 and -(-N // 128) * split < sms and units >= 8 * split:
             split *= 2
-        return packed_tile(fmt, 128, 1, 4, 2, K, split)
+        return packed_tile(fmt, 128, 1, 4, 1, K, split)
     height = 64 if op == "head" and N > 32 * 4096 else 32 if N >= 32 * sms else 16
     warps = 4 if N // height >= 4 * sms or units < 16 else 8
     return packed_tile(fmt, height, warps, warps, 8 if height == 16 else 4, K)

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import generate
 from generate import BANDWIDTH, DTYPES, STEPS_PER_GRAPH, Engine, add_flag, default_device, floor_ms, metrics
+from quantize import quantize_at_load
 from sampling import SamplingParams
 
 
@@ -58,9 +59,11 @@ def decode(args: argparse.Namespace) -> dict:
     options = {"decode_mode": args.decode_mode, "max_seq_len": args.max_seq_len or args.prompt_len + args.max_new_tokens}
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.random_weights:
-        engine = Engine.random(args.random_weights, args.device, dtype, **options)
+        engine = Engine.random(args.random_weights, args.device, dtype, args.quantize, **options)
     else:
         engine = Engine.load(args.checkpoint_path, args.device, dtype, **options)
+        if args.quantize:
+            quantize_at_load(engine.model, args.quantize, engine.tokenizer)
     prompts = random_prompts(engine, args.batch_size, args.prompt_len)
     sampling = {n: getattr(args, n) for n in ("temperature", "top_k", "top_p") if getattr(args, n) is not None}
     params = SamplingParams(max_new_tokens=args.max_new_tokens, ignore_eos=True, **sampling)
@@ -163,6 +166,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag = lambda name, **options: add_flag(sub, name, **options)
     flag("random_weights", metavar="SHAPE")
     flag("checkpoint_path", type=Path, default=generate.DEMO)
+    flag("quantize", metavar="MODE", help="quantise at load, as generate.py does")
     flag("prompt_len", type=int, default=32)
     flag("max_new_tokens", type=int, default=128)
     flag("batch_size", type=int, default=1)
