@@ -487,7 +487,7 @@ def matmul_arguments(tile: Tile, x, w: Operand) -> tuple[dict, dict]:
 
 def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
     """Of a kernel on a packed weight: `columns` counts units, CHUNK the units of a step of all warps, CHUNKS the steps."""
-    (M, K), (halves, units) = x.shape, w.weight.shape[:2]
+    (M, K), units = x.shape, w.weight.shape[1]
     parts, blocks = packed_shape(tile, w.format)
     steps = triton.cdiv(units, parts * tile.split)
     preload = min(tile.preload, steps)

@@ -1,8 +1,8 @@
 # ruff: noqa: RUF005 (Triton knows no star in a tuple)
-"""The inner loop for packed weights (int8, fp8, int4): sums[n, m] = sum_k W[n, k] x[m, k] on the tensor cores, for any number of rows m.
+"""The inner loop for packed weights (int8, fp8, int4): sums[n, m] = sum_k W[n, k] x[m, k] on the tensor cores.
 
-Owns reading the layout that formats.py calls tiles, widening codes to 16-bit floats in registers, and multiplying. Knows no
-epilogue. Letters as in _matmul.py, and: L threads of a program (lane g * 4 + t of a warp), U units of columns, RB blocks of 16
+Owns reading the order that formats.py calls tiles, widening codes to 16-bit floats in registers, and multiplying, for any
+number of rows m. Knows no epilogue. Letters as in _matmul.py, and: L threads of a program (lane g * 4 + t of a warp), U units of columns, RB blocks of 16
 weight rows a warp holds, SK warps that share those rows and split K, MB blocks of 8 rows of x.
 
 A thread loads 16 bytes of one weight row, and they are just the elements that an mma.m16n8k16 wants from that thread: no weight
@@ -69,7 +69,7 @@ def _pairs(words, zero, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 
     zero: int4's, as a pair of floats -(128 + zero), for each word.
     """
-    BF16: tl.constexpr = DTYPE == tl.bfloat16
+    BF16: tl.constexpr = tl.bfloat16 == DTYPE
     if FORMAT == "int4":
         asm: tl.constexpr = INT4_BF16 if BF16 else INT4_FP16
         words, zero = tl.broadcast(words, zero)
@@ -107,7 +107,7 @@ def _zero_word(zero, DTYPE: tl.constexpr):
     if INTERPRETED:
         out = zero
     else:
-        out = (zero | (0xC300 if DTYPE == tl.bfloat16 else 0xE400)) * 0x10001
+        out = (zero | (0xC300 if tl.bfloat16 == DTYPE else 0xE400)) * 0x10001
     return out
 
 
@@ -143,7 +143,7 @@ def _floats(words, zero, FORMAT: tl.constexpr, DTYPE: tl.constexpr):
 def _product(a, b, DTYPE: tl.constexpr):
     """a * b of 16-bit floats, rounded once, two an instruction."""
     if NVIDIA:
-        asm: tl.constexpr = PRODUCT_BF16 if DTYPE == tl.bfloat16 else PRODUCT_FP16
+        asm: tl.constexpr = PRODUCT_BF16 if tl.bfloat16 == DTYPE else PRODUCT_FP16
         a, b = tl.broadcast(a, b)
         out = tl.inline_asm_elementwise(asm, "=r,r,r", [a, b], dtype=a.dtype, is_pure=True, pack=2)
     else:
@@ -397,7 +397,7 @@ def _gather_sums(
 
 @triton.jit
 def _sum_squares(x_ptr, k0, columns, M, K, W: tl.constexpr, MP: tl.constexpr, ONE: tl.constexpr):
-    """Sums of x[:, k0 : k0 + columns]^2, [1, MP], or [1, 1] where there is ONE row; all loads of a turn are in flight at once."""
+    """Sums of x[:, k0 : k0 + columns]^2: [1, MP], or [1, 1] where there is ONE row. A turn's loads are in flight at once."""
     ROWS: tl.constexpr = 1 if ONE else MP
     CHUNK: tl.constexpr = W * 32 * (64 if ROWS <= 16 else 128) // ROWS
     m = tl.minimum(tl.arange(0, ROWS), M - 1)

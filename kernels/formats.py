@@ -12,10 +12,10 @@ Letters: N rows (output features), K columns (input features), G groups of colum
 A weight is (code - zero) * scale, computed in float32 and rounded once to the model's dtype; int8 and fp8 have no zero. An int4
 code is 0 to 15; a byte holds column 2i in its low nibble and column 2i + 1 in its high one.
 
-The small-batch kernels read packed weights in another order, tiles, which exists in memory only: `Weight.tile` makes it once, in
-place. Rows go by eights (half blocks), columns by units of 64 (int8, fp8) or 128 (int4); the 32 threads of a warp hold a unit of
-a half block as four 32-bit words each. Thread g * 4 + t has row g, and of columns 32 s to 32 s + 31 it has 32 s + 8 t + (0 to 7),
-which are the elements 4 kh + 2 b + kl below (kernels/_packed.py multiplies them in that order).
+The small-batch kernels read packed weights in another order, tiles, which exists in memory only: `Weight.tile` makes it
+once, in place. Rows go by eights (half blocks), columns by units of 64 (int8, fp8) or 128 (int4); the 32 threads of a warp hold
+a unit of a half block as four 32-bit words each. Thread g * 4 + t has row g, and of columns 32 s to 32 s + 31 it has
+32 s + 8 t + (0 to 7), which are the elements 4 kh + 2 b + kl below (kernels/_packed.py multiplies them in that order).
 
     weight        int32 [N / 8, units, 32, 4]; rows and columns that are no whole units hold zeros
     int4          word s: element e in bits 4 (e / 2) + 16 kl, e / 2 = 2 kh + b

@@ -97,7 +97,8 @@ def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: t
 
 @triton.jit(do_not_specialize=["M", "T"])
 def _head_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr,
+    lengths_ptr,
     M, T, N, K, columns, eps, vocab_size,
     PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,

@@ -120,8 +120,8 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
 
 
 def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """Up to 16 rows of x: two blocks of 16 weight rows a program, K split over its warps. Beyond, x weighs more than the weights:
-    128 weight rows share what a program reads of it."""
+    """Up to 16 rows of x: two blocks of 16 weight rows a program, K split over its warps. Beyond, x weighs more than the
+    weights: 128 weight rows share what a program reads of it."""
     unit = UNIT_COLUMNS[fmt]
     units = -(-K // unit)
     if rows > 16:
@@ -129,13 +129,14 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
         while op != "head" and split < 4 and -(-N // 128) * split < sms and units >= 8 * split:
             split *= 2
         return packed_tile(fmt, 128, 1, 4, 1, K, split)
-    height = 64 if op == "head" and N > 32 * 4096 else 32 if N >= 32 * sms else 16
+    height = 64 if op == "head" and N > 32 * 4096 else 32 if 32 * sms <= N else 16
     warps = 4 if N // height >= 4 * sms or units < 16 else 8
     return packed_tile(fmt, height, warps, warps, 8 if height == 16 else 4, K)
 
 
 def packed_tile(fmt: str, rows: int, parts: int, warps: int, preload: int, K: int, split: int = 1, **more) -> Tile:
-    """A tile for packed weights: `parts` of the warps share rows and split K; at most `preload` units a warp, a divisor of all."""
+    """A tile for packed weights: `parts` of the warps share rows and split K; `preload` units a warp at most, a divisor of
+    all that it passes."""
     steps = -(-K // (UNIT_COLUMNS[fmt] * parts * split))
     preload = next(p for p in range(min(preload, steps), 0, -1) if steps % p == 0)
     return Tile(rows, UNIT_COLUMNS[fmt] * parts, warps, preload, dot=True, split=split, **more)
@@ -210,7 +211,7 @@ def _packed_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
         blocks = rows * parts // (16 * warps)
         steps = -(-K // (UNIT_COLUMNS[fmt] * parts * split))
         sums = blocks * -(-M // 8) * 4  # registers of a thread
-        if parts > warps or not 1 <= blocks <= 4 or blocks * preload > 12 or sums > 64 or (op == "head" and N > 4096 * rows):
+        if parts > warps or not 1 <= blocks <= 4 or blocks * preload > 12 or sums > 64 or (op == "head" and 4096 * rows < N):
             continue
         if steps % preload or N // rows * split > 2**15 or (split > 1 and steps < 2):
             continue

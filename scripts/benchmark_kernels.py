@@ -4,6 +4,7 @@
     python scripts/benchmark_kernels.py attention --head_size 128 --batch_size 1 16 --seq_n 1024 4096
     python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
     python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
+    python scripts/benchmark_kernels.py linear --formats int8 fp8 int4 --rows 1 16        # see benchmark_linear.py
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
 
 Bandwidth is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
@@ -501,11 +502,16 @@ def main(argv=None) -> int:
     flag("seconds", type=float, default=120, help="of measuring, for a whole sweep")
     flag("in_step", metavar="MODEL", help="with --sweep: within this model's decode step, such as llama-3.2-1b")
     flag("context", type=int, nargs="+", default=[96, 512, 2048], help="with --in_step: cached tokens")
+    import benchmark_linear  # which takes its timing from here
+
+    p = commands.add_parser("linear", help="one linear layer in every weight format, beside cuBLAS and torch's int4")
+    benchmark_linear.add_flags(p)
+    add_flag(p, "output", type=Path, help="append a JSON line for each point")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not getattr(args, "check_only", False):
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    attention(args)
+    benchmark_linear.run(args) if args.command == "linear" else attention(args)
     return 0
 
 

@@ -149,7 +149,7 @@ def test_head(M, V, fmt):
     lengths = torch.ones(M, dtype=torch.int32, device=DEVICE)
     logits, value, index = head(x, weight, norm=norm, eps=EPS, vocab_size=V - 3, lengths=lengths)
     rest = (V - 3, None, None, None, lengths)
-    exact, best, best_id = head_ref(wide(x), exact_weight(weight), norm.double(), EPS, *rest)
+    exact, *_ = head_ref(wide(x), exact_weight(weight), norm.double(), EPS, *rest)
     working = head_ref(x, weight.dequantized(), norm, EPS, *rest)[0]
     assert_within(logits[:, : V - 3], working[:, : V - 3], exact[:, : V - 3].double())
     assert (logits[:, V - 3 :] == -torch.inf).all()
@@ -203,4 +203,4 @@ def test_choice_and_candidates_fit(op, N, K, rows, fmt):
         assert tile.dot
         assert tile.rows * parts == 16 * blocks * tile.warps
         assert tile.preload * blocks <= 12
-        assert op != "head" or N <= 4096 * tile.rows
+        assert op != "head" or 4096 * tile.rows >= N
