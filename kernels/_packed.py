@@ -2,12 +2,13 @@
 """The inner loop for packed weights (int8, fp8, int4): sums[n, m] = sum_k W[n, k] x[m, k] on the tensor cores.
 
 Owns reading the order that formats.py calls tiles, widening codes to 16-bit floats in registers, and multiplying, for any
-number of rows m. Knows no epilogue. Letters as in _matmul.py, and: L threads of a program (lane g * 4 + t of a warp), U units of columns, RB blocks of 16
-weight rows a warp holds, SK warps that share those rows and split K, MB blocks of 8 rows of x.
+number of rows m. Knows no epilogue. Letters as in _matmul.py, and: W warps, L = 32 W threads (thread g * 4 + t of a warp),
+U units of columns, RB blocks of 16 weight rows a warp holds, SK warps that share those rows and split K, MB blocks of 8 rows
+of x, S steps of 32 columns.
 
 A thread loads 16 bytes of one weight row, and they are just the elements that an mma.m16n8k16 wants from that thread: no weight
-goes through shared memory, no warp waits for another before the end. x comes the same way, from L1. Triton proves that
-for itself: it drops the layout conversion between the loads and the dot (tests/test_kernels_compile.py checks that it does).
+goes through shared memory, no warp waits for another before the end. x comes the same way, from L1. Triton proves that for
+itself: its conversions between the loads' layout and the dot's move nothing (tests/test_kernels_compile.py checks their terms).
 
 Codes become floats two at a time, without a conversion instruction: the bits of a small integer, put under the exponent of 128
 (1024 in float16), are that integer plus 128; what was added is then taken away, exactly. The scale of a group multiplies the

@@ -131,7 +131,8 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
         return packed_tile(fmt, 128, 1, 4, 1, K, split)
     height = 64 if op == "head" and N > 32 * 4096 else 32 if 32 * sms <= N else 16
     warps = 4 if N // height >= 4 * sms or units < 16 else 8
-    return packed_tile(fmt, height, warps, warps, 8 if height == 16 else 4, K)
+    few = rows <= 8 and N // height < 2 * sms  # then registers are free for weights in flight
+    return packed_tile(fmt, height, warps, warps, 4 if few else 2, K)
 
 
 def packed_tile(fmt: str, rows: int, parts: int, warps: int, preload: int, K: int, split: int = 1, **more) -> Tile:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tolerance import assert_within
 
-from kernels._random import gumbel_ref, philox_ref
 from kernels._matmul import Operand
+from kernels._random import gumbel_ref, philox_ref
 from kernels.formats import Weight
 from kernels.head import PARTIALS, advance, advance_ref, head, head_ref
 from kernels.tiles import Tile, override_tiles
