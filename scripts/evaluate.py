@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py --text FILE --checkpoint_path quantised1 quantised2 --reference original
     python scripts/evaluate.py --text FILE --reference original --quantize int8 fp8 int4-gptq --groupsize 64 128
+    python scripts/evaluate.py --text FILE --reference original --kv_cache_dtype fp8
 
 The text is cut into windows, each read from its start without what came before. The decode path reads them token by token, as
 if each had been generated: the same kernels and graphs, the true token in the place of the chosen one (teacher forcing).
@@ -28,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 import quantize
 from convert_hf_checkpoint import report_errors, underscored
 from generate import DEMO, DTYPES, Engine, default_device, weight_bytes_per_step
-from kernels.formats import GROUP_SIZES
+from kernels.formats import GROUP_SIZES, PLAIN_FORMATS
+from kv_cache import CACHE_DTYPES
 from model import PrefillStep
 
 
@@ -113,6 +115,7 @@ def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int,
     return {
         "layers": str(c.layer_format or engine.model.layers[0].attention.wqkv.format),
         "head": engine.model.head.format,
+        "cache": PLAIN_FORMATS.get(engine.cache_dtype, "fp8"),
         "bytes_per_step": weight_bytes_per_step(engine.model),
         "tokens": prefill.tokens,
         "prefill": prefill.means(num_bytes),
@@ -125,6 +128,8 @@ def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int,
 
 def engines(args: argparse.Namespace, options: dict) -> Iterator[tuple[str, Engine]]:
     """(name, engine) of everything to evaluate beside the reference, loaded one at a time."""
+    if options["kv_cache_dtype"] != "auto":
+        yield str(args.reference), Engine.load(args.reference, **options)
     for path in args.checkpoint_path or []:
         yield str(path), Engine.load(path, **options)
     for mode in args.quantize or []:
@@ -143,11 +148,11 @@ def engines(args: argparse.Namespace, options: dict) -> Iterator[tuple[str, Engi
 def table(rows: list[dict]) -> str:
     """One line a model; perplexities with their distance from the reference's prefill."""
     base = rows[0]["prefill"]["perplexity"]
-    head = ("model", "layers", "head", "MB a step", "perplexity", "bits/byte", "KL", "same top")
+    head = ("model", "layers", "head", "cache", "MB a step", "perplexity", "bits/byte", "KL", "same top")
     head += ("decode: perplexity", "KL", "same top")
     cells = [head]
     for row in rows:
-        line = [row["name"], row["layers"], row["head"], f"{row['bytes_per_step'] / 1e6:.3f}"]
+        line = [row["name"], row["layers"], row["head"], row["cache"], f"{row['bytes_per_step'] / 1e6:.3f}"]
         for path in ("prefill", "decode"):
             p = row[path]
             bits = [f"{p['bits_per_byte']:.4f}"] if path == "prefill" else []
@@ -174,6 +179,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--calibration_file", type=Path, default=quantize.CALIBRATION_FILE)
     flag("--calibration_limit", type=int, default=128)
     flag("--calibration_seq_length", type=int, default=2048)
+    flag("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of all but the first row; prefill reads no cache")
     flag("--window", type=int, default=512, help="tokens of a window")
     flag("--max_tokens", type=int, default=2**31, help="tokens scored at most")
     flag("--batch_size", type=int, default=8, help="windows at once in the decode path")
@@ -193,13 +199,14 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     options = {"device": args.device, "dtype": DTYPES.get(args.dtype), "decode_mode": "auto" if args.compile else "eager"}
     options["max_seq_len"] = args.window  # no more of the cache than is read
+    others = options | {"kv_cache_dtype": args.kv_cache_dtype}
     text = args.text.read_text(encoding="utf-8")
     reference = Engine.load(args.reference, **options)
     if reference.tokenizer is None:
         raise ValueError(f"{args.reference}: found no tokenizer, expected one")
     windows, num_bytes = cut_windows(reference, text[int(len(text) * args.skip) :], args.window, args.max_tokens)
     rows = []
-    for name, engine in itertools.chain([(str(args.reference), reference)], engines(args, options)):
+    for name, engine in itertools.chain([(str(args.reference), reference)], engines(args, others)):
         rows.append({"name": name} | evaluate(engine, reference, windows, num_bytes, args.batch_size))
         print(f"{name}: perplexity {rows[-1]['prefill']['perplexity']:.4f}", file=sys.stderr)
     print(table(rows))

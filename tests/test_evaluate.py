@@ -91,6 +91,16 @@ def test_command_line(text, capsys):
     assert kl[0] == 0 < kl[1] < kl[2] < kl[3]
 
 
+def test_fp8_cache(text, capsys):
+    """A row of its own, whose decode path alone differs from the reference's, and by little."""
+    flags = ["--window", "32", "--max_tokens", "64", "--device", "cpu", "--dtype", "float32", "--kv_cache_dtype", "fp8"]
+    assert evaluate.main(["--text", str(text), *flags]) == 0
+    plain, fp8 = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (plain["cache"], fp8["cache"]) == ("fp32", "fp8")
+    assert plain["prefill"] == fp8["prefill"]
+    assert plain["decode"]["kl"] < 1e-6 < fp8["decode"]["kl"] < 0.02
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [(["--window", "2000"], "2000"), (["--max_tokens", "3"], "max_tokens 3"), (["--reference", "/nowhere"], "/nowhere")],
