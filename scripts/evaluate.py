@@ -6,7 +6,8 @@
 
 The text is cut into windows, each read from its start without what came before. The decode path reads them token by token, as
 if each had been generated: the same kernels and graphs, the true token in the place of the chosen one (teacher forcing).
-A table, then one JSON object as the last line of standard output.
+Models are compared token by token (paired), +- one standard error of the windows' mean differences; so are those of one format
+among each other. A table, then one JSON object as the last line of standard output.
 Letters: B windows of a batch, T tokens of a window, V vocabulary.
 """
 
@@ -43,14 +44,16 @@ class Score:
     kl: float = 0.0  # KL divergence, reference || model, nats
     same: int = 0  # tokens where both have the same largest logit
 
-    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> None:
-        """logits, reference [n, V]; targets [n]."""
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> float:
+        """logits, reference [n, V]; targets [n]. Returns the mean negative log-likelihood of these."""
         ours, theirs = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
         self.tokens += targets.numel()
-        self.nats += F.nll_loss(ours, targets, reduction="sum").item()
+        nats = F.nll_loss(ours, targets, reduction="sum").item()
+        self.nats += nats
         real = torch.isfinite(theirs)  # padding rows of the vocabulary are -inf in both
         self.kl += torch.where(real, theirs.exp() * (theirs - ours), 0.0).sum().item()
         self.same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        return nats / targets.numel()
 
     def means(self, num_bytes: int | None) -> dict:
         """Per scored token; num_bytes: of their text."""
@@ -101,14 +104,22 @@ def decode_logits(engine: Engine, tokens: Tensor) -> Iterator[Tensor]:
         yield engine.decoder.logits
 
 
+def paired(nats: list[float], others: list[float]) -> dict:
+    """The relative change of the perplexity from `others` to `nats`, window by window, and its standard error."""
+    difference = torch.tensor(nats, dtype=torch.float64) - torch.tensor(others, dtype=torch.float64)
+    change = math.exp(difference.mean())
+    error = difference.std().item() / len(nats) ** 0.5 if len(nats) > 1 else math.nan
+    return {"change": change - 1, "stderr": change * error, "windows": len(nats)}
+
+
 def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int, batch_size: int) -> dict:
     """What a model makes of windows [n, T + 1], beside a reference's prefill."""
-    prefill, decode = Score(), Score()
+    prefill, decode, window_nats = Score(), Score(), []
     for batch in windows.split(batch_size):
         tokens, targets = batch[:, :-1], batch[:, 1:]
         expected = torch.stack([prefill_logits(reference, row) for row in tokens])
         for row, target, theirs in zip(tokens, targets, expected, strict=True):
-            prefill.add(prefill_logits(engine, row), target, theirs)
+            window_nats.append(prefill.add(prefill_logits(engine, row), target, theirs))
         for t, logits in enumerate(decode_logits(engine, tokens)):
             decode.add(logits, targets[:, t], expected[:, t])
     c = engine.model.config
@@ -118,6 +129,7 @@ def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int,
         "cache": PLAIN_FORMATS.get(engine.cache_dtype, "fp8"),
         "bytes_per_step": weight_bytes_per_step(engine.model),
         "tokens": prefill.tokens,
+        "window_nats": window_nats,
         "prefill": prefill.means(num_bytes),
         "decode": decode.means(num_bytes),
     }
@@ -156,7 +168,8 @@ def table(rows: list[dict]) -> str:
         for path in ("prefill", "decode"):
             p = row[path]
             bits = [f"{p['bits_per_byte']:.4f}"] if path == "prefill" else []
-            change = f"{p['perplexity']:.4f} ({p['perplexity'] / base - 1:+.2%})"
+            error = f" ± {row['paired']['stderr']:.2%}" if path == "prefill" and "paired" in row else ""
+            change = f"{p['perplexity']:.4f} ({p['perplexity'] / base - 1:+.2%}{error})"
             line += [change, *bits, f"{p['kl']:.6f}", f"{p['same_top']:.2%}"]
         cells.append(line)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -209,8 +222,21 @@ def run(args: argparse.Namespace) -> None:
     for name, engine in itertools.chain([(str(args.reference), reference)], engines(args, others)):
         rows.append({"name": name} | evaluate(engine, reference, windows, num_bytes, args.batch_size))
         print(f"{name}: perplexity {rows[-1]['prefill']['perplexity']:.4f}", file=sys.stderr)
+    pairs = []
+    for a, b in itertools.combinations(rows, 2):
+        result = paired(b["window_nats"], a["window_nats"])
+        if a is rows[0]:
+            b["paired"] = result
+        elif a["layers"] == b["layers"]:
+            pairs.append({"names": [b["name"], a["name"]], "layers": a["layers"]} | result)
     print(table(rows))
-    print(json.dumps({"text": str(args.text), "window": args.window, "scored_bytes": num_bytes, "rows": rows}))
+    for p in pairs:
+        what = f"perplexity {p['change']:+.3%} ± {p['stderr']:.3%} over {p['windows']} windows"
+        print(f"{p['names'][0]} against {p['names'][1]}, {p['layers']}: {what}")
+    for row in rows:
+        del row["window_nats"]
+    out = {"text": str(args.text), "window": args.window, "scored_bytes": num_bytes, "rows": rows, "pairs": pairs}
+    print(json.dumps(out))
 
 
 def main(argv: list[str] | None = None) -> int:
