@@ -146,8 +146,8 @@ def _linear_kernel(
     M, N, F, K, columns, eps,
     SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
-    GRID: tl.constexpr, WAVE: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
-    STREAM: tl.constexpr, X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual. `columns` is K in units of w_ptr and x_ptr."""
     if not LATE:
@@ -165,10 +165,6 @@ def _linear_kernel(
         if GRID:
             next_loaded = _loaded_rows(_linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), R)
             prefetch_rows(w_ptr, next_loaded, 0, N, columns, PREFETCH * 1024)
-        elif WAVE > 0:
-            if tile < WAVE:
-                next_loaded = _loaded_rows(_linear_rows(tile + WAVE, F, R, SILU_MUL), R)
-                prefetch_rows(w_ptr, next_loaded, k0, N, columns, PREFETCH * 1024)
         else:
             prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
@@ -381,7 +377,6 @@ def _linear(
         eps=eps,
         SILU_MUL=activation == "silu_mul",
         GRID=tile.grid,
-        WAVE=tile.wave * num_sms(x.device.index or 0),
         SPLIT=tile.split,
         **arguments,
         **_ahead_arguments(tile, ahead),

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import kernels
 from generate import Engine, add_flag, decode_one_token, floor_ms
 from kernels.formats import Weight
-from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for
+from kernels.tiles import Tile, candidate_tiles, override_tiles, padded_rows, tile_for
 from model import SHAPES
 
 MIN_GAIN = 0.999  # of the time before: less is noise
@@ -129,9 +129,6 @@ def neighbours(tile: Tile, op: str) -> list[Tile]:
     change = lambda **fields: dataclasses.replace(tile, **fields)
     moves = [change(stream=not tile.stream)]
     moves += [change(registers=r) for r in (None, 64, 96, 128, 168)]
-    if op in ("linear", "silu_mul") and not tile.grid and not tile.dot:
-        kib = tile.rows * tile.chunk * tile.preload // 512
-        moves += [change(wave=w, prefetch=max(1, p)) for w in (2, 4, 8, 12) for p in (kib // 2, kib)]
     return [m for m in dict.fromkeys(moves) if m != tile]
 
 
@@ -186,7 +183,8 @@ def tune(shape: str, args, pool) -> None:
     for error in sorted(set(failed.values()))[:3]:
         print(f"    {error}", flush=True)
     for (op, N, K), tile in best.items():
-        print(f"    ({sms}, {op!r}, {N}, {K}): {tile},", flush=True)
+        changed = [f"{f.name}={v!r}" for f in dataclasses.fields(tile) if (v := getattr(tile, f.name)) != f.default]
+        print(f'    ({sms}, "bf16", {padded_rows(rows)}, "{op}", {N}, {K}): Tile({", ".join(changed)}),', flush=True)
 
 
 def main(argv=None) -> int:
