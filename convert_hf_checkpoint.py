@@ -263,17 +263,33 @@ def _fp8(quantization: dict, where: str) -> Packing:
 
 
 def _compressed_tensors(quantization: dict, where: str) -> Packing:
-    _field(quantization, where, "format", ("float-quantized",))
+    """llm-compressor's: float-quantized, as `_fp8`; pack-quantized, int32 [N, K / 8], signed codes plus 8, the first lowest."""
+    is_fp8 = _field(quantization, where, "format", ("float-quantized", "pack-quantized")) == "float-quantized"
     _field(quantization.get("sparsity_config") or {}, f"{where}.sparsity_config", "format", ("dense",), "dense")
-    groups = quantization.get("config_groups")
-    if not isinstance(groups, dict) or not groups:
-        raise ValueError(f"{where}.config_groups: found {groups!r}, expected an object of groups")
-    for name, group in groups.items():
+    supported = {"num_bits": (8,), "type": ("float",), "symmetric": (True,), "strategy": ("channel", "tensor")}
+    if not is_fp8:
+        supported = {"num_bits": (4,), "type": ("int",), "symmetric": (True, False), "strategy": ("group",)}
+        supported |= {"group_size": GROUP_SIZES["int4"], "actorder": (None, "static", "weight")}
+    groups, schemes = quantization.get("config_groups"), set()
+    for name, group in groups.items() if isinstance(groups, dict) else ():
         weights, place = group.get("weights") if isinstance(group, dict) else group, f"{where}.config_groups.{name}.weights"
-        supported = {"num_bits": (8,), "type": ("float",), "symmetric": (True,), "strategy": ("channel", "tensor")}
-        for field, values in supported.items():
-            _field(weights, place, field, values)
-    return _fp8(quantization, where)
+        schemes.add(tuple(_field(weights, place, field, values) for field, values in supported.items() if field != "actorder"))
+        _field(weights, place, "actorder", supported.get("actorder", (None,)))
+    if len(schemes) != 1:
+        raise ValueError(f"{where}.config_groups: found {len(schemes)} ways to quantise weights, supported: 1")
+    if is_fp8:
+        return _fp8(quantization, where)
+    *_, symmetric, _, group_size = schemes.pop()
+
+    def shapes(rows, columns):
+        out = {"weight_packed": (rows, columns // 8), "weight_scale": (rows, columns // group_size)}
+        return out if symmetric else out | {"weight_zero_point": (rows // 8, columns // group_size)}
+
+    parts = {"weight": ("weight_packed", lambda words: words.view(torch.uint8)), "scale": ("weight_scale", None)}
+    if not symmetric:  # eight rows a word
+        parts["zero"] = ("weight_zero_point", lambda words: unpack_int4(words.T.contiguous().view(torch.uint8)).T)
+    dtypes = dict.fromkeys(("weight_packed", "weight_zero_point"), torch.int32)
+    return Packing("compressed-tensors", PackedFormat("int4", group_size, bool(symmetric)), shapes, parts, dtypes)
 
 
 def _check_packed(packing: Packing, found: dict, packed: dict, shapes: dict, directory: Path, notes: list[str]) -> Packing:
@@ -293,7 +309,8 @@ def _check_packed(packing: Packing, found: dict, packed: dict, shapes: dict, dir
     for name, (rows, columns) in packed.items():
         stored = packing.shapes(rows, columns)
         _drop_needless(packing, found, name, columns, shapes)
-        if (info := found.get(f"{name}.weight_scale")) and info.shape in ((), (1,), (1, 1), (rows,)):
+        info = found.get(f"{name}.weight_scale") if packing.format.format == "fp8" else None
+        if info and info.shape in ((), (1,), (1, 1), (rows,)):
             stored["weight_scale"] = info.shape
         expected |= {f"{name}.{suffix}": shape for suffix, shape in stored.items()}
         dtypes |= {f"{name}.{suffix}": dtype for suffix, dtype in packing.dtypes.items()}
@@ -320,6 +337,7 @@ def _drop_needless(packing: Packing, found: dict, name: str, columns: int, shape
         groups = torch.arange(columns) // (packing.format.group_size or columns)
         if info.shape != (columns,) or not torch.equal(read_tensor(info).long(), groups):
             raise ValueError(f"{info.path}: tensor {name}.g_idx: found columns out of order (desc_act), expected them in order")
+    found.pop(f"{name}.weight_shape", None)  # which the config says, too
     bias = f"{name}.bias"
     if bias in found and bias not in shapes:
         info = found.pop(bias)

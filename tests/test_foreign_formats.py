@@ -75,13 +75,31 @@ def fp8(rows, columns, dtype, *, scale_shape="channel", scale_name="weight_scale
     return {"weight": values, scale_name: scale}, values.double() * scale.double().reshape(-1, 1)
 
 
+def pack_quantized(rows, columns, dtype, *, group_size=128, symmetric=True, draw):
+    """Signed codes and zero points, each plus 8, in words along K and along N."""
+    group, groups = torch.arange(columns) // group_size, columns // group_size
+    codes, scales = draw(16, rows, columns) - 8, (draw(1000, rows, groups) / 1000 * 0.02 + 0.001).to(dtype)
+    zeros = torch.zeros(rows, groups, dtype=torch.int64) if symmetric else draw(16, rows, groups) - 8
+    shape = torch.tensor([rows, columns])
+    tensors = {"weight_packed": pack_columns(codes + 8, 4), "weight_scale": scales, "weight_shape": shape}
+    if not symmetric:
+        tensors["weight_zero_point"] = pack_rows(zeros + 8, 4)
+    return tensors, (codes - zeros[:, group]).double() * scales[:, group].double()
+
+
 COMPRESSED = {
     "format": "float-quantized", "quantization_status": "compressed", "ignore": ["lm_head"], "kv_cache_scheme": None,
     "config_groups": {"group_0": {"targets": ["Linear"], "input_activations": {"num_bits": 8, "dynamic": True}, "weights": {
         "num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False, "group_size": None}}},
 }  # fmt: skip
+PACKED = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128, "symmetric": True, "actorder": None}
 GPTQ = {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "true_sequential": True}
 AWQ = {"bits": 4, "group_size": 128, "zero_point": True, "version": "gemm", "modules_to_not_convert": None}
+
+
+def pack_config(**changes):
+    groups = {"group_0": {"targets": ["Linear"], "weights": PACKED | changes, "input_activations": None}}
+    return {"quant_method": "compressed-tensors", **COMPRESSED, "format": "pack-quantized", "config_groups": groups}
 
 
 def case(name, config, pack, layers, **options):
@@ -118,6 +136,12 @@ CASES = [
         case(f"compressed-tensors-{shape}", {"quant_method": "compressed-tensors", **COMPRESSED}, fp8, "fp8", scale_shape=shape,
              scale_dtype=dtype)
         for shape, dtype in (("channel", torch.bfloat16), ("tensor", torch.float32))
+    ),
+    *(
+        case(f"pack-quantized-g{g}{'' if symmetric else '-asymmetric'}", pack_config(group_size=g, symmetric=symmetric),
+             pack_quantized, f"int4 g{g}{'' if symmetric else ' asymmetric'}", group_size=g, symmetric=symmetric)
+        for g in (32, 64, 128)
+        for symmetric in (True, False)
     ),
     case("fbgemm", {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0, "modules_to_not_convert": ["lm_head"]}, fp8,
          "fp8"),
@@ -321,9 +345,13 @@ REFUSALS = [
     ({"quant_method": "awq", **AWQ, "bits": 8}, "bits: found 8, supported: 4"),
     ({"quant_method": "awq", **AWQ, "zero_point": False}, "zero_point: found False"),
     ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "weight_block_size: found [128, 128], supported: None"),
-    ({"quant_method": "compressed-tensors", **COMPRESSED, "format": "pack-quantized"}, "format: found 'pack-quantized'"),
+    ({"quant_method": "compressed-tensors", **COMPRESSED, "format": "nvfp4-pack-quantized"}, "format: found 'nvfp4-pack-"),
+    (pack_config(num_bits=8), "group_0.weights.num_bits: found 8, supported: 4"),
+    (pack_config(strategy="channel"), "group_0.weights.strategy: found 'channel', supported: group"),
+    (pack_config(actorder="group"), "group_0.weights.actorder: found 'group', supported: None, static, weight"),
     ({"quant_method": "compressed-tensors", **BLOCKS}, "group_0.weights.strategy: found 'block', supported: channel, tensor"),
-    ({"quant_method": "compressed-tensors", **COMPRESSED, "config_groups": {}}, "config_groups: found {}"),
+    ({"quant_method": "compressed-tensors", **COMPRESSED, "config_groups": {}}, "config_groups: found 0 ways"),
+    ({"quant_method": "compressed-tensors", **COMPRESSED, "config_groups": {"group_0": 7}}, "num_bits: found 7, supported: 8"),
     ({"quant_method": "compressed-tensors", **COMPRESSED, "sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
 ]  # fmt: skip
 
