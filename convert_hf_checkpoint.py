@@ -270,16 +270,17 @@ def _compressed_tensors(quantization: dict, where: str) -> Packing:
     if not is_fp8:
         supported = {"num_bits": (4,), "type": ("int",), "symmetric": (True, False), "strategy": ("group",)}
         supported |= {"group_size": GROUP_SIZES["int4"], "actorder": (None, "static", "weight")}
-    groups, schemes = quantization.get("config_groups"), set()
+    groups, schemes = quantization.get("config_groups"), []
     for name, group in groups.items() if isinstance(groups, dict) else ():
         weights, place = group.get("weights") if isinstance(group, dict) else group, f"{where}.config_groups.{name}.weights"
-        schemes.add(tuple(_field(weights, place, field, values) for field, values in supported.items() if field != "actorder"))
-        _field(weights, place, "actorder", supported.get("actorder", (None,)))
-    if len(schemes) != 1:
-        raise ValueError(f"{where}.config_groups: found {len(schemes)} ways to quantise weights, supported: 1")
+        schemes.append(
+            {field: _field(weights, place, field, values) for field, values in supported.items()} | {"actorder": None}
+        )
+    if not schemes or any(scheme != schemes[0] for scheme in schemes):
+        raise ValueError(f"{where}.config_groups: found {schemes}, expected groups whose weights are quantised in one way")
     if is_fp8:
         return _fp8(quantization, where)
-    *_, symmetric, _, group_size = schemes.pop()
+    symmetric, group_size = bool(schemes[0]["symmetric"]), schemes[0]["group_size"]
 
     def shapes(rows, columns):
         out = {"weight_packed": (rows, columns // 8), "weight_scale": (rows, columns // group_size)}
@@ -289,7 +290,7 @@ def _compressed_tensors(quantization: dict, where: str) -> Packing:
     if not symmetric:  # eight rows a word
         parts["zero"] = ("weight_zero_point", lambda words: unpack_int4(words.T.contiguous().view(torch.uint8)).T)
     dtypes = dict.fromkeys(("weight_packed", "weight_zero_point"), torch.int32)
-    return Packing("compressed-tensors", PackedFormat("int4", group_size, bool(symmetric)), shapes, parts, dtypes)
+    return Packing("compressed-tensors", PackedFormat("int4", group_size, symmetric), shapes, parts, dtypes)
 
 
 def _check_packed(packing: Packing, found: dict, packed: dict, shapes: dict, directory: Path, notes: list[str]) -> Packing:

@@ -320,6 +320,8 @@ def refused(capsys):
     return check
 
 
+MIXED = pack_config()
+MIXED["config_groups"]["group_1"] = {"targets": ["re:.*down_proj"], "weights": PACKED | {"group_size": 32}}
 BLOCKS = {
     **COMPRESSED,
     "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "block", "symmetric": True}}},
@@ -348,9 +350,10 @@ REFUSALS = [
     ({"quant_method": "compressed-tensors", **COMPRESSED, "format": "nvfp4-pack-quantized"}, "format: found 'nvfp4-pack-"),
     (pack_config(num_bits=8), "group_0.weights.num_bits: found 8, supported: 4"),
     (pack_config(strategy="channel"), "group_0.weights.strategy: found 'channel', supported: group"),
+    (MIXED, "whose weights are quantised in one way"),
     (pack_config(actorder="group"), "group_0.weights.actorder: found 'group', supported: None, static, weight"),
     ({"quant_method": "compressed-tensors", **BLOCKS}, "group_0.weights.strategy: found 'block', supported: channel, tensor"),
-    ({"quant_method": "compressed-tensors", **COMPRESSED, "config_groups": {}}, "config_groups: found 0 ways"),
+    ({"quant_method": "compressed-tensors", **COMPRESSED, "config_groups": {}}, "config_groups: found [], expected groups"),
     ({"quant_method": "compressed-tensors", **COMPRESSED, "config_groups": {"group_0": 7}}, "num_bits: found 7, supported: 8"),
     ({"quant_method": "compressed-tensors", **COMPRESSED, "sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
 ]  # fmt: skip
