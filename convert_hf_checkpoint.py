@@ -171,7 +171,6 @@ def _same_data(a: TensorInfo, b: TensorInfo) -> bool:
 # Formats of ours take theirs without loss, or the checkpoint is refused: every weight keeps its code, scale and zero point.
 # Letters: N rows (output features), K columns (input features), G groups of columns that share a scale.
 
-AWQ_PLACES = [0, 4, 1, 5, 2, 6, 3, 7]  # where in a word AutoAWQ's GEMM layout puts each of eight neighbouring outputs
 IGNORED_SCALES = re.compile(r".*\.([a-z]+_)?(input|output|activation|k|v)_scale(_ub)?")  # of activations and cache
 
 
@@ -235,7 +234,7 @@ def _gptq(quantization: dict, where: str) -> Packing:
 
 
 def _awq(quantization: dict, where: str) -> Packing:
-    """AutoAWQ's GEMM layout: qweight int32 [K, N / 8], qzeros [G, N / 8], the outputs of a word in AWQ_PLACES."""
+    """AutoAWQ's GEMM layout: qweight int32 [K, N / 8], qzeros [G, N / 8], a word's outputs in the order 0 2 4 6 1 3 5 7."""
     _field(quantization, where, "bits", (4,))
     _field(quantization, where, "zero_point", (True,), True)
     group_size = _field(quantization, where, "group_size", GROUP_SIZES["int4"])
@@ -247,7 +246,7 @@ def _awq(quantization: dict, where: str) -> Packing:
         return {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
 
     def codes(words):
-        return unpack_int4(words.view(torch.uint8)).unflatten(1, (-1, 8))[..., AWQ_PLACES].flatten(1).T
+        return unpack_int4(words.view(torch.uint8)).unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1).T
 
     parts = {"weight": ("qweight", lambda words: pack_int4(codes(words))), "scale": ("scales", lambda scales: scales.T)}
     fmt = PackedFormat("int4", group_size, symmetric=False)
