@@ -1,8 +1,16 @@
 """The decode loop's device side: the state of running sequences, one step of it, and the graphs that repeat it.
 
-Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `prefill` and `decode_one_token`, and
-how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows neither
-text nor prompts nor when a run is over.
+Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `choose_token` and `decode_one_token`,
+and how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows
+neither text nor prompts nor when a run is over.
+
+Prompts come before: `prefill.Prefiller(model, session.cache, ...)`, one for a session, and for any number of sequences at once
+
+    hidden = prefiller.run([Run(sequence, ids_or_embeddings, start), ...])   # [P, H]: each one's last token, in their order
+    session.admit(...)                                                       # lengths: `run` leaves them as they were
+    choose_token(model, session, hidden, rows, kind)
+
+A prompt may be given in parts (`start`: rows already cached); the hidden states of all but its last part are of no use.
 Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring, L log-probabilities kept of a token.
 """
 
@@ -14,7 +22,7 @@ from torch import nn
 
 import kernels
 from kv_cache import KVCache
-from model import DecodeStep, PrefillStep, Transformer, fused
+from model import DecodeStep, Transformer, fused
 from sampling import KINDS, MAX_LOGPROBS, SamplingParams, SamplingState, choose, penalize
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
@@ -94,11 +102,6 @@ class Session(nn.Module):
 
 
 # ---------------------------------------------------------------- stages
-
-
-def prefill(model: Transformer, session: Session, row: int, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Embedded tokens x [n, H] of sequence `row` from position `start` on -> the last one's hidden state [1, H]."""
-    return model(x, PrefillStep(x.shape[0], session.cache, row, start))[-1:]
 
 
 def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:

@@ -32,10 +32,10 @@ from decoding import (
     choose_token,
     decode_one_token,
     elapsed_sec,
-    prefill,
 )
 from kv_cache import bytes_per_row
 from model import DTYPES, SHAPES, Transformer
+from prefill import Prefiller, Run
 from sampling import KINDS, SamplingParams
 from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
 from tokenizer import TokenStream, load_tokenizer
@@ -132,9 +132,10 @@ class Engine:
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
         self.stop_ids = set(model.config.eos_token_ids) | (set(tokenizer.eos_ids) if tokenizer else set())
         self.load_sec, self.load_notes = 0.0, []
-        self.prefill = torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill
+        self.compile_prefill = compile_prefill
         self.session: Session | None = None
         self.decoder: Decoder | None = None
+        self.prefiller: Prefiller | None = None
         self.running: _Run | None = None  # whose sequences the session holds
         model.setup_rope(max_seq_len or context)
 
@@ -256,7 +257,7 @@ class Engine:
         s = self.session
         if s and s.batch_size == batch_size and s.max_seq_len >= min(length, self.context):
             return
-        self.session = self.decoder = None  # frees the memory of the old one first
+        self.session = self.decoder = self.prefiller = None  # frees the memory of the old one first
         whole = -(-length // 1024) * 1024  # few sessions for many lengths
         rows = self.max_seq_len or min(self.context, whole)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
@@ -264,6 +265,8 @@ class Engine:
         if self.session is None:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
+        options = {"graphs": self.decoder.mode == "graph", "compiled": self.compile_prefill}
+        self.prefiller = Prefiller(self.model, self.session.cache, **options)
 
     def _no_room(self, batch_size: int, rows: int) -> str:
         each = bytes_per_row(self.model.config, self.model.norm.weight.dtype) * batch_size
@@ -368,12 +371,19 @@ class _Run:
         engine, session, row = self.engine, self.engine.session, 0
         if self.logprobs:
             session.keep_logprobs(engine.model.vocab_limit)
+        runs, first = [], []  # of each prompt: what must run, and its first sample's sequence
         for prompt, params in self.requests:
             ids = None if isinstance(prompt, torch.Tensor) else prompt
             kept = _shared(session.cached[row], ids[:-1]) if self.continues else 0  # at least one token must run
             session.cached[row] = session.cached[row][:kept]
-            x = prompt if ids is None else engine.model.embed(torch.tensor(ids[kept:], device=engine.device))
-            hidden = engine.prefill(engine.model, session, row, x.to(session.x.dtype), kept)
+            runs.append(Run(row, prompt[kept:], kept))
+            first.append(row)
+            row += params.n
+            self.timing.prefill_tokens += len(prompt) - kept
+            self.timing.kept_tokens += kept
+        hidden = engine.prefiller.run(runs)
+        for (prompt, params), row in zip(self.requests, first, strict=True):
+            ids = None if isinstance(prompt, torch.Tensor) else prompt
             for i in range(params.n):
                 if i:
                     session.copy_rows(row, row + i, len(prompt))
@@ -381,10 +391,10 @@ class _Run:
                 session.admit(row + i, len(prompt), params, engine.stop_ids_of(params), self.first_sample + i)
                 if self.kind == "penalize":
                     session.sampling.see(row + i, ids or [])
-                choose_token(engine.model, session, hidden, slice(row + i, row + i + 1), self.kind, self.logprobs)
-            row += params.n
-            self.timing.prefill_tokens += len(prompt) - kept
-            self.timing.kept_tokens += kept
+        samples = torch.tensor([params.n for _, params in self.requests])
+        if samples.max() > 1:
+            hidden = hidden.repeat_interleave(samples.to(hidden.device), dim=0)
+        choose_token(engine.model, session, hidden, slice(None), self.kind, self.logprobs)
 
     def _read(self, reader: StatusReader, last) -> Iterator[tuple[int, str]]:
         """Takes the oldest status, whose predecessor has the timestamp `last`; returns its own."""

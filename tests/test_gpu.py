@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from generate import Engine, Transformer, fill_randomly
-from model import SHAPES, PrefillStep
+from model import SHAPES, PackStep, PrefillStep
 from sampling import SamplingParams
 
 pytestmark = [
@@ -36,7 +36,7 @@ def teacher_forced_logits(engine, tokens, prompt_len):
     """Logits [len(tokens) - prompt_len, V]: a prefill, then one-step graphs that are fed the given tokens."""
     engine.prepare(1, len(tokens) + 8)
     session, model = engine.session, engine.model
-    model(model.embed(tokens[:prompt_len]), PrefillStep(prompt_len, session.cache))
+    model(model.embed(tokens[:prompt_len]), PackStep.of(session.cache, [(0, prompt_len, 0)]))
     session.limit.fill_(session.max_seq_len)
     session.done.zero_()
     got = []

@@ -1,0 +1,179 @@
+"""Prefill: the tokens of prompts, packed into forwards, into the cache.
+
+Owns how prompts are cut and packed, and how their forwards are launched (`Prefiller`). Knows neither text nor sampling nor when
+a prompt should run: who calls decides what one call may cost.
+Letters: P runs of tokens, N rows of a pack, H hidden size.
+
+A pack is one forward: the tokens of several prompts one after the other, without padding between them. Up to GRAPH_ROWS rows
+it is bound by what launching it costs the host; there it is padded to a bucket and replayed as a CUDA graph.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+import kernels
+from kv_cache import KVCache
+from model import PackStep, Transformer
+
+CHUNK_ROWS = 8192  # of a forward: more would not make its products faster, and costs 86 KB a row (8B)
+GRAPH_ROWS = 1024  # a forward of more rows of the 1B takes the device longer than its launches take the host
+GRAPH_RUNS = (1, 16, 64)  # buckets of P; attention launches programs for each
+
+
+@dataclass(frozen=True)
+class Run:
+    """New tokens of one sequence, ids or embeddings [n, H], from position `start` on; what is before it is cached."""
+
+    sequence: int
+    tokens: Sequence[int] | torch.Tensor
+    start: int = 0
+
+
+def plan(counts: list[int], budget: int = CHUNK_ROWS) -> list[list[tuple[int, int, int]]]:
+    """Cuts runs of so many tokens into packs of at most `budget` rows: (run, begin, end) for each part of a pack, in order.
+
+    Only a run of more than `budget` tokens is cut. Pure.
+    """
+    packs, room = [[]], budget
+    for i, count in enumerate(counts):
+        for begin in range(0, count, budget):
+            end = min(begin + budget, count)
+            if end - begin > room:
+                packs.append([])
+                room = budget
+            packs[-1].append((i, begin, end))
+            room -= end - begin
+    return packs
+
+
+def graph_bucket(rows: int, runs: int) -> tuple[int, int] | None:
+    """(rows, runs) of the smallest graph that takes so many; None where a pack runs without one. Pure."""
+    if rows > GRAPH_ROWS or runs > GRAPH_RUNS[-1]:
+        return None
+    return max(16, 1 << (rows - 1).bit_length()), next(r for r in GRAPH_RUNS if r >= runs)
+
+
+def forward_pack(model: Transformer, cache: KVCache, x, sequence, start, offsets, last, longest: int, fresh: bool):
+    """Rows x [N, H] of a pack -> hidden states of rows `last` [P], [P, H]; the rest as PackStep has it."""
+    step = PackStep(cache, sequence, start, offsets, num_rows=x.shape[0], longest=longest, fresh=fresh)
+    return model(x, step)[last]
+
+
+class Prefiller:
+    """Runs prompts into a cache; `path` says how.
+
+    `graphs`: replay short packs as CUDA graphs, captured when first needed (`capture_sec`: what that took so far), with memory
+    from `pool`. `compiled`: torch.compile the forward, once for all lengths, where it is not made of kernels.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, *, graphs: bool = False, compiled: bool = False, pool=None):
+        self.model, self.cache = model, cache
+        weight, head_dim = model.norm.weight, model.config.head_dim
+        self.flash = kernels.flash_runs(weight.device, weight.dtype, head_dim)
+        self.use_graphs = graphs and self.flash
+        self.compiled = compiled and not kernels.runs_kernels(weight)
+        self.forward: Callable = torch.compile(forward_pack, fullgraph=True, dynamic=True) if self.compiled else forward_pack
+        self.graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.pool = pool
+        self.capture_sec = 0.0
+        if self.use_graphs:
+            where = {"device": weight.device}
+            self.x = torch.zeros(GRAPH_ROWS, model.config.hidden_size, dtype=weight.dtype, **where)
+            self.index = torch.zeros(4, GRAPH_RUNS[-1] + 1, dtype=torch.int32, **where)
+
+    @property
+    def path(self) -> str:
+        """How packs are run, for people."""
+        attention = "flash attention" if self.flash else "scaled_dot_product_attention, a prompt at a time"
+        launch = f"CUDA graphs up to {GRAPH_ROWS} rows" if self.use_graphs else "step by step"
+        return f"packs of up to {CHUNK_ROWS} rows, {attention}, {'compiled by torch.compile' if self.compiled else launch}"
+
+    @torch.no_grad()
+    def run(self, runs: Sequence[Run]) -> torch.Tensor:
+        """Runs of tokens into the cache -> the hidden state of each one's last token [P, H].
+
+        Launches as many forwards as CHUNK_ROWS asks for, and returns before they have run. The cache's lengths are not touched.
+        Runs of one call must be of different sequences. ValueError: a run without tokens, or beyond the cache.
+        """
+        for run in runs:
+            end = run.start + len(run.tokens)
+            if not run.start < end <= self.cache.max_seq_len:
+                raise ValueError(
+                    f"prefill: found rows {run.start} to {end} of sequence {run.sequence}, expected at least one, none beyond "
+                    f"{self.cache.max_seq_len}"
+                )
+        hidden = []
+        for pack in plan([len(run.tokens) for run in runs]):
+            parts = [Run(runs[i].sequence, runs[i].tokens[begin:end], runs[i].start + begin) for i, begin, end in pack]
+            out = self._run_pack(parts)
+            whole = pack[-1][2] == len(runs[pack[-1][0]].tokens)
+            hidden.append(out if whole else out[:-1])  # only the last part can be of a run that goes on
+        return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
+
+    def _run_pack(self, parts: list[Run]) -> torch.Tensor:
+        counts = [len(part.tokens) for part in parts]
+        rows, fresh = sum(counts), not any(part.start for part in parts)
+        bucket = graph_bucket(rows, len(parts)) if self.use_graphs else None
+        P = bucket[1] if bucket else len(parts)
+        pad = P - len(parts)
+        ends = list(itertools.accumulate(counts))
+        index = [
+            [0, *ends, *[rows] * pad],  # offsets
+            [*(part.sequence for part in parts), *[0] * (pad + 1)],
+            [*(part.start for part in parts), *[0] * (pad + 1)],
+            [*(end - 1 for end in ends), *[0] * (pad + 1)],  # last
+        ]
+        index = self._to_device(index)
+        if not bucket:
+            offsets, sequence, start, last = index[0], *index[1:, :P]
+            x = self._embed(parts)
+            return self.forward(self.model, self.cache, x, sequence, start, offsets, last, max(counts), fresh)
+        self.index[:, : P + 1].copy_(index)
+        self.x[:rows].copy_(self._embed(parts))
+        graph, hidden = self._graph(*bucket, fresh)
+        graph.replay()
+        return hidden[: len(parts)].clone()
+
+    def _embed(self, parts: list[Run]) -> torch.Tensor:
+        """The rows of a pack [N, H]."""
+        pieces, ids = [], []
+        for part, following in itertools.zip_longest(parts, parts[1:]):
+            if isinstance(part.tokens, torch.Tensor):
+                pieces.append(part.tokens.to(self.model.norm.weight))
+                continue
+            ids += part.tokens
+            if following is None or isinstance(following.tokens, torch.Tensor):
+                pieces.append(self.model.embed(self._to_device(ids)))
+                ids = []
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _to_device(self, values: list) -> torch.Tensor:
+        """int32, without waiting for the device."""
+        host, device = torch.tensor(values, dtype=torch.int32), self.cache.lengths.device
+        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+
+    def _graph(self, rows: int, runs: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph of a pack of so many rows and runs, which reads `x` and `index`, and its output [runs, H]."""
+        key = (rows, runs, fresh)
+        if key not in self.graphs:
+            torch.cuda.synchronize()
+            started = time.perf_counter()
+            offsets, sequence, start, last = (row[: runs + (i == 0)] for i, row in enumerate(self.index))
+            arguments = (self.model, self.cache, self.x[:rows], sequence, start, offsets, last, rows, fresh)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what happens once: kernels are loaded, cuBLAS finds its algorithms
+                self.forward(*arguments)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                hidden = self.forward(*arguments)
+            self.pool = graph.pool()
+            self.graphs[key] = graph, hidden
+            torch.cuda.synchronize()
+            self.capture_sec += time.perf_counter() - started
+        return self.graphs[key]
