@@ -4,13 +4,13 @@ Owns `Session` (every buffer that a step reads or writes, at a fixed address), t
 and how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows
 neither text nor prompts nor when a run is over.
 
-Prompts come before: `prefill.Prefiller(model, session.cache, ...)`, one for a session, and for any number of sequences at once
+Prompts come before: `prefill.Prefiller(model, session.cache, ...)`, one for a session, takes any number of them at once:
 
-    hidden = prefiller.run([Run(sequence, ids_or_embeddings, start), ...])   # [P, H]: each one's last token, in their order
-    session.admit(...)                                                       # lengths: `run` leaves them as they were
+    hidden = prefiller.run([Piece(slot, ids_or_embeddings, start), ...])  # [P, H]: each one's last token, in their order
+    session.admit(...)                                                    # lengths and table: `run` leaves them alone
     choose_token(model, session, hidden, rows, kind)
 
-A prompt may be given in parts (`start`: rows already cached); the hidden states of all but its last part are of no use.
+A prompt may come in parts (`start`: rows that its slot already has); the hidden states of all but the last are of no use.
 Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring, L log-probabilities kept of a token.
 """
 

@@ -35,7 +35,7 @@ from decoding import (
 )
 from kv_cache import bytes_per_row
 from model import DTYPES, SHAPES, Transformer
-from prefill import Prefiller, Run
+from prefill import Piece, Prefiller
 from sampling import KINDS, SamplingParams
 from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
 from tokenizer import TokenStream, load_tokenizer
@@ -371,17 +371,17 @@ class _Run:
         engine, session, row = self.engine, self.engine.session, 0
         if self.logprobs:
             session.keep_logprobs(engine.model.vocab_limit)
-        runs, first = [], []  # of each prompt: what must run, and its first sample's sequence
+        pieces, first = [], []  # of each prompt: what must run, and its first sample's sequence
         for prompt, params in self.requests:
             ids = None if isinstance(prompt, torch.Tensor) else prompt
             kept = _shared(session.cached[row], ids[:-1]) if self.continues else 0  # at least one token must run
             session.cached[row] = session.cached[row][:kept]
-            runs.append(Run(row, prompt[kept:], kept))
+            pieces.append(Piece(row, prompt[kept:], kept))
             first.append(row)
             row += params.n
             self.timing.prefill_tokens += len(prompt) - kept
             self.timing.kept_tokens += kept
-        hidden = engine.prefiller.run(runs)
+        hidden = engine.prefiller.run(pieces)
         for (prompt, params), row in zip(self.requests, first, strict=True):
             ids = None if isinstance(prompt, torch.Tensor) else prompt
             for i in range(params.n):

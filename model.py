@@ -411,34 +411,32 @@ class DecodeStep:
 
 
 class PackStep:
-    """Runs of new tokens of P of the cache's sequences, packed: the rows of a forward are one run's tokens, then the next's.
+    """Pieces of P prompts, packed: the rows of a forward are one piece's tokens, then the next's, without padding between.
 
-    sequence, start [P] int32: whose they are, and the position of the first one; offsets [P + 1] int32: where in the pack a run
-    begins, so that it ends where the next begins. Rows behind the last run are padding: they are computed and go nowhere.
-    longest: the tokens of a run, or more. fresh: every start is 0, there are no older rows to attend to.
+    slot, start [P] int32: the cache slot that a piece goes to, and the position of its first token; offsets [P + 1] int32: its
+    first row, the next one's being its end. Rows behind the last piece are computed and go nowhere. longest: the tokens of a
+    piece, or more. fresh: every start is 0, there are no older rows to attend to.
     """
 
-    def __init__(self, cache: KVCache, sequence, start, offsets, *, num_rows: int, longest: int, fresh: bool):
+    def __init__(self, cache: KVCache, slot, start, offsets, *, num_rows: int, longest: int, fresh: bool):
         self.cache, self.longest, self.offsets = cache, longest, offsets
         row = torch.arange(num_rows, dtype=torch.int32, device=offsets.device)
-        run = (torch.searchsorted(offsets, row, right=True, out_int32=True) - 1).clamp(max=len(start) - 1)
-        slots = cache.table[sequence, 0]
-        position = torch.where(row < offsets[-1], row - offsets[run] + start[run], -1)
-        self._place = position, slots[run]
+        piece = (torch.searchsorted(offsets, row, right=True, out_int32=True) - 1).clamp(max=len(start) - 1)
+        position = torch.where(row < offsets[-1], row - offsets[piece] + start[piece], -1)
+        self._place = position, slot[piece]
         self.k_first, self.k_lengths = offsets, None
-        if not fresh:  # where in kv_cache.as_rows a sequence begins, and how many rows it has
-            first = slots * math.prod(cache.k0.shape[1:3])
+        if not fresh:  # where in kv_cache.as_rows a slot begins, and how many rows it has now
+            first = slot * math.prod(cache.k0.shape[1:3])
             self.k_first = torch.cat([first, first[:1]])
             self.k_lengths = start + offsets.diff()
 
     @classmethod
-    def of(cls, cache: KVCache, runs: list[tuple[int, int, int]]) -> "PackStep":
-        """From (sequence, number of tokens, start) of each run, on the host."""
-        counts = [count for _, count, _ in runs]
-        parts = [r[0] for r in runs], [r[2] for r in runs], [0, *itertools.accumulate(counts)]
-        sequence, start, offsets = (torch.tensor(p, dtype=torch.int32, device=cache.lengths.device) for p in parts)
-        fresh = not any(parts[1])
-        return cls(cache, sequence, start, offsets, num_rows=sum(counts), longest=max(counts), fresh=fresh)
+    def of(cls, cache: KVCache, pieces: list[tuple[int, int, int]]) -> "PackStep":
+        """From (slot, number of tokens, start) of each piece, on the host."""
+        slots, counts, starts = zip(*pieces, strict=True)
+        parts = slots, starts, [0, *itertools.accumulate(counts)]
+        slot, start, offsets = (torch.tensor(p, dtype=torch.int32, device=cache.lengths.device) for p in parts)
+        return cls(cache, slot, start, offsets, num_rows=sum(counts), longest=max(counts), fresh=not any(starts))
 
     def place(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Position and cache slot of each row, int32 [N] both; the position is -1 where a row is padding."""

@@ -2,7 +2,7 @@
 
 Owns how prompts are cut and packed, and how their forwards are launched (`Prefiller`). Knows neither text nor sampling nor when
 a prompt should run: who calls decides what one call may cost.
-Letters: P runs of tokens, N rows of a pack, H hidden size.
+Letters: P pieces of prompts, N rows of a pack, H hidden size.
 
 A pack is one forward: the tokens of several prompts one after the other, without padding between them. Up to GRAPH_ROWS rows
 it is bound by what launching it costs the host; there it is padded to a bucket and replayed as a CUDA graph.
@@ -21,22 +21,22 @@ from model import PackStep, Transformer
 
 CHUNK_ROWS = 8192  # of a forward: more would not make its products faster, and costs 86 KB a row (8B)
 GRAPH_ROWS = 1024  # a forward of more rows of the 1B takes the device longer than its launches take the host
-GRAPH_RUNS = (1, 16, 64)  # buckets of P; attention launches programs for each
+GRAPH_PIECES = (1, 16, 64)  # buckets of P; attention launches programs for each
 
 
 @dataclass(frozen=True)
-class Run:
-    """New tokens of one sequence, ids or embeddings [n, H], from position `start` on; what is before it is cached."""
+class Piece:
+    """New tokens of one sequence, ids or embeddings [n, H], from position `start` on; what is before it is in the slot."""
 
-    sequence: int
+    slot: int  # of the cache
     tokens: Sequence[int] | torch.Tensor
     start: int = 0
 
 
 def plan(counts: list[int], budget: int = CHUNK_ROWS) -> list[list[tuple[int, int, int]]]:
-    """Cuts runs of so many tokens into packs of at most `budget` rows: (run, begin, end) for each part of a pack, in order.
+    """Cuts pieces of so many tokens into packs of at most `budget` rows: (piece, begin, end) for each part of a pack, in order.
 
-    Only a run of more than `budget` tokens is cut. Pure.
+    Only a piece of more than `budget` tokens is cut. Pure.
     """
     packs, room = [[]], budget
     for i, count in enumerate(counts):
@@ -50,16 +50,16 @@ def plan(counts: list[int], budget: int = CHUNK_ROWS) -> list[list[tuple[int, in
     return packs
 
 
-def graph_bucket(rows: int, runs: int) -> tuple[int, int] | None:
-    """(rows, runs) of the smallest graph that takes so many; None where a pack runs without one. Pure."""
-    if rows > GRAPH_ROWS or runs > GRAPH_RUNS[-1]:
+def graph_bucket(rows: int, pieces: int) -> tuple[int, int] | None:
+    """(rows, pieces) of the smallest graph that takes so many; None where a pack runs without one. Pure."""
+    if rows > GRAPH_ROWS or pieces > GRAPH_PIECES[-1]:
         return None
-    return max(16, 1 << (rows - 1).bit_length()), next(r for r in GRAPH_RUNS if r >= runs)
+    return max(16, 1 << (rows - 1).bit_length()), next(n for n in GRAPH_PIECES if n >= pieces)
 
 
-def forward_pack(model: Transformer, cache: KVCache, x, sequence, start, offsets, last, longest: int, fresh: bool):
+def forward_pack(model: Transformer, cache: KVCache, x, slot, start, offsets, last, longest: int, fresh: bool):
     """Rows x [N, H] of a pack -> hidden states of rows `last` [P], [P, H]; the rest as PackStep has it."""
-    step = PackStep(cache, sequence, start, offsets, num_rows=x.shape[0], longest=longest, fresh=fresh)
+    step = PackStep(cache, slot, start, offsets, num_rows=x.shape[0], longest=longest, fresh=fresh)
     return model(x, step)[last]
 
 
@@ -83,7 +83,7 @@ class Prefiller:
         if self.use_graphs:
             where = {"device": weight.device}
             self.x = torch.zeros(GRAPH_ROWS, model.config.hidden_size, dtype=weight.dtype, **where)
-            self.index = torch.zeros(4, GRAPH_RUNS[-1] + 1, dtype=torch.int32, **where)
+            self.index = torch.zeros(4, GRAPH_PIECES[-1] + 1, dtype=torch.int32, **where)
 
     @property
     def path(self) -> str:
@@ -93,28 +93,28 @@ class Prefiller:
         return f"packs of up to {CHUNK_ROWS} rows, {attention}, {'compiled by torch.compile' if self.compiled else launch}"
 
     @torch.no_grad()
-    def run(self, runs: Sequence[Run]) -> torch.Tensor:
-        """Runs of tokens into the cache -> the hidden state of each one's last token [P, H].
+    def run(self, pieces: Sequence[Piece]) -> torch.Tensor:
+        """Pieces of prompts, each in a slot of its own, into the cache -> the hidden state of each one's last token [P, H].
 
-        Launches as many forwards as CHUNK_ROWS asks for, and returns before they have run. The cache's lengths are not touched.
-        Runs of one call must be of different sequences. ValueError: a run without tokens, or beyond the cache.
+        Launches as many forwards as CHUNK_ROWS asks for, and returns before they have run. The cache's lengths and table are
+        neither read nor written. ValueError: a piece without tokens, or beyond the cache.
         """
-        for run in runs:
-            end = run.start + len(run.tokens)
-            if not run.start < end <= self.cache.max_seq_len:
+        for piece in pieces:
+            end = piece.start + len(piece.tokens)
+            if not piece.start < end <= self.cache.max_seq_len:
                 raise ValueError(
-                    f"prefill: found rows {run.start} to {end} of sequence {run.sequence}, expected at least one, none beyond "
+                    f"prefill: found rows {piece.start} to {end} of slot {piece.slot}, expected at least one, none beyond "
                     f"{self.cache.max_seq_len}"
                 )
         hidden = []
-        for pack in plan([len(run.tokens) for run in runs]):
-            parts = [Run(runs[i].sequence, runs[i].tokens[begin:end], runs[i].start + begin) for i, begin, end in pack]
+        for pack in plan([len(piece.tokens) for piece in pieces]):
+            parts = [Piece(pieces[i].slot, pieces[i].tokens[begin:end], pieces[i].start + begin) for i, begin, end in pack]
             out = self._run_pack(parts)
-            whole = pack[-1][2] == len(runs[pack[-1][0]].tokens)
-            hidden.append(out if whole else out[:-1])  # only the last part can be of a run that goes on
+            whole = pack[-1][2] == len(pieces[pack[-1][0]].tokens)
+            hidden.append(out if whole else out[:-1])  # only the last part can be of a piece that goes on
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
-    def _run_pack(self, parts: list[Run]) -> torch.Tensor:
+    def _run_pack(self, parts: list[Piece]) -> torch.Tensor:
         counts = [len(part.tokens) for part in parts]
         rows, fresh = sum(counts), not any(part.start for part in parts)
         bucket = graph_bucket(rows, len(parts)) if self.use_graphs else None
@@ -123,47 +123,47 @@ class Prefiller:
         ends = list(itertools.accumulate(counts))
         index = [
             [0, *ends, *[rows] * pad],  # offsets
-            [*(part.sequence for part in parts), *[0] * (pad + 1)],
+            [*(part.slot for part in parts), *[0] * (pad + 1)],
             [*(part.start for part in parts), *[0] * (pad + 1)],
             [*(end - 1 for end in ends), *[0] * (pad + 1)],  # last
         ]
         index = self._to_device(index)
         if not bucket:
-            offsets, sequence, start, last = index[0], *index[1:, :P]
+            offsets, slot, start, last = index[0], *index[1:, :P]
             x = self._embed(parts)
-            return self.forward(self.model, self.cache, x, sequence, start, offsets, last, max(counts), fresh)
+            return self.forward(self.model, self.cache, x, slot, start, offsets, last, max(counts), fresh)
         self.index[:, : P + 1].copy_(index)
         self.x[:rows].copy_(self._embed(parts))
         graph, hidden = self._graph(*bucket, fresh)
         graph.replay()
         return hidden[: len(parts)].clone()
 
-    def _embed(self, parts: list[Run]) -> torch.Tensor:
+    def _embed(self, parts: list[Piece]) -> torch.Tensor:
         """The rows of a pack [N, H]."""
-        pieces, ids = [], []
+        embedded, ids = [], []
         for part, following in itertools.zip_longest(parts, parts[1:]):
             if isinstance(part.tokens, torch.Tensor):
-                pieces.append(part.tokens.to(self.model.norm.weight))
+                embedded.append(part.tokens.to(self.model.norm.weight))
                 continue
             ids += part.tokens
             if following is None or isinstance(following.tokens, torch.Tensor):
-                pieces.append(self.model.embed(self._to_device(ids)))
+                embedded.append(self.model.embed(self._to_device(ids)))
                 ids = []
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
     def _to_device(self, values: list) -> torch.Tensor:
         """int32, without waiting for the device."""
         host, device = torch.tensor(values, dtype=torch.int32), self.cache.lengths.device
         return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
-    def _graph(self, rows: int, runs: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The graph of a pack of so many rows and runs, which reads `x` and `index`, and its output [runs, H]."""
-        key = (rows, runs, fresh)
+    def _graph(self, rows: int, pieces: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph of a pack of so many rows and pieces, which reads `x` and `index`, and its output [pieces, H]."""
+        key = (rows, pieces, fresh)
         if key not in self.graphs:
             torch.cuda.synchronize()
             started = time.perf_counter()
-            offsets, sequence, start, last = (row[: runs + (i == 0)] for i, row in enumerate(self.index))
-            arguments = (self.model, self.cache, self.x[:rows], sequence, start, offsets, last, rows, fresh)
+            offsets, slot, start, last = (row[: pieces + (i == 0)] for i, row in enumerate(self.index))
+            arguments = (self.model, self.cache, self.x[:rows], slot, start, offsets, last, rows, fresh)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what happens once: kernels are loaded, cuBLAS finds its algorithms
