@@ -331,7 +331,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
     """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
     that the kernels read."""
-    few = x.shape[0] <= kernels.MAX_ROWS and kernels.runs_kernels(x) and x.dtype != torch.float32 and x.shape[1] % 64 == 0
+    few = kernels.runs_kernels(x) and x.shape[0] <= kernels.MAX_ROWS and x.dtype != torch.float32 and x.shape[1] % 64 == 0
     return few and all(weight.in_kernels for weight in weights)
 
 
@@ -377,16 +377,17 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
 class DecodeStep:
     """T new tokens for each of the cache's B sequences; everything is read from the cache's buffers on the device."""
 
-    def __init__(self, cache: KVCache, tokens_each: int = 1):
+    def __init__(self, cache: KVCache, tokens_each: int = 1, rows: int | None = None):
         self.cache, self.tokens_each = cache, tokens_each  # tokens_each: T
+        self.lengths, self.table = cache.lengths[:rows], cache.table[:rows]  # rows: only the first so many sequences
         self._place = None
 
     def place(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Position and cache slot of each row, int32 [B * T] both; the position is negative where a sequence is absent."""
         if self._place is None:
-            t = torch.arange(self.tokens_each, dtype=torch.int32, device=self.cache.lengths.device) - self.tokens_each
-            position = (self.cache.lengths[:, None] + t).flatten()
-            slot = self.cache.table[:, 0].repeat_interleave(self.tokens_each, output_size=len(position))
+            t = torch.arange(self.tokens_each, dtype=torch.int32, device=self.lengths.device) - self.tokens_each
+            position = (self.lengths[:, None] + t).flatten()
+            slot = self.table[:, 0].repeat_interleave(self.tokens_each, output_size=len(position))
             self._place = position, slot
         return self._place
 
@@ -407,7 +408,7 @@ class DecodeStep:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]; the new rows' k and v are among them."""
         k, v = self.cache.layer(layer)
         q = q.view(-1, self.tokens_each, *q.shape[1:])
-        return kernels.flash_decode(q, k, v, self.cache.lengths, self.cache.table, scale=scale, window=window).flatten(0, 1)
+        return kernels.flash_decode(q, k, v, self.lengths, self.table, scale=scale, window=window).flatten(0, 1)
 
 
 class PackStep:
@@ -501,7 +502,7 @@ class Attention(nn.Module):
             q = kernels.qkv_rope_append(
                 x, self.wqkv, norm=norm, eps=c.norm_eps, qk_eps=c.norm_eps,
                 q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight,
-                cos=rope[0], sin=rope[1], lengths=step.cache.lengths, table=step.cache.table, k_cache=k_cache, v_cache=v_cache,
+                cos=rope[0], sin=rope[1], lengths=step.lengths, table=step.table, k_cache=k_cache, v_cache=v_cache,
                 page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
                 ahead=self.wo,
             )  # fmt: skip

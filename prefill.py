@@ -33,7 +33,7 @@ class Piece:
     start: int = 0
 
 
-def plan(counts: list[int], budget: int = CHUNK_ROWS) -> list[list[tuple[int, int, int]]]:
+def plan(counts: list[int], budget: int) -> list[list[tuple[int, int, int]]]:
     """Cuts pieces of so many tokens into packs of at most `budget` rows: (piece, begin, end) for each part of a pack, in order.
 
     Only a piece of more than `budget` tokens is cut. Pure.
@@ -107,7 +107,7 @@ class Prefiller:
                     f"{self.cache.max_seq_len}"
                 )
         hidden = []
-        for pack in plan([len(piece.tokens) for piece in pieces]):
+        for pack in plan([len(piece.tokens) for piece in pieces], CHUNK_ROWS):
             parts = [Piece(pieces[i].slot, pieces[i].tokens[begin:end], pieces[i].start + begin) for i, begin, end in pack]
             out = self._run_pack(parts)
             whole = pack[-1][2] == len(pieces[pack[-1][0]].tokens)
@@ -130,6 +130,8 @@ class Prefiller:
         index = self._to_device(index)
         if not bucket:
             offsets, slot, start, last = index[0], *index[1:, :P]
+            if self.compiled:  # torch.compile guards on where in its storage a view begins
+                offsets, slot, start, last = (t.clone() for t in (offsets, slot, start, last))
             x = self._embed(parts)
             return self.forward(self.model, self.cache, x, slot, start, offsets, last, max(counts), fresh)
         self.index[:, : P + 1].copy_(index)
@@ -156,14 +158,18 @@ class Prefiller:
         host, device = torch.tensor(values, dtype=torch.int32), self.cache.lengths.device
         return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
+    def _graph_arguments(self, rows: int, pieces: int, fresh: bool) -> tuple:
+        """Of `forward`: the buffers that such a graph reads."""
+        offsets, slot, start, last = (row[: pieces + (i == 0)] for i, row in enumerate(self.index))
+        return self.model, self.cache, self.x[:rows], slot, start, offsets, last, rows, fresh
+
     def _graph(self, rows: int, pieces: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The graph of a pack of so many rows and pieces, which reads `x` and `index`, and its output [pieces, H]."""
         key = (rows, pieces, fresh)
         if key not in self.graphs:
             torch.cuda.synchronize()
             started = time.perf_counter()
-            offsets, slot, start, last = (row[: pieces + (i == 0)] for i, row in enumerate(self.index))
-            arguments = (self.model, self.cache, self.x[:rows], slot, start, offsets, last, rows, fresh)
+            arguments = self._graph_arguments(rows, pieces, fresh)
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what happens once: kernels are loaded, cuBLAS finds its algorithms
