@@ -81,9 +81,13 @@ class Prefiller:
         self.pool = pool
         self.capture_sec = 0.0
         if self.use_graphs:
-            where = {"device": weight.device}
-            self.x = torch.zeros(GRAPH_ROWS, model.config.hidden_size, dtype=weight.dtype, **where)
-            self.index = torch.zeros(4, GRAPH_PIECES[-1] + 1, dtype=torch.int32, **where)
+            self.make_buffers()
+
+    def make_buffers(self) -> None:
+        """What graphs read: the rows of a pack, and offsets, slots, starts and last rows of its pieces."""
+        weight = self.model.norm.weight
+        self.x = torch.zeros(GRAPH_ROWS, len(weight), dtype=weight.dtype, device=weight.device)
+        self.index = torch.zeros(4, GRAPH_PIECES[-1] + 1, dtype=torch.int32, device=weight.device)
 
     @property
     def path(self) -> str:
