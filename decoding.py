@@ -281,7 +281,7 @@ class Decoder:
             self.step = torch.compile(decode_one_token, fullgraph=True, dynamic=False)
         self.graphs: dict[tuple[int, int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.logits: torch.Tensor | None = None  # [rows, V] of the step launched last
-        self.pool = None
+        self.pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # memory of all graphs, of prefill's too
         self.capture_sec = 0.0
 
     def in_kernels(self, rows: int) -> bool:
@@ -348,7 +348,6 @@ class Decoder:
             with torch.cuda.graph(graph, pool=self.pool):
                 for _ in range(steps):
                     logits = step(*arguments)
-            self.pool = graph.pool()
             self.graphs[key] = graph, logits
             self.capture_sec += time.perf_counter() - started
         return self.graphs[key]

@@ -269,7 +269,8 @@ class Engine:
         if self.session is None:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
-        options = {"graphs": self.decoder.mode == "graph", "compiled": self.compile_prefill}
+        graphs = self.compile_prefill or self.decoder.mode in ("graph", "reduce-overhead")
+        options = {"graphs": graphs, "compiled": self.compile_prefill, "pool": self.decoder.pool}
         self.prefiller = Prefiller(self.model, self.session.cache, **options)
 
     def _session_rows(self, length: int) -> int:
@@ -372,7 +373,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("logprobs", type=int, metavar="N", help="with --json: each token's log-probability, and the N likeliest tokens")
     flag("ignore_eos", action="store_true", default=None, help="go on past the model's stop tokens")
     flag("compile", action="store_true", help="the fast decode path: CUDA graphs on a GPU, torch.compile on a CPU")
-    flag("compile_prefill", action="store_true", help="compile the prefill too (for any prompt length)")
+    flag("compile_prefill", action="store_true", help="the fast prefill too: CUDA graphs, on a CPU torch.compile")
     flag(
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )

@@ -67,7 +67,7 @@ class Prefiller:
     """Runs prompts into a cache; `path` says how.
 
     `graphs`: replay short packs as CUDA graphs, captured when first needed (`capture_sec`: what that took so far), with memory
-    from `pool`. `compiled`: torch.compile the forward, once for all lengths, where it is not made of kernels.
+    from `pool` (None: each its own). `compiled`: torch.compile the forward, once for all lengths, where there are no kernels.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, *, graphs: bool = False, compiled: bool = False, pool=None):
@@ -182,7 +182,6 @@ class Prefiller:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 hidden = self.forward(*arguments)
-            self.pool = graph.pool()
             self.graphs[key] = graph, hidden
             torch.cuda.synchronize()
             self.capture_sec += time.perf_counter() - started
