@@ -196,6 +196,7 @@ class Run:
         if any(answer.logprobs is not None for answer in self.answers):
             engine.session.keep_logprobs(engine.model.vocab_limit)
         self.reader = StatusReader(engine.session)
+        self.ahead = LAUNCHES_AHEAD if engine.device.type == "cuda" else 0
         engine.running = self
 
     def _job(self, request: Request) -> _Job:
@@ -256,8 +257,8 @@ class Run:
 
     def _decode(self) -> Iterator[tuple[Answer, str]]:
         self._check_running()
-        timing, reader, on_gpu = self.timing, self.reader, self.engine.device.type == "cuda"
-        if on_gpu:
+        timing, reader = self.timing, self.reader
+        if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
         started = time.perf_counter()
         self._prefill()
@@ -265,7 +266,6 @@ class Run:
         status, self.last, launch = reader.oldest()
         timing.ttft_sec = time.perf_counter() - started
         yield from self._emit(status, launch)
-        ahead = LAUNCHES_AHEAD if on_gpu else 0
         while any(self.rows) or self.waiting or reader.pending:
             self._check_running()
             admitted = self._prefill()
@@ -278,7 +278,7 @@ class Run:
                     if not answer.steps_left:  # its last tokens are in the status just asked for
                         self._free(answer)
             timing.host_sec += time.perf_counter() - before
-            while reader.pending and (len(reader.pending) > ahead or not steps):
+            while reader.pending and (len(reader.pending) > self.ahead or not steps):
                 yield from self._read()
 
     # ------------------------------------------------------------ into rows
