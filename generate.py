@@ -359,7 +359,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("random_weights", metavar="SHAPE", help=f"random weights instead of a checkpoint: {', '.join(SHAPES)}")
     flag("prompt", default="ROMEO:", help="text; an integer makes a synthetic prompt of so many tokens")
     flag("num_samples", type=int, default=1, help="samples, one after the other")
-    flag("batch_size", type=int, default=1, help="of these, how many are generated at once (num_samples times)")
+    flag("prompt_file", type=Path, help="many prompts, one JSON object a line (see batching.py), in place of --prompt")
+    flag("output_file", type=Path, help="of --prompt_file: results, as they finish; what it has already is not done again")
+    flag("batch_size", type=int, help="samples at once: num_samples times so many (default 1); of --prompt_file, what fits")
     flag("interactive", action="store_true", help="a conversation in the terminal; /help in it says more")
     flag("system", metavar="TEXT", help="the system message of the conversation")
     flag("max_new_tokens", type=int, help=f"default 200; {CHAT_TOKENS} in a conversation")
@@ -386,10 +388,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
-    if args.interactive and (args.json or args.num_samples * args.batch_size > 1):
+    if args.interactive and (args.json or args.num_samples * (args.batch_size or 1) > 1):
         parser.error("--interactive: found with --json, --num_samples or --batch_size, expected none of them")
+    if bool(args.prompt_file) != bool(args.output_file):
+        parser.error("--prompt_file, --output_file: found one of them, expected both")
+    if args.prompt_file and (args.interactive or args.num_samples > 1 or args.profile):
+        parser.error("--prompt_file: found with --interactive, --num_samples or --profile, expected none of them")
     return args
 
 
@@ -426,7 +432,8 @@ def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
 
 def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> None:
     """Generates the samples of one prompt and prints them."""
-    params = dataclasses.replace(params, n=args.batch_size)
+    batch_size = args.batch_size or 1
+    params = dataclasses.replace(params, n=batch_size)
     prompt = args.prompt
     if prompt.isdecimal():
         generator = torch.Generator().manual_seed(0)
@@ -435,17 +442,17 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
     compile_sec = 0.0
     if engine.decode_mode != "eager" or args.compile_prefill:
         started = time.perf_counter()
-        engine.prepare(args.batch_size, len(engine.encode(prompt)) + params.max_new_tokens)
+        engine.prepare(batch_size, len(engine.encode(prompt)) + params.max_new_tokens)
         engine.generate([prompt], dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, WARM_UP_TOKENS)))
         compile_sec = time.perf_counter() - started
 
     outputs, last = [], None
-    streams = args.num_samples == args.batch_size == 1 and engine.tokenizer is not None
+    streams = args.num_samples == batch_size == 1 and engine.tokenizer is not None
     on_text = (lambda _, text: print(text, end="", flush=True)) if streams else None
     for i in range(args.num_samples):
         profiling = args.profile and i == args.num_samples - 1
         with torch.profiler.profile() if profiling else contextlib.nullcontext() as profiler:
-            new, timing = engine.generate([prompt], params, sample=i * args.batch_size, on_text=on_text)
+            new, timing = engine.generate([prompt], params, sample=i * batch_size, on_text=on_text)
         if profiling:
             profiler.export_chrome_trace(str(args.profile))
         outputs += new
@@ -476,6 +483,12 @@ def main(argv=None) -> int:
             import chat
 
             chat.converse(engine, params, args.system)
+        elif args.prompt_file:
+            import batching
+
+            result = batching.run(engine, params, args.prompt_file, args.output_file, args.batch_size)
+            if args.json:
+                print(json.dumps({"metrics": result}))
         else:
             run(args, engine, params)
         sys.stdout.flush()

@@ -197,6 +197,7 @@ class Run:
         if any(answer.logprobs is not None for answer in self.answers):
             engine.session.keep_logprobs(engine.model.vocab_limit)
         self.reader = StatusReader(engine.session)
+        self.ahead = LAUNCHES_AHEAD if engine.device.type == "cuda" else 0
         engine.running = self
 
     def _job(self, request: Request) -> _Job:
@@ -257,8 +258,8 @@ class Run:
 
     def _decode(self) -> Iterator[tuple[Answer, str]]:
         self._check_running()
-        timing, reader, on_gpu = self.timing, self.reader, self.engine.device.type == "cuda"
-        if on_gpu:
+        timing, reader = self.timing, self.reader
+        if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
         started, captured = time.perf_counter(), self.engine.prefiller.capture_sec
         self._prefill()
@@ -267,7 +268,6 @@ class Run:
         timing.compile_sec = self.engine.prefiller.capture_sec - captured
         timing.ttft_sec = time.perf_counter() - started - timing.compile_sec
         yield from self._emit(status, launch)
-        ahead = LAUNCHES_AHEAD if on_gpu else 0
         while any(self.rows) or self.waiting or reader.pending:
             self._check_running()
             admitted = self._prefill()
@@ -280,7 +280,7 @@ class Run:
                     if not answer.steps_left:  # its last tokens are in the status just asked for
                         self._free(answer)
             timing.host_sec += time.perf_counter() - before
-            while reader.pending and (len(reader.pending) > ahead or not steps):
+            while reader.pending and (len(reader.pending) > self.ahead or not steps):
                 yield from self._read()
 
     # ------------------------------------------------------------ into rows
