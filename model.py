@@ -324,7 +324,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 # ---------------------------------------------------------------- operations on rows
-# Few rows (a decode step): one fused kernel a linear layer. Many rows, or no GPU: plain PyTorch, for cuBLAS and Inductor.
+# Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products. No GPU: plain
+# PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 
 
@@ -333,6 +334,11 @@ def fused(x: torch.Tensor, *weights: Weight) -> bool:
     that the kernels read."""
     few = kernels.runs_kernels(x) and x.shape[0] <= kernels.MAX_ROWS and x.dtype != torch.float32 and x.shape[1] % 64 == 0
     return few and all(weight.in_kernels for weight in weights)
+
+
+def many(x: torch.Tensor) -> bool:
+    """True where cuBLAS multiplies the rows of x [N, K], with kernels between its products."""
+    return kernels.runs_kernels(x) and x.shape[0] > kernels.MAX_ROWS
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -346,16 +352,15 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None, ahead=None) -> torch.Tensor:
     """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual.
 
-    `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits. `residual` may be
-    overwritten with the result.
+    `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits. `residual`, of many
+    rows, is overwritten with the result.
     """
     if fused(x, weight):
         ahead = ahead if ahead is None or ahead.in_kernels else None
         return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, ahead=ahead)
     if norm is not None:
         x = rms_norm(x, norm, eps)
-    if residual is not None and kernels.runs_kernels(x):  # the sum is the product's epilogue, in place
-        assert weight.bias is None, "a bias beside a residual: found one, expected none"
+    if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
         return residual.addmm_(x, weight.dequantized().T)
     y = F.linear(x, weight.dequantized(), weight.bias)
     if activation == "silu_mul":
@@ -609,7 +614,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm."""
-        x = x if fused(x, *(layer.attention.wo for layer in self.layers)) else x.clone()  # products add to it in place
+        x = x.clone() if many(x) else x  # products will be added to it in place
         following = [*(layer.attention.wqkv for layer in self.layers[1:]), self.head]
         for layer, ahead in zip(self.layers, following, strict=True):
             x = layer(x, (self.cos, self.sin), step, ahead)
