@@ -49,8 +49,11 @@ def flash_decode_ref(q, k_cache, v_cache, lengths, table, *, scale, window=None,
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if not q.is_cuda:  # reads only the pages in use; on a GPU that would make the host wait
-        table = table[:, : max(1, -(-int(lengths.max()) // page_size))]
+    if not q.is_cuda:  # reads only what is in use; on a GPU that would make the host wait
+        longest = max(1, int(lengths.max()))
+        table = table[:, : -(-longest // page_size)]
+        if table.shape[1] == 1:
+            k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
 
     def rows(cache, cache_scale):  # -> [B, Hkv, S, D]
         x = cache[table.long()].transpose(1, 2).reshape(B, Hkv, -1, D).to(dtype)
