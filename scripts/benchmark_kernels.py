@@ -5,8 +5,9 @@
     python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
     python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
+    python scripts/benchmark_kernels.py choose --output choose.jsonl           # what top-k and top-p add to the greedy choice
 
-Bandwidth is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
+Bandwidth of attention is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
 """
 
 import argparse
@@ -35,7 +36,8 @@ sys.path.insert(0, str(ROOT))
 from benchmark import stamp
 
 from generate import DTYPES, add_flag
-from kernels import flash_decode, pdl_disabled
+from kernels import advance, choose, flash_decode, pdl_disabled
+from kernels.choose import choose_ref
 from kernels.flash_decode import Launch, choose_launch, flash_decode_ref, override_launch
 
 BATCH_AND_LENGTH = [
@@ -460,6 +462,97 @@ def sweep_in_step(args) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------------
+# The choice of a token: what its cuts add to a step's end
+# --------------------------------------------------------------------------------------------------------------------------
+
+CUTS = {"top-k 200": {"top_k": 200}, "top-p 0.9": {"top_p": 0.9}, "both": {"top_k": 200, "top_p": 0.9}}
+LOGITS = {  # V -> one row's logits
+    "flat": lambda V: 0.1 * torch.randn(V),  # random weights', narrowed
+    "normal": torch.randn,
+    "peaked": lambda V: (2 * torch.randn(V)).index_fill_(0, torch.tensor([V // 2]), 25.0),
+    "zipf": lambda V: -1.1 * torch.log(1.0 + torch.randperm(V)) + 0.1 * torch.randn(V),  # natural text's
+}
+CANDIDATES = 4096  # of a row, as the head gives them
+
+
+def choice_arguments(kind: str, B: int, V: int, device: str) -> tuple[dict, dict]:
+    """The arguments of `advance`, and those of `choose` without its cuts, on rows of such logits."""
+    torch.manual_seed(0)
+    logits = torch.stack([LOGITS[kind](V) for _ in range(B)])
+    per_candidate = math.ceil(V / CANDIDATES)
+    padded = torch.nn.functional.pad(logits, (0, CANDIDATES * per_candidate - V), value=-math.inf)
+    best, index = padded.view(B, CANDIDATES, per_candidate).max(dim=-1)
+    index += torch.arange(CANDIDATES) * per_candidate
+    state = {name: torch.zeros(B, dtype=torch.int32) for name in ("token", "cursor", "done", "flag")}
+    advanced = {
+        "partial_max": best, "partial_id": index.int(), **state, "lengths": torch.full((B,), 9, dtype=torch.int32),
+        "limit": torch.full((B,), 2**30, dtype=torch.int32), "ring": torch.zeros(B, 256, dtype=torch.int32),
+        "stop_ids": torch.full((B, 16), -1, dtype=torch.int32),
+        "embedding": torch.zeros(V, 2048, dtype=torch.bfloat16), "x": torch.zeros(B, 2048, dtype=torch.bfloat16),
+    }  # fmt: skip
+    advanced = {name: t.to(device) for name, t in advanced.items()}
+    chosen = {
+        "logits": logits.to(device), "maxima": advanced["partial_max"], "lengths": advanced["lengths"],
+        "temperature": torch.full((B,), 0.8, device=device), "seed": torch.arange(B, device=device),
+        "sample": torch.zeros(B, dtype=torch.int32, device=device),
+    }  # fmt: skip
+    return advanced, chosen
+
+
+def cut_arguments(B: int, device: str, top_k: int = 0, top_p: float = 1.0) -> dict:
+    return {
+        "top_k": torch.full((B,), top_k, dtype=torch.int32, device=device),
+        "top_p": torch.full((B,), top_p, device=device),
+        "min_p": torch.zeros(B, device=device),
+    }
+
+
+def check_choice(name: str, chosen: dict, draws: int) -> None:
+    """At so many positions: the reference's tokens, or others whose values are equal to float32's rounding."""
+    for position in range(1, draws + 1):
+        arguments = chosen | {"lengths": torch.full_like(chosen["lengths"], position)}
+        value, index = choose(**arguments)
+        reference = {key: t for key, t in arguments.items() if key != "maxima"}
+        want, want_index = choose_ref(**reference)
+        wrong = (index[:, 0] != want_index) & ((value[:, 0] - want).abs() > 1e-4)
+        if wrong.any():
+            raise ValueError(
+                f"choose, {name}, position {position}: {int(wrong.sum())} of {len(wrong)} tokens differ from choose_ref's"
+            )
+
+
+def choose_cost(args) -> None:
+    """The end of a step, greedy and with cuts: us from graphs with PDL, in which every draw has a position of its own."""
+    versions = stamp()
+    for B, kind in itertools.product(args.batch_size, LOGITS):
+        advanced, chosen = choice_arguments(kind, B, args.vocab_size, "cuda")
+        greedy = time_graph([functools.partial(advance, **advanced)] * 32)
+        parts = [f"batch {B:>2}  {kind:<6} greedy {greedy:6.2f} us"]
+        for name, cut in CUTS.items():
+            arguments = chosen | cut_arguments(B, "cuda", **cut)
+            check_choice(f"{kind}, {name}", arguments, 8 if B == 1 else 2)
+
+            def step(arguments=arguments, advanced=advanced):
+                value, index = choose(**arguments)
+                advance(**advanced | {"partial_max": value, "partial_id": index})
+
+            added = time_graph([step] * 32) - greedy
+            parts.append(f"{name} +{added:6.2f} us")
+            record = {
+                "benchmark": "choose",
+                "logits": kind,
+                "batch_size": B,
+                "cut": name,
+                "greedy_us": greedy,
+                "added_us": added,
+            }
+            if args.output:
+                with args.output.open("a") as file:
+                    file.write(json.dumps(record | {"vocab_size": args.vocab_size} | versions) + "\n")
+        print(" | ".join(parts), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------------------------------
 
@@ -501,11 +594,15 @@ def main(argv=None) -> int:
     flag("seconds", type=float, default=120, help="of measuring, for a whole sweep")
     flag("in_step", metavar="MODEL", help="with --sweep: within this model's decode step, such as llama-3.2-1b")
     flag("context", type=int, nargs="+", default=[96, 512, 2048], help="with --in_step: cached tokens")
+    p = commands.add_parser("choose", help="top-k and top-p against the greedy choice")
+    flag("batch_size", type=int, nargs="+", default=[1, 16, 64])
+    flag("vocab_size", type=int, default=128256)
+    flag("output", type=Path, help="append a JSON line for each point")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    attention(args)
+    attention(args) if args.command == "attention" else choose_cost(args)
     return 0
 
 
