@@ -313,17 +313,29 @@ def run_for_ncu(points: list[Point]) -> None:
 # --------------------------------------------------------------------------------------------------------------------------
 
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
+# For batches, which need bytes in flight more than a short way to the first one. Four warps: as many programs on a
+# multiprocessor as registers (128: four) and shared memory (2 * stages * block_rows * head size * 2 bytes) allow.
+BATCH_SHAPES = [
+    *((64, 64, groups, 4, stages, None) for groups in (1, 4) for stages in (2, 3, 4)),
+    *((64, 64, groups, 4, stages, 128) for groups in (1, 4) for stages in (2, 3)),
+    *((64, 32, 1, 4, stages, registers) for stages in (2, 3, 4) for registers in (None, 128)),
+    *((64, 128, groups, 4, 2, None) for groups in (1, 4)),
+    *((128, 64, groups, 4, 3, None) for groups in (1, 4)),
+    *((32, 32, 2, 2, stages, None) for stages in (3, 4)),
+    *((64, 64, 1, 8, stages, None) for stages in (2, 3, 4)),
+    *((128, 128, groups, 8, stages, None) for groups in (1, 8) for stages in (2, 3)),
+]
 
 
-def shapes_to_try(head_dim: int, query_rows: int) -> list[dict]:
+def shapes_to_try(point: Point, query_rows: int) -> list[dict]:
     """Values of the fields that need a compilation, those that fit a multiprocessor."""
     four_warps = itertools.product((64, 128, 256), (64,), (4,), (4,), (3, 4), (None, 128, 168))
     eight_warps = itertools.product((128, 256, 512), (128,), (8,), (8,), (2, 3), (None, 128))
-    one_softmax = itertools.product((64, 128, 256), (64,), (1,), (4,), (3,), (None, 128))
+    one_softmax = itertools.product((64, 128, 256), (64,), (1,), (4,), (2, 3), (None, 128))
     found = []
-    for fields in (*four_warps, *eight_warps, *one_softmax):
+    for fields in BATCH_SHAPES if point.batch > 1 else (*four_warps, *eight_warps, *one_softmax):
         shape = dict(zip(COMPILED, fields, strict=True))
-        chunk_registers = shape["chunk_rows"] * head_dim * 4 // (shape["warps"] * 32 * 4)
+        chunk_registers = shape["chunk_rows"] * point.head_dim * 4 // (shape["warps"] * 32 * 4)
         if chunk_registers <= 128 and (query_rows == 16 or shape["row_groups"] == 1):
             found.append(shape)
     return found
@@ -332,10 +344,10 @@ def shapes_to_try(head_dim: int, query_rows: int) -> list[dict]:
 def splits_to_try(launch: Launch, pairs: int, capacity: int, sms: int) -> list[dict]:
     """Values of the fields that say how the rows are split."""
     found = {}
-    for min_rows, per_sm in itertools.product((128, 256, 512, 1024), (1, 2, 3, 4)):
+    for min_rows, per_sm in itertools.product((128, 256, 512, 1024), (1, 2, 3, 4, 6, 8)):
         if min_rows >= launch.chunk_rows:
             programs = min(pairs * max(1, capacity // min_rows), max(pairs, per_sm * sms))
-            found[min_rows, programs] = {"min_rows": min_rows, "programs": programs, "items": programs}
+            found[programs] = {"min_rows": min_rows, "programs": programs, "items": programs}
     return list(found.values())
 
 
@@ -410,10 +422,32 @@ def report(title: str, results: list[tuple[float, dict]], output: Path | None, r
                 file.write(json.dumps(record | {"us": us, "launch": fields}) + "\n")
 
 
+def report_shapes(found: dict[Point, list[tuple[float, dict]]]) -> None:
+    """For each head size and batch, the shapes that lose least over all lengths, with the split as it is now."""
+    for head_dim, batch in sorted({(p.head_dim, p.batch) for p in found}):
+        losses: dict[tuple, list[float]] = {}
+        for point, results in found.items():
+            if (point.head_dim, point.batch) == (head_dim, batch):
+                for us, fields in results:
+                    if "programs" not in fields:
+                        shape = tuple(fields.get(name) for name in COMPILED) if fields else ("present",)
+                        losses.setdefault(shape, []).append(us / results[0][0])
+        lengths = max(len(values) for values in losses.values())
+        means = sorted((statistics.geometric_mean(v), shape) for shape, v in losses.items() if len(v) == lengths)
+        print(f"head size {head_dim}, batch {batch}: time beside each length's best, over {lengths} lengths", flush=True)
+        for mean, shape in means:
+            if (mean, shape) in means[:4] or shape == ("present",):
+                print(
+                    f"    {mean:.3f}  "
+                    + (" ".join(f"{k}={v}" for k, v in zip(COMPILED, shape, strict=False)) if len(shape) > 1 else "present")
+                )
+
+
 def sweep_alone(points: list[Point], args) -> None:
     """The best launches of the kernel alone, without PDL: what the comparison times."""
-    shapes = compile_shapes(points, lambda p: shapes_to_try(p.head_dim, launch_of(p).query_rows), pdl=False)
+    shapes = compile_shapes(points, lambda p: shapes_to_try(p, launch_of(p).query_rows), pdl=False)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
+    found = {}
     for point in points:
         inputs = make_inputs(point, number_of_sets(point, not args.dont_flush_gpu_cache))
         run = functools.partial(ours, scale=point.scale)
@@ -427,9 +461,10 @@ def sweep_alone(points: list[Point], args) -> None:
         splits = lambda launch, p=point: splits_to_try(launch, p.batch * p.num_kv_heads, p.length, sms)
         deadline = time.perf_counter() + args.seconds / len(points)
         with pdl_disabled():
-            results = search(shapes[point], launch_of(point), splits, measure, deadline)
+            found[point] = search(shapes[point], launch_of(point), splits, measure, deadline)
         record = {"sweep": "alone", "head_size": point.head_dim, "batch_size": point.batch, "seq_n": point.length}
-        report(str(point), results, args.output, record)
+        report(str(point), found[point], args.output, record)
+    report_shapes(found)
 
 
 def sweep_in_step(args) -> None:
@@ -442,7 +477,7 @@ def sweep_in_step(args) -> None:
     points = [
         Point(c.head_dim, B, S, c.num_heads, c.num_kv_heads, DTYPES["bfloat16"]) for B in args.batch_size for S in args.context
     ]
-    shapes = compile_shapes(points, lambda p: shapes_to_try(p.head_dim, launch_of(p).query_rows), pdl=True)
+    shapes = compile_shapes(points, lambda p: shapes_to_try(p, launch_of(p).query_rows), pdl=True)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     for point in points:
         timer = StepTimer(args.in_step, point.batch, point.length)
