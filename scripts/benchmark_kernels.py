@@ -5,6 +5,7 @@
     python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
     python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/benchmark_kernels.py sanitize
     python scripts/benchmark_kernels.py choose --output choose.jsonl           # what top-k and top-p add to the greedy choice
 
 Bandwidth of attention is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
@@ -542,11 +543,11 @@ def cut_arguments(B: int, device: str, top_k: int = 0, top_p: float = 1.0) -> di
     }
 
 
-def check_choice(name: str, chosen: dict, draws: int) -> None:
+def check_choice(name: str, chosen: dict, draws: int, device: str = "cuda") -> None:
     """At so many positions: the reference's tokens, or others whose values are equal to float32's rounding."""
     for position in range(1, draws + 1):
         arguments = chosen | {"lengths": torch.full_like(chosen["lengths"], position)}
-        value, index = choose(**arguments)
+        value, index = (t.to(arguments["logits"].device) for t in choose(**{key: t.to(device) for key, t in arguments.items()}))
         reference = {key: t for key, t in arguments.items() if key != "maxima"}
         want, want_index = choose_ref(**reference)
         wrong = (index[:, 0] != want_index) & ((value[:, 0] - want).abs() > 1e-4)
@@ -585,6 +586,43 @@ def choose_cost(args) -> None:
                 with args.output.open("a") as file:
                     file.write(json.dumps(record | {"vocab_size": args.vocab_size} | versions) + "\n")
         print(" | ".join(parts), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# For compute-sanitizer
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def sanitize(device: str = "cuda") -> None:
+    """Small launches of attention and choice, without a graph: inputs and references on the CPU, so that little else runs.
+
+    Every way through the kernels: one part and many, merges, pages, a window, lists. Twice each, for the same result.
+    """
+    torch.manual_seed(0)
+    lengths = torch.tensor([700, 0, 1, 1100], dtype=torch.int32)
+    for head_dim, tokens, page_size, options in [
+        (64, 1, 1152, {}), (64, 1, 128, {}), (128, 1, 1152, {}), (96, 2, 128, {}), (64, 1, 128, {"window": 130}),
+        (128, 4, 1152, {"split_size": 128}), (64, 16, 1152, {}),
+    ]:  # fmt: skip
+        pages = 1152 // page_size
+        table = torch.randperm(4 * pages).view(4, pages).int()
+        q = torch.randn(4, tokens, 8, head_dim).bfloat16()
+        k, v = (torch.randn(4 * pages, 2, page_size, head_dim).bfloat16() for _ in range(2))
+        tensors = [q, k, v, lengths, table]
+        settings = {"scale": head_dim**-0.5, **options}
+        results = [flash_decode(*(t.to(device) for t in tensors), **settings).cpu() for _ in range(2)]
+        settings.pop("split_size", None)
+        exact = flash_decode_ref(*(t.double() if t.is_floating_point() else t for t in tensors), **settings)
+        name = f"flash_decode, head size {head_dim}, {tokens} tokens, pages of {page_size}, {options}"
+        error = ((results[0].double() - exact).norm() / exact.norm()).item()
+        if not error <= TOLERANCE[torch.bfloat16] or not torch.equal(*results):
+            raise ValueError(f"{name}: found a relative error of {error:.1e}, or two results that differ")
+        print(f"{name}: {error:.1e}", flush=True)
+    for B, kind, (cut_name, cut) in itertools.product((1, 5), LOGITS, CUTS.items()):
+        _, chosen = choice_arguments(kind, B, 9000, "cpu")
+        name = f"choose, batch {B}, {kind}, {cut_name}"
+        check_choice(name, chosen | cut_arguments(B, "cpu", **cut), 2, device)
+        print(f"{name}: right", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -633,11 +671,12 @@ def main(argv=None) -> int:
     flag("batch_size", type=int, nargs="+", default=[1, 16, 64])
     flag("vocab_size", type=int, default=128256)
     flag("output", type=Path, help="append a JSON line for each point")
+    commands.add_parser("sanitize", help="small launches of every kind, checked: to run under compute-sanitizer")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    attention(args) if args.command == "attention" else choose_cost(args)
+    {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
     return 0
 
 
