@@ -115,12 +115,6 @@ def _bin(u, temperature):
     return tl.minimum(u.to(tl.float32) * (1 / (WIDTH * UNIT) / temperature), BINS - 1).to(tl.int32)
 
 
-@triton.jit
-def _sum_pair(a, b):
-    """[2]: the sums of both [N], in one reduction, because each costs two barriers."""
-    return tl.sum(tl.join(a, b), 0)
-
-
 @triton.jit(do_not_specialize=["T"])
 def _count_kernel(
     logits_ptr, max_ptr, temperature_ptr, top_k_ptr, top_p_ptr, count_ptr, total_ptr, largest_ptr, T, V, P,
@@ -145,7 +139,7 @@ def _count_kernel(
         u = _units(logits, largest)
         bins, mass = _bin(u, temperature), _mass(u, temperature)
         near = bins < BINS - 1
-        masses = _sum_pair(tl.where(near, mass, 0), tl.where(near, 0, mass))
+        masses = tl.sum(tl.join(tl.where(near, mass, 0), tl.where(near, 0, mass)), 0)  # one reduction: each costs two barriers
         tl.atomic_add(total_ptr + row * 2 + tl.arange(0, 2), masses, sem="relaxed")
         counts = tl.histogram(bins, BINS, mask=u < LIMIT)
         tl.atomic_add(count_ptr + row * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
@@ -218,11 +212,11 @@ def _find_cuts(counts, near, far, top_k, top_p):
 @triton.jit(do_not_specialize=["T"])
 def _candidates_kernel(
     logits_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, before_ptr, listed_ptr, list_ptr, T, V,
+    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, sums_ptr, list_ptr, T, V,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A block's best token among those kept for certain, and among those in a cut's bin, which it lists; its mass before the
-    cuts. Block 0 stores the cuts."""
+    """A block's best token among those kept for certain, and among those in a cut's bin, which it lists; its mass before
+    k's and p's cut, with the list's length beside each. Block 0 stores the cuts."""
     pdl_trigger(PDL)
     row, block = tl.program_id(1), tl.program_id(0)
     slot = row * tl.num_programs(0) + block
@@ -240,18 +234,19 @@ def _candidates_kernel(
     counts = tl.load(count_ptr + row * BINS + tl.arange(0, BINS))
     near, far = tl.load(total_ptr + row * 2), tl.load(total_ptr + row * 2 + 1)
     largest = tl.load(largest_ptr + row)
-    value, kept, maybe, number = logits, ids < V, ids < 0, 0
+    value, kept, maybe = logits, ids < V, ids < 0
     if _draws(temperature, largest):
         value = logits / temperature + noise
         u = _units(logits, largest)
         if (top_k > 0) | (top_p < 1):
             k_bin, k_left, p_first, p_last = _find_cuts(counts, near, far, top_k, top_p)
             bins, mass = _bin(u, temperature), _mass(u, temperature)
-            before = _sum_pair(tl.where(bins < k_bin, mass, 0), tl.where(bins < p_first, mass, 0))
-            tl.store(before_ptr + slot * 2 + tl.arange(0, 2), before)
             listed = (u < LIMIT) & ((bins == k_bin) | ((bins >= p_first) & (bins <= p_last)))
+            before = tl.join(tl.where(bins < k_bin, mass, 0), tl.where(bins < p_first, mass, 0))
+            numbers = tl.join(listed, listed).to(tl.int64)
+            pair = tl.arange(0, 2)
+            tl.store(sums_ptr + slot * 4 + pair[:, None] * 2 + pair[None, :], tl.sum(tl.join(before, numbers), 0))
             rank = tl.cumsum(listed.to(tl.int32), 0)
-            number = tl.max(rank, 0)
             tl.store(list_ptr + row.to(tl.int64) * V + block * BLOCK + rank - 1, ids, mask=listed)
             kept &= (u == 0) | ((bins < k_bin) & (bins < p_first))
             maybe = listed & (bins <= p_last) & (u > 0)
@@ -268,7 +263,6 @@ def _candidates_kernel(
     best, index = tl.max(both, 0, return_indices=True)
     tl.store(best_ptr + slot * 2 + tl.arange(0, 2), best)
     tl.store(best_id_ptr + slot * 2 + tl.arange(0, 2), block * BLOCK + index)
-    tl.store(listed_ptr + slot, number)
 
 
 @triton.jit
@@ -354,7 +348,7 @@ def _better(value_a, id_a, value_b, id_b):
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _resolve_kernel(
     logits_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, before_ptr, listed_ptr, list_ptr,
+    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, sums_ptr, list_ptr,
     value_ptr, id_ptr, T, V, blocks,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -379,9 +373,9 @@ def _resolve_kernel(
     if (listed >= best) & (listed > float("-inf")):
         k_bin, k_left = tl.load(cuts_ptr + row * 4), tl.load(cuts_ptr + row * 4 + 1)
         p_first, p_last = tl.load(cuts_ptr + row * 4 + 2), tl.load(cuts_ptr + row * 4 + 3)
-        mass = tl.sum(tl.load(before_ptr + slot * 2, mask=mask, other=0), 0)
-        p_mass = tl.sum(tl.load(before_ptr + slot * 2 + 1, mask=mask, other=0), 0)
-        numbers = tl.load(listed_ptr + slot, mask=mask, other=0)
+        mass = tl.sum(tl.load(sums_ptr + slot * 4, mask=mask, other=0), 0)
+        p_mass = tl.sum(tl.load(sums_ptr + slot * 4 + 2, mask=mask, other=0), 0)
+        numbers = tl.load(sums_ptr + slot * 4 + 1, mask=mask, other=0).to(tl.int32)
         start = row.to(tl.int64) * V
         lists = (logits_ptr + start, list_ptr + start, numbers, tl.load(largest_ptr + row), temperature)
         _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, BLOCK)
@@ -452,9 +446,9 @@ def _choose(
     make = functools.partial(torch.empty, device=logits.device, dtype=torch.int32)
     counts = zeroed_workspace(logits.device, "counts of choose", MAX_ROWS * BINS.value)
     totals = zeroed_workspace(logits.device, "masses of choose", MAX_ROWS * 2, torch.int64)
-    largest, cuts, numbers, lists = make(M, dtype=torch.float32), make(M, 4), make(M, blocks), make(M, V)
+    largest, cuts, lists = make(M, dtype=torch.float32), make(M, 4), make(M, V)
     best, best_id = make(M, blocks, 2, dtype=torch.float32), make(M, blocks, 2)
-    before = make(M, blocks, 2, dtype=torch.int64)
+    sums = make(M, blocks, 2, 2, dtype=torch.int64)
     options = {"BLOCK": block, "num_warps": 8, **launch_options(logits)}
     _count_kernel[(blocks, M)](
         logits, maxima, temperature, top_k, top_p, counts, totals, largest, T, V, P,
@@ -462,11 +456,11 @@ def _choose(
     )  # fmt: skip
     _candidates_kernel[(blocks, M)](
         logits, temperature, seed, sample, lengths, top_k, top_p, min_p,
-        counts, totals, largest, cuts, best, best_id, before, numbers, lists, T, V, **options,
+        counts, totals, largest, cuts, best, best_id, sums, lists, T, V, **options,
     )  # fmt: skip
     _resolve_kernel[(M,)](
         logits, temperature, seed, sample, lengths, top_p, min_p,
-        counts, totals, largest, cuts, best, best_id, before, numbers, lists, value, index, T, V, blocks,
+        counts, totals, largest, cuts, best, best_id, sums, lists, value, index, T, V, blocks,
         BLOCKS=count_blocks, COLUMNS=max(1, TILE // count_blocks), **options,
     )  # fmt: skip
     return value, index
