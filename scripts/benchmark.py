@@ -84,7 +84,7 @@ def decode(args: argparse.Namespace) -> dict:
     median = runs[steps.index(statistics.median_low(steps))]
     result = {
         "benchmark": "decode", "engine": "rooflama", "model": name, "batch_size": args.batch_size,
-        "quantize": row.formats[0], "quantize_head": row.formats[1], "mode": args.quantize,
+        "quantize": row.formats[0], "quantize_head": row.formats[1], "mode": args.quantize, "decode_mode": args.decode_mode,
         "prompt_len": args.prompt_len, "max_new_tokens": args.max_new_tokens, "repeats": args.repeats,
         "ms_per_step_of_each_run": steps, "e2e_sec": statistics.median(e2e),
         "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
