@@ -208,7 +208,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
             say(f"{shape}: the largest power-of-two batch that fits is {largest}")
             if largest:
                 rows.append(dataclasses.replace(shape, batch_size=largest))
-        rows = list(dict.fromkeys(rows))
+        rows = sorted(dict.fromkeys(rows), key=lambda row: (row.model, row.quantize or ""))  # a model has the card to itself
     records, first = [], {}
     for record in measure.measure(args.command, rows, engines, plan, say):
         tokens = record.pop("tokens", None)

@@ -306,7 +306,7 @@ def measure(benchmark: str, rows: list[Row], engines: list[tuple[str, str]], pla
                 try:
                     if key in absent:
                         raise absent[key]
-                    _check_time(row, card, plan, slowness)
+                    check_time(row, card, plan, slowness)
                     if key not in workers or not workers[key].alive:
                         workers[key] = Worker(setup_of(name, mode, row, rows, plan), plan.deadline)
                     answer = workers[key].run(job_of(row, plan), plan.deadline)
@@ -337,7 +337,7 @@ def roofline_sec(row: Row, card: roofline.Card) -> float:
     return prompt.sec + step.sec * (row.max_new_tokens - 1)
 
 
-def _check_time(row: Row, card: roofline.Card | None, plan: Plan, slowness: list[float]) -> None:
+def check_time(row: Row, card: roofline.Card | None, plan: Plan, slowness: list[float]) -> None:
     left = plan.deadline - time.monotonic()
     factor = statistics.median(slowness) if slowness else 1.0
     runs = plan.warmup_runs + plan.timed_runs

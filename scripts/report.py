@@ -140,12 +140,7 @@ def why(record: dict, run: Run) -> str:
         return "over their floors: " + ", ".join(f"{name} by {num(us)} us" for name, us in worst)
     if (record.get("host_ms_per_step") or 0.0) > 0.8 * run.measured_ms:
         return f"the host takes {num(record['host_ms_per_step'])} ms to launch a step: the device waits for it"
-    path = record.get("path", "")
-    return (
-        f"the record has no trace (--explain); its path: {path.split(',')[0]}"
-        if path
-        else "the record has no trace (--explain)"
-    )
+    return f"its record has no trace (--explain); the path: {record.get('path', 'unknown')}"
 
 
 def attention_records(records: list[dict]) -> list[dict]:
@@ -224,21 +219,13 @@ def render(directory: Path) -> str:
     measured, skipped = ([r for r in engines if ("skipped" in r) == is_skipped] for is_skipped in (False, True))
     sections = [
         ("A decode step", decoding, lambda: decode_table(decoding)),
-        (
-            "Whole runs",
-            measured,
-            lambda: engine_table(measured, stored) + (f"\nvLLM's: {rival['provenance']}.\n" if stored else ""),
-        ),
+        ("Whole runs", measured, lambda: engine_table(measured, stored) + f"\nvLLM's tok/s: {rival['provenance']}.\n"),
         ("Not measured", skipped, lambda: skipped_list(skipped)),
         ("Predicted and measured", decoding + measured, lambda: off_list(decoding + measured)),
         ("Questions and answers", kind("chat"), lambda: chat_table(kind("chat"))),
         ("From the start of a process", kind("cold"), lambda: cold_table(kind("cold"))),
-        (
-            "Through generate.py",
-            [r for r in records if "command" in r],
-            lambda: command_table([r for r in records if "command" in r]),
-        ),
-        ("Attention of one token", kind("attention"), lambda: attention_table(kind("attention"))),
+        ("Through generate.py", commands, lambda: command_table(commands)),
+        ("Attention of one token", attention, lambda: attention_table(attention)),
         ("Where it comes from", records, lambda: provenance_table(records)),
     ]
     text = (
