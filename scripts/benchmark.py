@@ -27,6 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import comparison as tables
 import measure
 from engines import ENGINES, Job, compilations
 from explain import explain, explain_table
@@ -42,11 +43,9 @@ from quantize import MODES
 from sampling import SamplingParams
 from tokenizer import load_tokenizer
 
-RIVAL_FILE = ROOT / "benchmarks" / "vllm_0.26.0_h200.json"
 DEMO = Path(os.path.relpath(generate.DEMO))  # as a stored result shall name it
 MAX_BATCH = 4096
 CHAT_TOKENS = 200
-LENGTHS = [(128, 128), (2048, 128), (128, 2048), (2048, 2048)]  # (prompt, answer), the longest runs last
 
 # ---------------------------------------------------------------- decode: one model in this process
 
@@ -60,8 +59,8 @@ def decode(args: argparse.Namespace) -> dict:
     measure.check_row(row)
     if args.cold:
         return cold_start(args, row)
-    args.compile, args.max_seq_len = True, args.max_seq_len or args.prompt_len + args.max_new_tokens
-    engine = generate.load_engine(args)
+    args.max_seq_len = args.max_seq_len or args.prompt_len + args.max_new_tokens
+    engine = generate.load_engine(argparse.Namespace(**vars(generate.parse_args(["--compile"])) | vars(args)))
     prompts = row.prompts(engine.model.vocab_limit)
     sampling = {n: getattr(args, n) for n in ("top_k", "top_p") if getattr(args, n) is not None}
     params = SamplingParams(args.temperature, max_new_tokens=args.max_new_tokens, ignore_eos=True, **sampling)
@@ -121,7 +120,7 @@ def cold_start(args: argparse.Namespace, row: Row) -> dict:
     plan = plan_of(args, row.model)
     result = {"benchmark": "cold", "engine": "rooflama", **dataclasses.asdict(row), "dtype": plan.dtype, **stamp()}
     with tempfile.TemporaryDirectory() as cache:
-        names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+        names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
         environment = {name: str(Path(cache) / name) for name in names}
         for start in ("cold", "warm"):
             job = dataclasses.replace(measure.job_of(row, plan), warmup_runs=1, timed_runs=1)
@@ -147,30 +146,6 @@ def cold_start(args: argparse.Namespace, row: Row) -> dict:
 # ---------------------------------------------------------------- latency, throughput, sweep: engines beside each other
 
 
-def scenario_rows(name: str) -> list[Row]:
-    """The rows of a scenario by importance: what a time limit cuts off comes last."""
-    models = ("llama-3.2-1b", "llama-3.1-8b")
-    if name == "vllm-table":
-        rows = [Row(*key[:1], *key[2:], quantize=key[1]) for key in stored_rival()[1]]
-        small = lambda row: row.prompt_len <= 128 and row.max_new_tokens <= 128
-        tier = lambda row: 3 if row.max_new_tokens > 128 else 0 if small(row) and not row.quantize else 1 if row.quantize else 2
-        return sorted(rows, key=lambda row: (tier(row), models.index(row.model), row.quantize or ""))
-    if name == "grid":
-        return [Row(m, b, *lengths) for lengths in LENGTHS for m in models for b in (1, 16, 64, 256)]
-    padded = [(256, 0.3), (2048, 0.3), (4096, 0.0)]  # "padding"
-    return [Row(m, b, n, 128, padding_ratio=ratio) for n, ratio in padded for m in models for b in (16, 64)]
-
-
-SCENARIOS = ("vllm-table", "grid", "padding")
-
-
-def stored_rival() -> tuple[str, dict]:
-    """Where the stored figures of vLLM come from, and its rows by (model, quantize, batch, prompt, answer)."""
-    data = json.loads(RIVAL_FILE.read_text())
-    fields = ("model", "quantize", "batch_size", "prompt_len", "max_new_tokens")
-    return data["provenance"], {tuple(row[f] for f in fields): row for row in data["rows"]}
-
-
 def plan_of(args: argparse.Namespace, model: str) -> Plan:
     dtype = args.dtype or str(load_config(model).dtype).removeprefix("torch.")
     deadline = time.monotonic() + args.time_limit if getattr(args, "time_limit", None) else float("inf")
@@ -183,7 +158,7 @@ def plan_of(args: argparse.Namespace, model: str) -> Plan:
 
 def rows_of(args: argparse.Namespace) -> list[Row]:
     if getattr(args, "scenario", None):
-        return scenario_rows(args.scenario)
+        return tables.scenario_rows(args.scenario)
     models = args.random_weights or list(map(str, args.checkpoint_path))
     lists = (models, args.prompt_len, args.max_new_tokens, args.padding_ratio, args.quantize or [None], args.batch_size)
     return [Row(m, b, t, n, q, ratio) for m, t, n, ratio, q, b in itertools.product(*lists)]
@@ -212,83 +187,18 @@ def compare(args: argparse.Namespace) -> list[dict]:
     records, first = [], {}
     for record in measure.measure(args.command, rows, engines, plan, say):
         tokens = record.pop("tokens", None)
-        key = (*row_key(record), record["padding_ratio"])
         if tokens and not record["random_weights"]:  # the same weights: greedy answers agree
-            theirs = first.setdefault(key, tokens)
+            theirs = first.setdefault(tables.row_key(record), tokens)
             record["same_answers"] = sum(a == b for a, b in zip(tokens, theirs, strict=True)) / len(tokens)
         if "skipped" not in record:
-            say(f"{label(record)} {row_name(record)}: {record['output_tok_per_sec']:.1f} tok/s out, {record['e2e_sec']:.3f} s")
+            rate = f"{record['output_tok_per_sec']:.1f} tok/s out, {record['e2e_sec']:.3f} s"
+            say(f"{tables.label(record)} {tables.row_name(record)}: {rate}")
         append(args.output, record)
         records.append(record)
-    print(comparison(records))
+    print(tables.comparison(records))
     if args.command == "latency":
-        print(percentile_table(records))
+        print(tables.percentiles(records))
     return records
-
-
-def row_key(record: dict) -> tuple:
-    return tuple(record[f] for f in ("model", "mode", "batch_size", "prompt_len", "max_new_tokens"))
-
-
-def row_name(record: dict) -> str:
-    return str(
-        Row(**{f.name: record[f.name] for f in dataclasses.fields(Row) if f.name != "quantize"}, quantize=record["mode"])
-    )
-
-
-def label(record: dict) -> str:
-    mode = record["decode_mode"]
-    return record["engine"] + (f" {mode}" if mode not in (None, "auto") else "")
-
-
-def comparison(records: list[dict]) -> str:
-    """A line a row and engine, beside the floor and vLLM: measured in this run, or stored."""
-    provenance, stored = stored_rival()
-    here = {row_key(r): r for r in records if r["engine"] == "vllm" and "skipped" not in r and not r["padding_ratio"]}
-    cells, quoted, skipped = [], False, []
-    for r in records:
-        if "skipped" in r:
-            skipped.append(f"{label(r)} {row_name(r)}: {r['skipped']}")
-            continue
-        rival, mark = here.get(row_key(r)), ""
-        if rival is None and "H200" in r.get("gpu", "") and not r["padding_ratio"]:
-            rival, mark = stored.get(row_key(r)), "*"
-            quoted = quoted or rival is not None
-        beside = ["", ""]
-        if rival and r["engine"] != "vllm":
-            rate = rival["output_tok_per_sec"]
-            beside = [num(rate) + mark, f"{r['output_tok_per_sec'] / rate:.2f}"]
-        floor = (
-            [num(r["floor_ms"]), f"{r['floor_ratio']:.2f}{' !' if r['floor_ratio'] > 2 else ''}"]
-            if "floor_ms" in r
-            else ["", ""]
-        )
-        shares = [f"{r[f]:.0%}" if f in r else "" for f in ("mbu", "mfu")]
-        gib = f"{r['peak_memory_bytes'] / 2**30:.1f}"
-        times = [num(r["ttft_sec"] * 1e3), num(r["tpot_ms"]["mean"]), *floor]
-        rates = [num(r["output_tok_per_sec"]), num(r["total_tok_per_sec"]), *shares, gib]
-        cells.append([row_name(r), label(r), *times, *rates, *beside])
-    header = "row  engine  TTFT ms  TPOT ms  floor ms  x floor  output tok/s  total tok/s  MBU  MFU  GiB  vLLM tok/s  ratio"
-    notes = [
-        "Output tokens a second over the whole run, prefill included; total: prompt tokens counted too. Medians.",
-        "floor: the sum over a step's kernels of max(bytes / bandwidth, FLOPs / peak); ! more than twice that.",
-    ]
-    notes += [f"* {provenance}"] if quoted else []
-    notes += ["Not measured:", *(f"  {line}" for line in skipped)] if skipped else []
-    agree = [r["same_answers"] for r in records if "same_answers" in r]
-    notes += [f"Greedy answers equal to those of the first engine: {min(agree):.0%}, the least of any row."] if agree else []
-    return (table(header, cells) if cells else "") + "\n".join(notes) + "\n"
-
-
-def percentile_table(records: list[dict]) -> str:
-    rows = []
-    for r in (r for r in records if "skipped" not in r):
-        scaled = lambda values, factor: [num(values[p] * factor) for p in ("p50", "p90", "p99")]
-        cells = [*scaled(r["ttft_sec_percentiles"], 1e3), *scaled(r["tpot_ms"], 1), *scaled(r["e2e_sec_percentiles"], 1e3)]
-        loading = [num(r["load_sec"]), num(r["compile_sec"] or 0.0)]
-        rows.append([row_name(r), label(r), *cells, *loading])
-    names = "  ".join(f"{m} {p}" for m in ("TTFT ms", "TPOT", "E2E") for p in ("p50", "p90", "p99"))
-    return table(f"row  engine  {names}  load s  compile s", rows)
 
 
 # ---------------------------------------------------------------- chat
@@ -437,7 +347,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         add_engines(sub)
         add_common(sub)
         if name == "throughput":
-            add_flag(sub, "scenario", choices=SCENARIOS, help="rows by name, in place of the lists")
+            add_flag(sub, "scenario", choices=tables.SCENARIOS, help="rows by name, in place of the lists")
     sub = add("chat", "a file of questions, a CSV row each")
     add_flag(sub, "checkpoint_path", type=Path, default=DEMO)
     add_flag(sub, "questions", type=Path, required=True, help="one a line; the first warms up")

@@ -357,6 +357,9 @@ def run_job(engine, job: Job, device: str) -> dict:
         e2e_sec = time.perf_counter() - started
         ttft_sec = engine.first_token_sec(job) if hasattr(engine, "first_token_sec") else timed.ttft_sec
         first_token_at = first_token_at or at + ttft_sec
+        if not job.stop_ids and any(len(answer) != job.max_new_tokens for answer in timed.tokens):
+            found = sorted({len(answer) for answer in timed.tokens})
+            raise ValueError(f"answers: found {found} tokens, expected {job.max_new_tokens} of each prompt")
         runs.append({"e2e_sec": e2e_sec, "ttft_sec": ttft_sec, "step_ms": timed.step_ms, "host_ms": timed.host_ms_per_step})
         same = same and tokens in (None, timed.tokens)
         tokens = timed.tokens

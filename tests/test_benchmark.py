@@ -14,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
+import comparison
 import explain
 import measure
 import roofline
@@ -130,8 +131,8 @@ def test_bad_rows_are_named(change, message):
 
 def test_vllm_table():
     """All of its rows, the most important first, each of them with a figure to stand beside."""
-    rows = benchmark.scenario_rows("vllm-table")
-    provenance, stored = benchmark.stored_rival()
+    rows = comparison.scenario_rows("vllm-table")
+    provenance, stored = comparison.stored_rival()
     assert "measured separately" in provenance
     assert {(r.model, r.quantize, r.batch_size, r.prompt_len, r.max_new_tokens) for r in rows} == set(stored)
     assert len(rows) == 20
@@ -141,9 +142,9 @@ def test_vllm_table():
         measure.check_row(row)
 
 
-@pytest.mark.parametrize("name", benchmark.SCENARIOS)
+@pytest.mark.parametrize("name", comparison.SCENARIOS)
 def test_scenarios(name):
-    assert len(rows := benchmark.scenario_rows(name)) == len(set(rows))
+    assert len(rows := comparison.scenario_rows(name)) == len(set(rows))
 
 
 @pytest.mark.parametrize("most", [1, 48, 4096])
@@ -231,14 +232,21 @@ def test_comparison_with_stored_figures():
     common = {"benchmark": "throughput", "engine": "rooflama", **dataclasses.asdict(row), "mode": None, "decode_mode": "auto"}
     metrics = measure.summary(row, answer())
     record = common | {"gpu": "NVIDIA H200"} | metrics | measure.beside_roofline(row, metrics, H200)
-    text = benchmark.comparison([record, common | {"engine": "vllm", "skipped": "vllm cannot be imported"}])
+    text = comparison.comparison([record, common | {"engine": "vllm", "skipped": "vllm cannot be imported"}])
     assert "2,855*" in text
     assert f"{16 * 128 / 2 / 2855:.2f}" in text
     assert f"{record['floor_ratio']:.2f} !" in text
     assert "* vLLM 0.26.0" in text
     assert "vllm llama-3.1-8b plain, batch 16, 128/128: vllm cannot be imported" in text
+    assert "70.00*" in text
+    assert "Launching a step took the host as long as the step itself in: no row." in text
+    assert "Compiled while timed: no row." in text
+    bad = record | {"host_ms_per_step": 20.0, "compiled_while_timed": 1, "same_tokens_in_each_run": False}
+    assert comparison.comparison([bad]).count(": rooflama llama-3.1-8b plain, batch 16, 128/128.") == 3
+    padded = record | {"padding_ratio": 0.3}
+    assert "2,855" not in comparison.comparison([padded])
     here = record | {"engine": "vllm", "output_tok_per_sec": 512.0, "decode_mode": None}
-    text = benchmark.comparison([record, here])
+    text = comparison.comparison([record, here])
     assert "2,855" not in text
     assert "2.00" in text
 
@@ -322,7 +330,7 @@ def test_chat(capsys, tmp_path):
         "eager",
         "--engines",
         "rooflama",
-        "vllm",
+        "gpt-fast",
     ]
     status, out, err = run(capsys, "chat", *TINY, *argv)
     result = json.loads(out.splitlines()[-1])
@@ -337,7 +345,7 @@ def test_chat(capsys, tmp_path):
     assert ours["ms_per_10_words"] == pytest.approx(10 * ours["seconds"] * 1e3 / ours["words"])
     assert ours["ms_per_token"] == pytest.approx(ours["seconds"] * 1e3 / ours["tokens"])
     assert ours["tokens"] == sum(len(o.tokens) for o in outputs)
-    assert "vllm: absent: vllm cannot be imported" in err
+    assert "gpt-fast: absent: --gpt_fast_dir: not given" in err
 
 
 @pytest.mark.parametrize(
