@@ -13,6 +13,7 @@ standard output, progress to stderr; the last line of standard output is one JSO
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
 import itertools
@@ -54,8 +55,11 @@ def decode(args: argparse.Namespace) -> dict:
     """ms a step, percentiles and MBU of one model, batch size and length."""
     if args.context:
         args.prompt_len = args.context - args.max_new_tokens
-    name = args.random_weights or str(args.checkpoint_path)
-    row = Row(name, args.batch_size, args.prompt_len, args.max_new_tokens, args.quantize)
+    if args.explain and not args.device.startswith("cuda"):
+        raise ValueError(f"--explain: found device {args.device}, expected a CUDA device")
+    row = Row(
+        args.random_weights or str(args.checkpoint_path), args.batch_size, args.prompt_len, args.max_new_tokens, args.quantize
+    )
     measure.check_row(row)
     if args.cold:
         return cold_start(args, row)
@@ -69,47 +73,56 @@ def decode(args: argparse.Namespace) -> dict:
     if predicted:
         floor = f"floor {predicted.floor_sec * 1e3:.4f} ms a step, predicted {predicted.sec * 1e3:.4f}"
         print(f"{row}: {floor}; {card.describe()}", file=sys.stderr)
+    result = {
+        "benchmark": "decode", "engine": "rooflama", **dataclasses.asdict(row), "mode": args.quantize,
+        "quantize": row.formats[0], "quantize_head": row.formats[1], "decode_mode": args.decode_mode, "repeats": args.repeats,
+        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+        **time_decoding(engine, prompts, params, args.repeats), **stamp(),
+    }  # fmt: skip
+    if card:
+        mean = {"tpot_ms": {"mean": result["tpot_ms"]["p50"]}, "e2e_sec": result["e2e_sec"], "ttft_sec": result["ttft_sec"]}
+        result |= measure.beside_roofline(row, mean, card)
+    print(decode_text(row, result))
+    if args.explain:
+        result["explain"] = explain(engine, params, prompts, predicted)
+        print("\n" + explain_table(result["explain"]))
+    return result
 
+
+def time_decoding(engine, prompts: list, params: SamplingParams, repeats: int) -> dict:
+    """The metrics of the run with the median step, of so many; what came before it is compile_sec."""
     started = time.perf_counter()
     engine.generate(prompts, params)  # compiles, captures, warms up
     first_run_sec, compiled, captured = time.perf_counter() - started, compilations(), engine.decoder.capture_sec
     runs, e2e = [], []
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         started = time.perf_counter()
         _, timing = engine.generate(prompts, params)
         e2e.append(time.perf_counter() - started)
         runs.append(metrics(engine, timing, 0.0))
     steps = [m["tpot_ms"]["p50"] for m in runs]
-    median = runs[steps.index(statistics.median_low(steps))]
-    result = {
-        "benchmark": "decode", "engine": "rooflama", "model": name, "batch_size": args.batch_size,
-        "quantize": row.formats[0], "quantize_head": row.formats[1], "mode": args.quantize, "decode_mode": args.decode_mode,
-        "prompt_len": args.prompt_len, "max_new_tokens": args.max_new_tokens, "repeats": args.repeats,
-        "ms_per_step_of_each_run": steps, "e2e_sec": statistics.median(e2e),
-        "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-        **median, "compile_sec": max(0.0, first_run_sec - statistics.median(e2e)), "capture_sec": captured,
+    e2e_sec = statistics.median(e2e)
+    return runs[steps.index(statistics.median_low(steps))] | {
+        "ms_per_step_of_each_run": steps,
+        "e2e_sec": e2e_sec,
+        "compile_sec": max(0.0, first_run_sec - e2e_sec),
+        "capture_sec": captured,
         "compiled_while_timed": compilations() - compiled + (engine.decoder.capture_sec > captured),
-        **stamp(),
-    }  # fmt: skip
-    ms = median["tpot_ms"]
-    if card:
-        mean = {"tpot_ms": {"mean": ms["p50"]}, "e2e_sec": result["e2e_sec"], "ttft_sec": median["ttft_sec"]}
-        result |= measure.beside_roofline(row, mean, card)
-    print(
-        f"{row}: {ms['p50']:.4f} ms a step (p90 {ms['p90']:.4f}, p99 {ms['p99']:.4f}), TTFT {median['ttft_sec'] * 1e3:.2f} ms"
-    )
-    if card:
-        print(
-            f"MBU {result['mbu']:.1%} of {result['mbu_divided_by_gbps']:.0f} GB/s, {result['mbu_datasheet']:.1%} of the data "
-            f"sheet's; {result['floor_ratio']:.2f} of the floor, {result['predicted_ratio']:.2f} of the prediction"
+    }
+
+
+def decode_text(row: Row, r: dict) -> str:
+    ms, host = r["tpot_ms"], r["host_ms_per_step"]
+    times = f"{ms['p50']:.4f} ms a step (p90 {ms['p90']:.4f}, p99 {ms['p99']:.4f})"
+    lines = [f"{row}: {times}, TTFT {r['ttft_sec'] * 1e3:.2f} ms"]
+    if "floor_ratio" in r:
+        lines.append(
+            f"MBU {r['mbu']:.1%} of {r['mbu_divided_by_gbps']:.0f} GB/s, {r['mbu_datasheet']:.1%} of the data sheet's; "
+            f"{r['floor_ratio']:.2f} of the floor, {r['predicted_ratio']:.2f} of the prediction"
         )
-    host = median["host_ms_per_step"]
-    print(f"host {host:.4f} ms a step: {'under' if host < ms['p50'] else 'NOT under'} the step's time; {median['path']}")
-    print(f"compiled or captured while timed: {result['compiled_while_timed'] or 'nothing'}")
-    if args.explain:
-        result["explain"] = explain(engine, params, prompts, predicted)
-        print("\n" + explain_table(result["explain"]))
-    return result
+    lines.append(f"host {host:.4f} ms a step: {'under' if host < ms['p50'] else 'NOT under'} the step's time; {r['path']}")
+    lines.append(f"compiled or captured while timed: {r['compiled_while_timed'] or 'nothing'}")
+    return "\n".join(lines)
 
 
 def cold_start(args: argparse.Namespace, row: Row) -> dict:
@@ -130,15 +143,12 @@ def cold_start(args: argparse.Namespace, row: Row) -> dict:
                 answer = worker.run(job, plan.deadline)
             finally:
                 worker.close()
-            seconds = answer["first_token_at"] - began
-            result[start] = {
-                "first_token_sec": seconds,
-                "load_sec": worker.loaded["load_sec"],
-                "warmup_sec": answer["warmup_sec"][0],
-            }
+            seconds, load_sec = answer["first_token_at"] - began, worker.loaded["load_sec"]
+            warmup_sec = answer["warmup_sec"][0]
+            result[start] = {"first_token_sec": seconds, "load_sec": load_sec, "warmup_sec": warmup_sec}
             print(
                 f"{row}, {start} caches: first token {seconds:.2f} s after the process began "
-                f"(weights {worker.loaded['load_sec']:.2f} s, warm-up with compiling {answer['warmup_sec'][0]:.2f} s)"
+                f"(weights {load_sec:.2f} s, warm-up with compiling {warmup_sec:.2f} s)"
             )
     return result
 
@@ -178,12 +188,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     engines = engines_of(args)
     say = lambda text: print(text, file=sys.stderr, flush=True)
     if args.max_batch:
-        for shape in dict.fromkeys(dataclasses.replace(row, batch_size=1, padding_ratio=0.0) for row in rows):
-            largest = measure.max_batch(shape, engines[0], plan, args.max_batch)
-            say(f"{shape}: the largest power-of-two batch that fits is {largest}")
-            if largest:
-                rows.append(dataclasses.replace(shape, batch_size=largest))
-        rows = sorted(dict.fromkeys(rows), key=lambda row: (row.model, row.quantize or ""))  # a model has the card to itself
+        rows = with_largest(rows, engines[0], plan, args.max_batch, say)
     records, first = [], {}
     for record in measure.measure(args.command, rows, engines, plan, say):
         tokens = record.pop("tokens", None)
@@ -201,6 +206,20 @@ def compare(args: argparse.Namespace) -> list[dict]:
     return records
 
 
+def with_largest(rows: list[Row], engine: tuple[str, str], plan: Plan, most: int, say) -> list[Row]:
+    """The rows, and each shape at the largest batch that fits; model by model, so that each has the card to itself."""
+    shapes = dict.fromkeys(dataclasses.replace(row, batch_size=1, padding_ratio=0.0) for row in rows)
+    for shape in shapes:
+        try:
+            largest = measure.max_batch(shape, engine, plan, most)
+        except WorkerError as error:
+            say(f"{shape}: the largest batch was not found: {error}")
+            continue
+        say(f"{shape}: the largest power-of-two batch that fits is {largest}")
+        rows = [*rows, *([dataclasses.replace(shape, batch_size=largest)] if largest else [])]
+    return sorted(dict.fromkeys(rows), key=lambda row: (row.model, row.quantize or ""))
+
+
 # ---------------------------------------------------------------- chat
 
 
@@ -214,53 +233,53 @@ def chat(args: argparse.Namespace) -> dict:
     tokenizer = load_tokenizer(directory, config.vocab_size, config.model_type)
     if tokenizer is None:
         raise ValueError(f"{directory}: found no tokenizer, expected one for --questions")
-    ask = lambda text: (
-        tokenizer.encode_chat([{"role": "user", "content": text}]) if tokenizer.template else tokenizer.encode(text)
-    )
-    prompts = [ask(question) for question in questions]
-    stop = set(config.eos_token_ids) | set(tokenizer.eos_ids) | set(default_generation(directory).get("eos_token_id", ()))
-    plan = plan_of(args, str(directory))
-    longest = Row(str(directory), 1, max(map(len, prompts)), args.max_new_tokens, args.quantize)
-    measure.check_row(longest)
-    totals = []
-    with args.csv.open("w", newline="") if args.csv else os.fdopen(os.dup(1), "w", newline="") as file:
-        out = csv.writer(file)
+    if tokenizer.template:
+        prompts = [tokenizer.encode_chat([{"role": "user", "content": text}]) for text in questions]
+    else:
+        prompts = [tokenizer.encode(text) for text in questions]
+    stop = {*config.eos_token_ids, *tokenizer.eos_ids, *default_generation(directory).get("eos_token_id", ())}
+    row = Row(str(directory), 1, max(map(len, prompts)), args.max_new_tokens, args.quantize)
+    measure.check_row(row)
+    plan, totals = plan_of(args, row.model), []
+    with args.csv.open("w", newline="") if args.csv else contextlib.nullcontext(sys.stdout) as file:
+        out = csv.writer(file, lineterminator="\n")
         out.writerow(["engine", "model", "seconds", "words", "answer"])
         for name, mode in engines_of(args):
-            seconds, words, tokens = [], [], []
-            worker = None
+            total = {"engine": name, "questions": 0, "seconds": 0.0, "words": 0, "tokens": 0}
             try:
-                worker = Worker(measure.setup_of(name, mode, longest, [longest], plan), plan.deadline)
-                for i, prompt in enumerate(prompts):
-                    rows = longest.prompt_len + longest.max_new_tokens
-                    answer = worker.run(Job([prompt], args.max_new_tokens, sorted(stop), 0, 1, rows), plan.deadline)
-                    if i == 0:
-                        continue
-                    ids = answer["tokens"][0]
-                    text = tokenizer.decode([t for t in ids if t not in stop])
-                    seconds.append(answer["runs"][0]["e2e_sec"])
-                    words.append(len(text.split()))
-                    tokens.append(len(ids))
-                    out.writerow([name, directory.name, f"{seconds[-1]:.4f}", words[-1], text])
+                for seconds, ids in answers(name, mode, row, prompts, sorted(stop), plan):
+                    text = tokenizer.decode([token for token in ids if token not in stop])
+                    words = len(text.split())
+                    out.writerow([name, directory.name, f"{seconds:.4f}", words, text])
+                    for field, more in (("questions", 1), ("seconds", seconds), ("words", words), ("tokens", len(ids))):
+                        total[field] += more
             except WorkerError as error:
                 print(f"{name}: {'absent' if error.kind == 'absent' else 'ended'}: {error}", file=sys.stderr)
                 totals.append({"engine": name, "skipped": str(error)})
                 continue
-            finally:
-                if worker:
-                    worker.close()
-            ms = sum(seconds) * 1e3
-            totals.append({
-                "engine": name, "questions": len(seconds), "seconds": sum(seconds), "words": sum(words), "tokens": sum(tokens),
-                "ms_per_10_words": 10 * ms / sum(words) if sum(words) else None, "ms_per_token": ms / sum(tokens),
-            })  # fmt: skip
-    rows = [
-        [t["engine"], *(num(t[f]) if t[f] else "" for f in ("ms_per_10_words", "ms_per_token", "seconds", "words", "tokens"))]
-        for t in totals
-        if "skipped" not in t
-    ]
+            ms = total["seconds"] * 1e3
+            each = {
+                "ms_per_10_words": 10 * ms / total["words"] if total["words"] else None,
+                "ms_per_token": ms / total["tokens"],
+            }
+            totals.append(total | each)
+    fields = ("ms_per_10_words", "ms_per_token", "seconds", "words", "tokens")
+    rows = [[t["engine"], *(num(t[f]) if t[f] else "" for f in fields)] for t in totals if "skipped" not in t]
     print(table("engine  ms per 10 words  ms per token  seconds  words  tokens", rows))
-    return {"benchmark": "chat", "model": str(directory), "quantize_mode": args.quantize, "engines": totals, **stamp()}
+    return {"benchmark": "chat", "model": row.model, "mode": args.quantize, "dtype": plan.dtype, "engines": totals, **stamp()}
+
+
+def answers(name: str, mode: str, row: Row, prompts: list[list[int]], stop: list[int], plan: Plan):
+    """(seconds, tokens) of an engine's answer to every prompt but the first; one cache serves them all."""
+    worker = Worker(measure.setup_of(name, mode, row, [row], plan), plan.deadline)
+    try:
+        for i, prompt in enumerate(prompts):
+            job = Job([prompt], row.max_new_tokens, stop, 0, 1, row.prompt_len + row.max_new_tokens)
+            answer = worker.run(job, plan.deadline)
+            if i:
+                yield answer["runs"][0]["e2e_sec"], answer["tokens"][0]
+    finally:
+        worker.close()
 
 
 # ---------------------------------------------------------------- command line

@@ -21,7 +21,7 @@ def scenario_rows(name: str) -> list[Row]:
     if name == "vllm-table":
         rows = [Row(*key[:1], *key[2:], quantize=key[1]) for key in stored_rival()[1]]
         small = lambda row: row.prompt_len <= 128 and row.max_new_tokens <= 128
-        tier = lambda row: 3 if row.max_new_tokens > 128 else 0 if small(row) and not row.quantize else 1 if row.quantize else 2
+        tier = lambda row: 3 if row.max_new_tokens > 128 else 2 if row.quantize else 0 if small(row) else 1
         return sorted(rows, key=lambda row: (tier(row), models.index(row.model), row.quantize or ""))
     if name == "grid":
         return [Row(m, b, *lengths) for lengths in LENGTHS for m in models for b in (1, 16, 64, 256)]

@@ -314,6 +314,8 @@ def measure(benchmark: str, rows: list[Row], engines: list[tuple[str, str]], pla
                     if error.kind != "time" and key not in workers:
                         absent[key] = error  # it does not load: not tried again for each row
                     record |= {"skipped": str(error), "skipped_kind": error.kind}
+                    if error.kind == "failed" and key in workers:
+                        workers.pop(key).close()  # a CUDA error would stay with it: the next row gets a new one
                     say(f"{name} {row}: {'absent' if error.kind == 'absent' else 'skipped'}: {error}")
                 else:
                     loaded = workers[key].loaded

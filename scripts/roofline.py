@@ -437,7 +437,7 @@ def load_config(name: str, source: str = "MODEL") -> ModelConfig:
 
 def num(value: float) -> str:
     """Four significant digits, without an exponent, at most three decimals."""
-    digits = 3 - math.floor(math.log10(value)) if value else 0
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{min(3, max(0, digits))}f}"
 
 

@@ -261,6 +261,11 @@ def test_bad_runs_are_named(tmp_path, row, message):
         roofline.read_runs(written(tmp_path / "runs.jsonl", ROW, row), None)
 
 
+def test_num():
+    values = {0: "0", 1234567: "1,234,567", 12.3456: "12.35", 0.0012: "0.001", -3.46: "-3.460"}
+    assert {v: roofline.num(v) for v in values} == values
+
+
 # ---------------------------------------------------------------- command line
 
 
