@@ -387,6 +387,8 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
+    if getattr(args, "output", None):
+        args.output.open("a").close()  # where it cannot be written, that is known before anything is measured
     if args.command == "report":
         import report
 

@@ -71,11 +71,11 @@ def comparison(records: list[dict]) -> str:
         floor = ["", ""]
         if "floor_ms" in r:
             floor = [num(r["floor_ms"]), f"{r['floor_ratio']:.2f}{' !' if r['floor_ratio'] > 2 else ''}"]
-        shares = [f"{r[f]:.0%}" if f in r else "" for f in ("mbu", "mfu")]
+        shares = [f"{r[f]:.0%}" if f in r else "" for f in ("mbu", "mfu", "mfu_prefill")]
         times = [num(r["ttft_sec"] * 1e3), num(r["tpot_ms"]["mean"]), *floor]
         rates = [num(r["output_tok_per_sec"]), num(r["total_tok_per_sec"]), *shares, f"{r['peak_memory_bytes'] / 2**30:.1f}"]
         cells.append([row_name(r), label(r), *times, *rates, *beside])
-    header = "row  engine  TTFT ms  TPOT ms  floor ms  x floor  output tok/s  total tok/s  MBU  MFU  GiB"
+    header = "row  engine  TTFT ms  TPOT ms  floor ms  x floor  output tok/s  total tok/s  MBU  MFU  prefill's  GiB"
     header += "  vLLM TTFT ms  vLLM tok/s  ratio"
     return (table(header, cells) if cells else "") + "\n".join(notes(records, provenance if quoted else None)) + "\n"
 

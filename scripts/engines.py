@@ -214,7 +214,7 @@ class Vllm:
         self.llm = vllm.LLM(
             model, dtype=setup.dtype, quantization=setup.quantize, load_format="dummy" if setup.random else "auto",
             skip_tokenizer_init=True, max_model_len=setup.max_len, gpu_memory_utilization=setup.memory_share,
-            enable_prefix_caching=False, max_num_seqs=1024,
+            enable_prefix_caching=False,
         )  # fmt: skip
 
     @property

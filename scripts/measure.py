@@ -293,6 +293,7 @@ def measure(benchmark: str, rows: list[Row], engines: list[tuple[str, str]], pla
     """
     card, machine = card_of(plan.device), stamp()
     for name, mode in engines:
+        described = name if mode == "auto" else f"{name} {mode}"
         workers: dict[tuple, Worker] = {}
         absent: dict[tuple, WorkerError] = {}
         slowness: list[float] = []  # measured / roofline time of this engine's rows
@@ -316,7 +317,7 @@ def measure(benchmark: str, rows: list[Row], engines: list[tuple[str, str]], pla
                     record |= {"skipped": str(error), "skipped_kind": error.kind}
                     if error.kind == "failed" and key in workers:
                         workers.pop(key).close()  # a CUDA error would stay with it: the next row gets a new one
-                    say(f"{name} {row}: {'absent' if error.kind == 'absent' else 'skipped'}: {error}")
+                    say(f"{described} {row}: {'absent' if error.kind == 'absent' else 'skipped'}: {error}")
                 else:
                     loaded = workers[key].loaded
                     record |= {"engine_version": loaded["version"] or machine["commit"], "load_sec": loaded["load_sec"]}

@@ -212,6 +212,7 @@ def render(directory: Path) -> str:
     rival = json.loads((directory / RIVAL).read_text()) if (directory / RIVAL).exists() else {"rows": [], "provenance": ""}
     fields = ("model", "quantize", "batch_size", "prompt_len", "max_new_tokens")
     stored = {tuple(row[f] for f in fields): row for row in rival["rows"]}
+    rival_note = f"\nvLLM's tok/s: {rival['provenance']}.\n" if stored else ""
     kind = lambda *names: [r for r in records if r.get("benchmark") in names]
     decoding = last_of_each([r for r in kind("decode") if "tpot_ms" in r])
     engines = last_of_each(kind(*ENGINE_BENCHMARKS))
@@ -219,7 +220,7 @@ def render(directory: Path) -> str:
     measured, skipped = ([r for r in engines if ("skipped" in r) == is_skipped] for is_skipped in (False, True))
     sections = [
         ("A decode step", decoding, lambda: decode_table(decoding)),
-        ("Whole runs", measured, lambda: engine_table(measured, stored) + f"\nvLLM's tok/s: {rival['provenance']}.\n"),
+        ("Whole runs", measured, lambda: engine_table(measured, stored) + rival_note),
         ("Not measured", skipped, lambda: skipped_list(skipped)),
         ("Predicted and measured", decoding + measured, lambda: off_list(decoding + measured)),
         ("Questions and answers", kind("chat"), lambda: chat_table(kind("chat"))),

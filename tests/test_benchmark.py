@@ -80,6 +80,9 @@ def test_an_engine_that_fails_is_named(tmp_path):
     with pytest.raises(WorkerError, match="no/such") as failed:
         Worker(dataclasses.replace(setup, model="no/such"), time.monotonic() + 60)
     assert failed.value.kind == "failed"
+    with pytest.raises(WorkerError, match="No module named 'generate'") as absent:
+        Worker(dataclasses.replace(setup, engine="gpt-fast", gpt_fast_dir=str(tmp_path)), time.monotonic() + 60)
+    assert absent.value.kind == "absent"
     with pytest.raises(WorkerError, match="time limit") as late:
         Worker(setup, time.monotonic() + 0.1)
     assert late.value.kind == "time"
@@ -371,6 +374,7 @@ def test_usage(capsys, argv, message):
             "error: model: found 'gpt-9', expected a directory with a config.json or one of",
         ),
         (["chat", "--questions", "/no/such"], "/no/such"),
+        (["latency", "--output", "/no/such/file"], "/no/such/file"),
     ],
 )
 def test_bad_flags_are_named(capsys, argv, message):
