@@ -73,6 +73,11 @@ def shape(record: dict) -> list[str]:
     return [Path(record["model"]).name, formats(record), str(record["batch_size"]), lengths]
 
 
+def label(record: dict) -> str:
+    mode = record.get("decode_mode")
+    return record["engine"] + (f" {mode}" if mode not in (None, "auto") else "")
+
+
 def beside(run: Run | None, ms: float) -> list[str]:
     """Floor, how many times that, prediction, measured / predicted (marked where it is too far off)."""
     if run is None:
@@ -103,18 +108,17 @@ def engine_table(records: list[dict], stored: dict) -> str:
         rival = stored.get(key) if "H200" in r.get("gpu", "") and not r["padding_ratio"] and r["engine"] == "rooflama" else None
         rate = r["output_tok_per_sec"]
         theirs = [num(rival["output_tok_per_sec"]), f"{rate / rival['output_tok_per_sec']:.2f}"] if rival else ["", ""]
-        name = r["engine"] + (f" {r['decode_mode']}" if r.get("decode_mode") not in (None, "auto") else "")
         shares = [f"{r[f]:.0%}" if r.get(f) else "" for f in ("mbu", "mfu")]
         gib = f"{r['peak_memory_bytes'] / 2**30:.1f}"
-        made = f"{r.get('engine_version') or ''}".strip()
+        made = r.get("engine_version") or ""
         cells = [num(r["ttft_sec"] * 1e3), num(ms), *beside(run, ms), num(rate), num(r["total_tok_per_sec"]), *shares, gib]
-        rows.append([*shape(r), name, *cells, *theirs, made])
+        rows.append([*shape(r), label(r), *cells, *theirs, made])
     names = "model  weights  batch  in/out  engine  TTFT ms  TPOT ms  floor ms  x floor  predicted ms  ratio  output tok/s"
     return markdown(names + "  total tok/s  MBU  MFU  GiB  vLLM's tok/s  ratio to it  version", rows)
 
 
 def skipped_list(records: list[dict]) -> str:
-    lines = [f"- {r['engine']}, {', '.join(shape(r))}: {r['skipped']}" for r in records]
+    lines = [f"- {label(r)}, {', '.join(shape(r))}: {r['skipped']}" for r in records]
     return "\n".join(lines) + "\n"
 
 
@@ -286,15 +290,15 @@ def draw_throughput(path: Path, records: list[dict], directory: Path) -> None:
     figure, axes = new_axes(
         CHARTS[path.name], xscale="log", yscale="log", xlabel="ms per token (TPOT)", ylabel="output tokens/s over the whole run"
     )
-    lines: dict[str, list[tuple]] = {}
+    lines: dict[str, dict[int, tuple[float, float]]] = {}  # its points by batch
     for r in last_of_each([r for r in records if r.get("benchmark") in ENGINE_BENCHMARKS and "tpot_ms" in r]):
-        name = f"{r['engine']} {' '.join(shape(r)[:2])} {shape(r)[3]}"
-        lines.setdefault(name, []).append((r["batch_size"], r["tpot_ms"]["mean"], r["output_tok_per_sec"]))
+        name = f"{label(r)} {' '.join(shape(r)[:2])} {shape(r)[3]}"
+        lines.setdefault(name, {})[r["batch_size"]] = r["tpot_ms"]["mean"], r["output_tok_per_sec"]
     if (directory / RIVAL).exists():
         for r in json.loads((directory / RIVAL).read_text())["rows"]:
             name = f"vLLM 0.26.0 (stored) {r['model']} {r['quantize'] or 'bf16'} {r['prompt_len']}/{r['max_new_tokens']}"
-            lines.setdefault(name, []).append((r["batch_size"], r["ms_per_step"], r["output_tok_per_sec"]))
-    for i, (name, points) in enumerate((n, sorted(p)) for n, p in lines.items() if len({b for b, *_ in p}) > 1):
+            lines.setdefault(name, {})[r["batch_size"]] = r["ms_per_step"], r["output_tok_per_sec"]
+    for i, (name, points) in enumerate((n, p) for n, p in lines.items() if len(p) > 1):
         axes.plot(
             [ms for _, ms, _ in points],
             [rate for *_, rate in points],
