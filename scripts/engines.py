@@ -243,7 +243,7 @@ class Vllm:
 
 
 class GptFast:
-    """gpt-fast, imported from a checkout: its own prefill and compiled decode step, greedy by top_k 1."""
+    """gpt-fast, imported from a checkout: its own prefill and its compiled decode step, greedy by top_k 1."""
 
     def __init__(self, setup: Setup):
         if not setup.gpt_fast_dir:
@@ -271,9 +271,8 @@ class GptFast:
             for name, parameter in self.model.named_parameters():
                 parameter.normal_(1.0 if "norm" in name else 0.0, 0.02)
         self.compiled = setup.device.startswith("cuda")
-        if self.compiled:  # as its --compile and --compile_prefill do
+        if self.compiled:  # as its --compile does
             generate.decode_one_token = torch.compile(generate.decode_one_token, mode="reduce-overhead", fullgraph=True)
-            generate.prefill = torch.compile(generate.prefill, fullgraph=True, dynamic=True)
 
     @staticmethod
     def _model_args(model, c: dict):
@@ -297,7 +296,7 @@ class GptFast:
 
     @property
     def path(self) -> str:
-        return "prefill and decode_one_token, " + ("compiled (reduce-overhead)" if self.compiled else "eager")
+        return "decode_one_token " + ("compiled (reduce-overhead)" if self.compiled else "eager") + ", prefill eager"
 
     def prepare(self, job: Job) -> None:
         if len(set(map(len, job.prompts))) > 1:
@@ -305,6 +304,9 @@ class GptFast:
         if job.stop_ids:
             raise Absent("answers that end at EOS: its batch path has none")
         self.ids = self.torch.tensor(job.prompts, device=self.device, dtype=self.torch.int)
+        self.model.max_batch_size = (
+            self.model.max_seq_length
+        ) = -1  # a cache of just this row's shape: it takes no smaller batch
 
     def run(self, job: Job) -> Timed:
         torch, lib, (batch_size, length) = self.torch, self.lib, self.ids.shape

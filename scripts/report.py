@@ -290,23 +290,22 @@ def draw_throughput(path: Path, records: list[dict], directory: Path) -> None:
     figure, axes = new_axes(
         CHARTS[path.name], xscale="log", yscale="log", xlabel="ms per token (TPOT)", ylabel="output tokens/s over the whole run"
     )
-    lines: dict[str, dict[int, tuple[float, float]]] = {}  # its points by batch
+    lines: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}  # (engine, shape): its points by batch
     for r in last_of_each([r for r in records if r.get("benchmark") in ENGINE_BENCHMARKS and "tpot_ms" in r]):
-        name = f"{label(r)} {' '.join(shape(r)[:2])} {shape(r)[3]}"
-        lines.setdefault(name, {})[r["batch_size"]] = r["tpot_ms"]["mean"], r["output_tok_per_sec"]
+        model, weights, _, lengths = shape(r)
+        mine = lines.setdefault((label(r), f"{model} {weights} {lengths}"), {})
+        mine[r["batch_size"]] = r["tpot_ms"]["mean"], r["output_tok_per_sec"]
     if (directory / RIVAL).exists():
         for r in json.loads((directory / RIVAL).read_text())["rows"]:
-            name = f"vLLM 0.26.0 (stored) {r['model']} {r['quantize'] or 'bf16'} {r['prompt_len']}/{r['max_new_tokens']}"
-            lines.setdefault(name, {})[r["batch_size"]] = r["ms_per_step"], r["output_tok_per_sec"]
-    for i, (name, points) in enumerate((n, p) for n, p in lines.items() if len(p) > 1):
-        axes.plot(
-            [ms for _, ms, _ in points],
-            [rate for *_, rate in points],
-            f"C{i % 10}o{'--' if 'stored' in name else '-'}",
-            label=name,
-        )
-        for batch, ms, rate in points:
-            axes.annotate(str(batch), (ms, rate), (5, 4), textcoords="offset points", fontsize=7)
+            name = f"{r['model']} {r['quantize'] or 'bf16'} {r['prompt_len']}/{r['max_new_tokens']}"
+            lines.setdefault(("vLLM 0.26.0, stored,", name), {})[r["batch_size"]] = r["ms_per_step"], r["output_tok_per_sec"]
+    engines, shapes = (list(dict.fromkeys(names)) for names in zip(*lines, strict=True))
+    for (engine, name), points in lines.items():
+        if len(points) > 1:
+            style = f"C{shapes.index(name) % 10}{'osD^v'[engines.index(engine) % 5]}{'--' if 'stored' in engine else '-'}"
+            axes.plot(*zip(*(points[batch] for batch in sorted(points)), strict=True), style, label=f"{engine} {name}")
+            for batch, point in points.items():
+                axes.annotate(str(batch), point, (5, 4), textcoords="offset points", fontsize=7)
     axes.legend(fontsize=7)
     figure.savefig(path, dpi=120)
 
