@@ -18,6 +18,7 @@ import tiktoken
 import tokenizers
 
 import chat_template
+from checkpoint import read_json, read_small
 
 # Tokens that end an answer wherever they exist: Llama 3, ChatML (Qwen), Llama 2 and Mistral
 END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
@@ -48,6 +49,8 @@ class Tokenizer:
     ):
         """Settles what the kinds share. `text_size`: one past the largest id that ordinary text may get; `prefix`: the ids that
         the file itself puts before a text, None where it does not say."""
+        if wrong := [name for name, i in special.items() if i < 0]:
+            raise ValueError(f"{self.path}: token {wrong[0]!r:.100}: found id {special[wrong[0]]}, expected at least 0")
         if vocab_size is not None and text_size > vocab_size:
             raise ValueError(f"{self.path}: found {text_size} tokens, expected at most the model's vocabulary, {vocab_size}")
         self.special_tokens = {name: i for name, i in special.items() if name and (vocab_size is None or i < vocab_size)}
@@ -210,29 +213,38 @@ class SentencePieceTokenizer(Tokenizer):
         self.path = path
         self._pieces = _load_sentencepiece(data, path)
         self._inner_pieces = self._pieces  # for text after a control token: with a space before it as well, as Meta has it
-        self.drops_first_space = self._pieces.encode_as_pieces("a")[0].startswith("▁")
+        self._tokens, first = self._read_pieces()
+        self.drops_first_space = first.startswith("▁")
         if config.get("legacy") is False and self.drops_first_space:
             self._inner_pieces = _load_sentencepiece(data, path)
             self._inner_pieces.override_normalizer_spec(add_dummy_prefix=False)
-        size, sp = self._pieces.vocab_size(), self._pieces
-        special = {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)}
-        self._finish(size, special | _added_tokens(path.parent, config), config, vocab_size)
+        sp = self._pieces
+        special = {sp.id_to_piece(i): i for i in range(len(self._tokens)) if sp.is_control(i) or sp.is_unknown(i)}
+        self._finish(len(self._tokens), special | _added_tokens(path.parent, config), config, vocab_size)
+
+    def _read_pieces(self) -> tuple[list[bytes], str]:
+        """The bytes of every token, and the piece that a text's first letter becomes."""
+        sp, tokens = self._pieces, []
+        try:
+            for i in range(sp.vocab_size()):
+                piece = sp.id_to_piece(i)
+                tokens.append(bytes([int(piece[1:-1], 16)]) if sp.is_byte(i) else piece.replace("▁", " ").encode())
+            return tokens, sp.encode_as_pieces("a")[0]
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{self.path}: piece {len(tokens)}: {error!r:.100}, expected pieces of UTF-8 or bytes") from None
 
     def _encode_text(self, text, at_start):
         return (self._pieces if at_start else self._inner_pieces).encode(text)
 
     def _text_bytes(self, token_id):
-        if token_id >= self._pieces.vocab_size():
-            return None
-        piece = self._pieces.id_to_piece(token_id)
-        return bytes([int(piece[1:-1], 16)]) if self._pieces.is_byte(token_id) else piece.replace("▁", " ").encode()
+        return self._tokens[token_id] if token_id < len(self._tokens) else None
 
 
 def _load_sentencepiece(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.load_from_serialized_proto(data)
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the latter where it quotes a broken piece
         raise ValueError(f"{path}: found {data[:40]!r}, expected Llama 3's tiktoken ranks or a SentencePiece model") from None
     return pieces
 
@@ -259,7 +271,8 @@ class JsonTokenizer(Tokenizer):
         try:
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{self.path}: found {data[:40]!r} ({error}), expected the tokenizers library's JSON") from None
+            found = f"{data[:40]!r} ({str(error)!r:.200})"
+            raise ValueError(f"{self.path}: found {found}, expected the tokenizers library's JSON") from None
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         named = [name for name in self._named.values() if name not in known and tokenizer.token_to_id(name) is not None]
         tokenizer.add_special_tokens(named)  # an eos_token is a control token even where the file forgot to mark it
@@ -319,13 +332,13 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None, model_t
     """
     directory = Path(directory)
     config_path = directory / "tokenizer_config.json"
-    config = _parse_json(config_path.read_bytes(), config_path) if config_path.exists() else {}
+    config = read_json(config_path) if config_path.exists() else {}
     path = directory / "tokenizer.json"
     if not path.exists():
         path = directory / "tokenizer.model"
     if not path.exists():
         return None
-    data = path.read_bytes()
+    data = read_small(path)
     if path.suffix == ".json":
         kind = JsonTokenizer
     else:
@@ -343,7 +356,7 @@ def _checkpoint_template(directory: Path, config: dict) -> tuple[str, str] | Non
     """(name, source) of the checkpoint's own template. tokenizer_config.json may hold several, by name."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return str(path), path.read_text("utf-8")
+        return str(path), _utf8(path)
     path, template = directory / "tokenizer_config.json", config.get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
@@ -367,14 +380,11 @@ def _added_tokens(directory: Path, config: dict) -> dict[str, int]:
         raise ValueError(f"{path}: added_tokens_decoder: expected an object of ids, each with its content") from None
 
 
-def _parse_json(data: bytes, path: Path) -> dict:
+def _utf8(path: Path) -> str:
     try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: found {data[:40]!r} ({error}), expected JSON") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: found {type(parsed).__name__}, expected a JSON object")
-    return parsed
+        return read_small(path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start}: {error.reason}, expected UTF-8") from None
 
 
 def _check_unicode(text: str):
