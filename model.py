@@ -399,11 +399,20 @@ class DecodeStep:
 
     cache: KVCache
     tokens_each: int = 1  # T
+    rows: int | None = None  # only the first so many of the cache's sequences
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        return self.cache.lengths[: self.rows]
+
+    @property
+    def table(self) -> torch.Tensor:
+        return self.cache.table[: self.rows]
 
     def positions(self) -> torch.Tensor:
         """Position of each row [B * T]; negative where a sequence is absent."""
-        t = torch.arange(self.tokens_each, dtype=torch.int32, device=self.cache.lengths.device) - self.tokens_each
-        return (self.cache.lengths[:, None] + t).flatten()
+        t = torch.arange(self.tokens_each, dtype=torch.int32, device=self.lengths.device) - self.tokens_each
+        return (self.lengths[:, None] + t).flatten()
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [N, Hkv, D] into the cache.
@@ -412,7 +421,7 @@ class DecodeStep:
         has one, what was there is written again.
         """
         position = self.positions()
-        slot = self.cache.table[:, 0].repeat_interleave(self.tokens_each, output_size=position.shape[0])
+        slot = self.table[:, 0].repeat_interleave(self.tokens_each, output_size=position.shape[0])
         present = position >= 0
         source = torch.where(present, torch.arange(position.shape[0], device=position.device), present.int().argmax())
         slot, row = slot[source], position[source].clamp(min=0)
@@ -423,7 +432,7 @@ class DecodeStep:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]."""
         k, v = self.cache.layer(layer)
         q = q.view(-1, self.tokens_each, *q.shape[1:])
-        return kernels.flash_decode(q, k, v, self.cache.lengths, self.cache.table, scale=scale, window=window).flatten(0, 1)
+        return kernels.flash_decode(q, k, v, self.lengths, self.table, scale=scale, window=window).flatten(0, 1)
 
 
 @dataclass(frozen=True)
@@ -477,7 +486,7 @@ class Attention(nn.Module):
             q = kernels.qkv_rope_append(
                 x, self.wqkv, norm=norm, eps=c.norm_eps, qk_eps=c.norm_eps,
                 q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight,
-                cos=rope[0], sin=rope[1], lengths=step.cache.lengths, table=step.cache.table, k_cache=k_cache, v_cache=v_cache,
+                cos=rope[0], sin=rope[1], lengths=step.lengths, table=step.table, k_cache=k_cache, v_cache=v_cache,
                 page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
                 ahead=self.wo,
             )  # fmt: skip

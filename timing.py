@@ -30,6 +30,8 @@ class Timing:
     host_sec: float = 0.0  # what launching cost the host
     context_sum: int = 0  # cached rows read, summed over steps and sequences
     steps: int = 0
+    queued_slot_steps: int = 0  # while prompts waited for a slot: slots, summed over steps
+    queued_busy_steps: int = 0  # of these, slots whose sequence went on
 
 
 def weight_bytes_per_step(model: Transformer) -> int:

@@ -16,6 +16,7 @@ LAYERS = [
     {"sampling", "chat_template", "checkpoint"},
     {"tokenizer", "decoding", "timing"},
     {"convert_hf_checkpoint", "speculative"},
+    {"runs"},
     {"generate", "quantize"},
     {"chat", "batching"},
     {"scripts"},
