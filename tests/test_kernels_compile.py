@@ -85,18 +85,18 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False):
     elif op == "head":
         kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)
     else:
-        heads = N // head_dim
-        cache, rope, qk = empty(M, heads // 6, 128, head_dim), empty(128, head_dim // 2, dtype=torch.float32), empty(head_dim)
+        heads, kv_heads = N // head_dim, N // head_dim // 6
+        cache, rope, qk = empty(M, kv_heads, 128, head_dim), empty(128, head_dim // 2, dtype=torch.float32), empty(head_dim)
         kernels.qkv_rope_append(
             x, weight, norm=norm, eps=1e-5, q_norm=qk if qk_norm else None, k_norm=qk if qk_norm else None, qk_eps=1e-6,
             cos=rope, sin=rope, lengths=lengths, table=empty(M, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
-            page_size=128, num_heads=heads // 6 * 4, num_kv_heads=heads // 6, head_dim=head_dim,
+            page_size=128, num_heads=heads - 2 * kv_heads, num_kv_heads=kv_heads, head_dim=head_dim,
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "N", "K"), [key[1:] for key in MEASURED], ids=str)
-def test_measured_tiles(launches, op, N, K):
-    call(op, N, K, head_dim=64 if K == 2048 else 128)
+@pytest.mark.parametrize(("M", "op", "N", "K"), [key[2:] for key in MEASURED if key[1] == "bf16"], ids=str)
+def test_measured_tiles(launches, M, op, N, K):
+    call(op, N, K, M, head_dim=64 if K == 2048 else 128)
     check(launches, 1)
 
 
@@ -115,6 +115,7 @@ def test_rules(launches, op, N, K, M):
         ("silu_mul", 16384, 2048, 1, Tile(8, 2048, 8, grid=6, stages=2, prefetch=64)),
         ("linear", 2048, 8192, 16, Tile(64, 128, 4, dot=True, split=2, prefetch=64, preload=1, stages=3)),
         ("linear", 2048, 2048, 1, Tile(2, 1024, 4, late=True, stream=True, ahead=4096)),
+        ("silu_mul", 16384, 2048, 1, Tile(2, 256, 1, stream=True, registers=128)),
         ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2, prefetch=32)),
         ("linear", 201, 192, 3, Tile(4, 64, 1)),
     ],
