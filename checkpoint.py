@@ -13,6 +13,7 @@ saving. Knows no other layout (convert_hf_checkpoint.py does) and no command lin
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import math
 import os
@@ -359,10 +360,33 @@ def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, 
     began = time.perf_counter()
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     specs = tensor_specs(config)
-    state = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+    state = None
+    try:
+        state = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    if state is None:  # what was allocated is free again
+        needed, free = _num_bytes(specs) / 2**30, free_bytes(torch.device(device)) / 2**30
+        raise MemoryError(f"{source.directory}: the weights need {needed:.2f} GiB, free on {device}: {free:.2f} GiB")
     num_bytes = fill(source, state, progress)
     seconds = time.perf_counter() - began
     return config, state, LoadReport(num_bytes, seconds, num_bytes / 1e9 / seconds, source.notes)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or in a computer's memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody holds."""
+    if device.type == "cpu":
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def fill(source: Source, tensors: dict[str, Tensor], progress: bool = True) -> int:

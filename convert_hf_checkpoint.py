@@ -405,7 +405,7 @@ def report_errors(work: Callable[[], None], debug: bool) -> int:
     """The exit status: 0, or 1 after one line on stderr; a traceback only to debug."""
     try:
         work()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if debug:
             raise
         print("error:", one_line(error), file=sys.stderr)
@@ -415,7 +415,7 @@ def report_errors(work: Callable[[], None], debug: bool) -> int:
     return 0
 
 
-def one_line(error: BaseException) -> str:
+def one_line(error: BaseException | str) -> str:
     """What an error says, whoever raised it: one line, in which no file can command the terminal."""
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(error).split()))
 

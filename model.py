@@ -432,7 +432,8 @@ class DecodeStep:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]."""
         k, v = self.cache.layer(layer)
         q = q.view(-1, self.tokens_each, *q.shape[1:])
-        return kernels.flash_decode(q, k, v, self.lengths, self.table, scale=scale, window=window).flatten(0, 1)
+        options = {"scale": scale, "window": window, "split_size": self.cache.split_size}
+        return kernels.flash_decode(q, k, v, self.lengths, self.table, **options).flatten(0, 1)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import base64
 import codecs
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -264,6 +265,7 @@ class JsonTokenizer(Tokenizer):
         special = {token.content: i for i, token in added.items() if token.special}
         self._added = {i: token.content.encode() for i, token in added.items() if not token.special}
         text_ids = set(self._tokenizer.get_vocab().values()) - set(special.values())
+        self._check_growth()
         self._read_decoder()
         self._finish(max(text_ids, default=-1) + 1, special, config, vocab_size, prefix=self._tokenizer.encode("").ids)
 
@@ -280,6 +282,14 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text, that is: control tokens are ours to find
         return tokenizer
+
+    def _check_growth(self):
+        """Thirty steps that each double a text would make gigabytes of one letter."""
+        parts = [part for part in (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer) if part]
+        growth = sum(math.log2(times) for part in parts for times in _growth(json.loads(part.__getstate__())))
+        if growth > math.log2(MAX_GROWTH):
+            found = f"steps that make a text 2**{growth:.0f} times longer"
+            raise ValueError(f"{self.path}: normalizer, pre_tokenizer: found {found}, expected at most {MAX_GROWTH} times")
 
     def _read_decoder(self):
         decoder = json.loads(self._tokenizer.decoder.__getstate__()) if self._tokenizer.decoder else {}
@@ -310,6 +320,23 @@ class JsonTokenizer(Tokenizer):
         if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[1:-1], 16)])
         return token.replace("▁", " ").encode()
+
+
+MAX_GROWTH = 64  # of a text before it is cut into tokens; SentencePiece's form has 2, bytes as letters 2
+
+
+def _growth(step: dict) -> Iterator[int]:
+    """How many times longer each step of a normalizer or pre_tokenizer can make a text."""
+    kind = step.get("type")
+    if kind == "Sequence":
+        for inner in step.get("normalizers") or step.get("pretokenizers") or ():
+            yield from _growth(inner)
+    elif kind in ("Replace", "Prepend"):
+        yield 1 + len(step.get("prepend") or "") if kind == "Prepend" else max(1, len(step.get("content") or ""))
+    elif kind in ("ByteLevel", "Metaspace"):
+        yield 2
+    elif kind == "Precompiled":
+        yield 8
 
 
 def _byte_alphabet() -> dict[str, bytes]:

@@ -6,11 +6,13 @@ from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
+from kernels.tiles import batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
     "advance",
+    "batch_invariant",
     "choose",
     "flash_decode",
     "gumbel",

@@ -236,6 +236,14 @@ def sentencepiece_model(kind: str) -> bytes:
     return model.getvalue()
 
 
+NORMALIZERS = [
+    {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"},
+    {"type": "Replace", "pattern": {"Regex": "(a|e)*"}, "content": "the"},
+    {"type": "Replace", "pattern": {"Regex": "(.+)+$"}, "content": ""},
+    {"type": "Prepend", "prepend": "the"},
+    *({"type": kind} for kind in ("NFKC", "NFD", "ByteLevel", "Nmt", "StripAccents")),
+    {"type": "Strip", "strip_left": True, "strip_right": True},
+]
 TIKTOKEN = b"".join(
     base64.b64encode(t) + b" %d\n" % i for i, t in enumerate([*(bytes([b]) for b in range(256)), b"th", b"the", b" the"])
 )
@@ -426,8 +434,11 @@ def targets(root: Path) -> dict[str, Target]:
     def tokenizer_json(name):
         text = json.dumps(jsons[name]).encode()
         parts = {k: v for k, v in jsons[name].items() if k != "model"}  # where most places are ids of a vocabulary
+        normalizing = st.lists(st.sampled_from(NORMALIZERS), max_size=40).map(
+            lambda steps: json.dumps(jsons[name] | {"normalizer": {"type": "Sequence", "normalizers": steps}}).encode()
+        )
         outside = EDITS.map(lambda edits: json.dumps(edited(parts, edits) | {"model": jsons[name]["model"]}).encode())
-        return outside | json_like(jsons[name]) | damaged(text, head=1500)
+        return outside | json_like(jsons[name]) | damaged(text, head=1500) | normalizing
 
     def sp(kind):
         return damaged((root / kind / "tokenizer.model").read_bytes(), head=400) | damaged(
