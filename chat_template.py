@@ -11,6 +11,7 @@ A checkpoint's template is code from a stranger and so is the text that a user t
   and the text comes out whole once the marks are removed.
 """
 
+import codecs
 import contextlib
 import functools
 import json
@@ -184,7 +185,11 @@ def render(source: str, variables: dict, named_tokens: dict[str, str], control_t
 
 def restrict():
     """From here on this process takes little memory, and opens and writes nothing new."""
-    datetime.now().strftime("%c")  # reads the time zone
+    datetime.now().strftime("%c")  # reads the time zone; what else reads a file at its first use follows
+    for encoding in ("unicode_escape", "idna", "latin-1", "utf-16", "utf-32"):
+        codecs.lookup(encoding)
+    with contextlib.suppress(Exception):  # also what an error looks up
+        _compile("{% for a in b %}{{ a['\\n'] | tojson | trim }}{% endfor %}", ("<s>",))[0].render(b=[{}, 1])
     if sys.platform == "linux":
         import resource
 

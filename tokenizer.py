@@ -7,6 +7,7 @@ never from text, unless the caller says so; in a chat, only from the template (c
 
 import base64
 import codecs
+import contextlib
 import functools
 import json
 import math
@@ -267,14 +268,13 @@ class JsonTokenizer(Tokenizer):
         text_ids = set(self._tokenizer.get_vocab().values()) - set(special.values())
         self._check_growth()
         self._read_decoder()
-        self._finish(max(text_ids, default=-1) + 1, special, config, vocab_size, prefix=self._tokenizer.encode("").ids)
+        with self._naming_the_file():
+            prefix = self._tokenizer.encode("").ids
+        self._finish(max(text_ids, default=-1) + 1, special, config, vocab_size, prefix)
 
     def _load(self, data: bytes) -> tokenizers.Tokenizer:
-        try:
+        with self._naming_the_file(data[:40]):
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing narrower
-            found = f"{data[:40]!r} ({str(error)!r:.200})"
-            raise ValueError(f"{self.path}: found {found}, expected the tokenizers library's JSON") from None
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         named = [name for name in self._named.values() if name not in known and tokenizer.token_to_id(name) is not None]
         tokenizer.add_special_tokens(named)  # an eos_token is a control token even where the file forgot to mark it
@@ -282,6 +282,17 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text, that is: control tokens are ours to find
         return tokenizer
+
+    @contextlib.contextmanager
+    def _naming_the_file(self, found: bytes = b"a step"):
+        """For calls of the library: it raises nothing narrower than Exception, and where it stumbles over itself, wider."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            found = f"{found!r} ({str(error)!r:.200})"
+            raise ValueError(f"{self.path}: found {found}, expected the tokenizers library's JSON") from None
 
     def _check_growth(self):
         """Thirty steps that each double a text would make gigabytes of one letter."""
@@ -309,7 +320,8 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer if inner == before else self._load(inner.encode())
 
     def _encode_text(self, text, at_start):
-        return (self._tokenizer if at_start else self._inner).encode(text, add_special_tokens=False).ids
+        with self._naming_the_file():
+            return (self._tokenizer if at_start else self._inner).encode(text, add_special_tokens=False).ids
 
     def _text_bytes(self, token_id):
         token = self._tokenizer.id_to_token(token_id)

@@ -441,7 +441,6 @@ def test_15_rope(copy, changes, theta, kind, tmp_path):
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope"}}, "rope_parameters.rope_type"),
         ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta"),
         ({"rope_parameters": {"rope_theta": 1.0, "rope_type": "yarn", "factor": 2.0}}, "finite angles"),
-        ({"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "rope_type": "llama3", "factor": 1e-30}}, "finite angles"),
         ({"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "rope_type": "llama3", "factor": 10**400}}, "factor"),
         ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}}, "original_max_position_embeddings"),
