@@ -34,7 +34,7 @@ from decoding import (
     elapsed_sec,
     prefill,
 )
-from kv_cache import bytes_per_row
+from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import DTYPES, SHAPES, Transformer
 from sampling import KINDS, SamplingParams
 from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
@@ -122,13 +122,25 @@ class Engine:
     Prompts are text, lists of token ids, or embeddings [T, H]. One run at a time: a new one ends the one before.
     """
 
-    def __init__(self, model: Transformer, tokenizer=None, *, decode_mode="eager", compile_prefill=False, max_seq_len=None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer=None,
+        *,
+        decode_mode="eager",
+        compile_prefill=False,
+        max_seq_len=None,
+        kv_cache_dtype="auto",
+    ):
         context = model.config.max_position_embeddings
         if max_seq_len is not None and not 1 <= max_seq_len <= context:
             raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's context, {context}")
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype: found {kv_cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
         check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
         self.decode_mode, self.max_seq_len = decode_mode, max_seq_len
+        self.cache_dtype = CACHE_DTYPES[kv_cache_dtype] or model.norm.weight.dtype
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
         self.stop_ids = set(model.config.eos_token_ids) | (set(tokenizer.eos_ids) if tokenizer else set())
         self.load_sec, self.load_notes = 0.0, []
@@ -260,13 +272,13 @@ class Engine:
         whole = -(-length // 1024) * 1024  # few sessions for many lengths
         rows = self.max_seq_len or min(self.context, whole)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
-            self.session = Session(self.model, batch_size, rows)
+            self.session = Session(self.model, batch_size, rows, self.cache_dtype)
         if self.session is None:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
 
     def _no_room(self, batch_size: int, rows: int) -> str:
-        each = bytes_per_row(self.model.config, self.model.norm.weight.dtype) * batch_size
+        each = bytes_per_row(self.model.config, self.cache_dtype) * batch_size
         gc.collect()
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info(self.device)[0]
@@ -561,6 +573,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
+    flag(
+        "kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the cache's bytes (default: the model's dtype)"
+    )
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")
@@ -581,6 +596,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
     dtype = DTYPES[args.dtype] if args.dtype else None
     mode = args.decode_mode or ("auto" if args.compile else "eager")
     options = {"decode_mode": mode, "compile_prefill": args.compile_prefill, "max_seq_len": args.max_seq_len}
+    options["kv_cache_dtype"] = args.kv_cache_dtype
     if args.quantize:
         import quantize
 
@@ -635,8 +651,8 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
         last = metrics(engine, timing, compile_sec)
         if i == 0:
             cache = engine.session.cache
-            gib = cache.num_bytes / 2**30
-            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB", file=sys.stderr)
+            gib, dtype = cache.num_bytes / 2**30, str(engine.cache_dtype).removeprefix("torch.")
+            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB of {dtype}", file=sys.stderr)
         if streams:
             print()
         else:

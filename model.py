@@ -14,7 +14,7 @@ from torch import nn
 
 import kernels
 import kv_cache
-from kernels.formats import PackedFormat, Weight
+from kernels.formats import PackedFormat, Weight, saturated
 from kv_cache import KVCache
 
 WORLD_SIZE = 1  # devices that share one model's weights
@@ -403,7 +403,8 @@ class DecodeStep:
         source = torch.where(present, torch.arange(position.shape[0], device=position.device), present.int().argmax())
         slot, row = slot[source], position[source].clamp(min=0)
         for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
-            cached[slot, :, row] = torch.where(present.any(), new[source].to(cached.dtype), cached[slot, :, row])
+            rows = torch.where(present.any(), new[source], cached[slot, :, row].to(new.dtype))
+            cached[slot, :, row] = saturated(rows, cached.dtype)
 
     def attend(self, layer: int, q: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]."""
@@ -433,7 +434,7 @@ class PrefillStep:
         if self.start == 0:
             k, v = k.transpose(0, 1), v.transpose(0, 1)
         else:
-            k, v = (c[self.slot, :, : self.start + self.num_tokens] for c in self.cache.layer(layer))
+            k, v = (c[self.slot, :, : self.start + self.num_tokens].to(q.dtype) for c in self.cache.layer(layer))
         return attend_prefill(q, k, v, self.start, window, scale)
 
 

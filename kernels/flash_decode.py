@@ -623,7 +623,7 @@ def flash_decode(
 ) -> torch.Tensor:
     """Attention of this step's tokens over the cache, this step's rows included: q [B, T, Hq, D] -> [B, T, Hq, D].
 
-    k_cache, v_cache [pages, Hkv, page_size, D] in q's dtype, or float8_e4m3fn with k_scale, v_scale [Hkv] float32.
+    k_cache, v_cache [pages, Hkv, page_size, D] in q's dtype or float8_e4m3fn; k_scale, v_scale [Hkv] float32 where not 1.
     lengths [B] int32: valid rows of each sequence, this step's T included, so that token t stands at lengths - T + t and sees
     the rows up to its own (with `window`: the last `window` of them). Length 0, and tokens at negative positions, give zeros.
     table [B, P] int32: position p is row p % page_size of page table[b, p // page_size].
