@@ -92,15 +92,15 @@ def prefill_logits(engine: Engine, tokens: Tensor) -> Tensor:
 def decode_logits(engine: Engine, tokens: Tensor) -> Iterator[Tensor]:
     """tokens [B, T] -> T times the logits after one more token of each, [B, V], by decode steps."""
     engine.prepare(*tokens.shape)
-    session = engine.session
+    session, rows = engine.session, len(tokens)
     session.done.zero_()
     session.nan.zero_()
     session.stop_ids.fill_(-1)
     session.limit.fill_(session.max_seq_len + 1)
     for t in range(tokens.shape[1]):
         session.cache.lengths.fill_(t + 1)
-        session.x.copy_(engine.model.embed(tokens[:, t]))
-        engine.decoder.run(1)
+        session.x[:rows] = engine.model.embed(tokens[:, t])
+        engine.decoder.run(1, rows=rows)
         yield engine.decoder.logits
 
 

@@ -70,7 +70,7 @@ def test_a_wrong_decode_path_shows(engine, monkeypatch):
     windows, num_bytes = evaluate.cut_windows(engine, TEXT, 32, 64)
     engine.prepare(2, 32)
     run = engine.decoder.run
-    monkeypatch.setattr(engine.decoder, "run", lambda steps: (engine.session.x.mul_(-1), run(steps)))
+    monkeypatch.setattr(engine.decoder, "run", lambda *a, **k: (engine.session.x.mul_(-1), run(*a, **k)))
     result = evaluate.evaluate(engine, engine, windows, num_bytes, batch_size=2)
     assert result["prefill"]["kl"] == 0
     assert result["decode"]["kl"] > 0.1

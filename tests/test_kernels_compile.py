@@ -136,8 +136,25 @@ def test_qk_norm_and_bias(launches):
     check(launches, 2)
 
 
+@pytest.mark.parametrize(("Hq", "Hkv", "head_dim"), [(32, 8, 64), (32, 8, 128), (28, 4, 128), (64, 8, 128), (24, 8, 96)])
+def test_between_the_products(launches, Hq, Hkv, head_dim):
+    """The kernels of a forward of many rows."""
+    N, K = 300, Hq * head_dim
+    kernels.rms_norm(empty(N, K), empty(K), 1e-5)
+    kernels.silu_mul(empty(N, 7 * K))
+    place, rope, cache = (
+        empty(N, dtype=torch.int32), empty(512, head_dim // 2, dtype=torch.float32), empty(4, Hkv, 512, head_dim)
+    )  # fmt: skip
+    for norm in (None, empty(head_dim)):
+        kernels.rope_append(
+            empty(N, (Hq + 2 * Hkv) * head_dim), cos=rope, sin=rope, position=place, slot=place, k_cache=cache,
+            v_cache=cache.clone(), q_norm=norm, k_norm=norm, eps=1e-6, num_heads=Hq,
+        )  # fmt: skip
+    check(launches, 4)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("B", "T", "capacity"), [(1, 1, 256), (1, 1, 65536), (64, 1, 1024), (1, 8, 1024)])
+@pytest.mark.parametrize(("B", "T", "capacity"), [(1, 1, 256), (1, 1, 65536), (64, 1, 1024), (256, 1, 1024), (1, 8, 1024)])
 def test_flash_decode(launches, head_dim, B, T, capacity):
     cache = empty(B, 8, capacity, head_dim)
     lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)

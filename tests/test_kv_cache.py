@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import generate
-import kv_cache
 import model as rooflama
 from generate import Engine, SamplingParams, fill_randomly, floor_ms, metrics
+from kernels import rows as rows_module
 from kernels.formats import saturated
 from kv_cache import KVCache
-from model import SHAPES, DecodeStep, PrefillStep, Transformer
+from model import SHAPES, DecodeStep, PackStep, Transformer
 
 FP8 = torch.float8_e4m3fn
 TINY = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 199}
@@ -38,7 +38,7 @@ def run(model, cache):
     """Logits of a prefill in two chunks and of decode steps of two tokens, beside an absent sequence."""
     tokens, slot, got = tokens_of(30), 1, []
     for start, stop in ((0, 9), (9, 20)):
-        got.append(model(model.embed(tokens[start:stop]), PrefillStep(stop - start, cache, slot, start)))
+        got.append(model(model.embed(tokens[start:stop]), PackStep.of(cache, [(slot, stop - start, start)])))
     for i in range(20, 30, 2):
         cache.lengths[slot] = i + 2
         got.append(model(model.embed(torch.cat([tokens[:2], tokens[i : i + 2]])), DecodeStep(cache, 2))[2:])
@@ -58,7 +58,7 @@ def test_fp8_is_the_plain_cache_rounded(model, monkeypatch):
     cache = poisoned(model, FP8)
     got = run(model, cache)
     plain = run(model, poisoned(model, torch.float32))
-    for module in (kv_cache, rooflama):
+    for module in (rows_module, rooflama):
         monkeypatch.setattr(module, "saturated", lambda values, dtype: saturated(values, FP8).to(dtype))
     rounded = poisoned(model, torch.float32)
     assert torch.equal(got, run(model, rounded))
