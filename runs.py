@@ -420,6 +420,7 @@ class Run:
         """Takes over the tokens that are new in a status (Session.status)."""
         ring, (cursor, done, nan) = status[:, :RING], status[:, RING : RING + 3].T.tolist()
         for row, answer in enumerate(launch.answers):
+            self._check_running()  # whoever took the last piece may have begun another run: the rows are its own now
             if answer is None or answer.finish_reason:
                 continue
             if nan[row]:
