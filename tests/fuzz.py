@@ -529,7 +529,7 @@ def outcome(target: Target, directory: Path) -> tuple[str, str]:
         said = str(error)
         ok = len(said.splitlines()) == 1 and said.isprintable() and len(said) < 1000 and "File too large" not in said
         named = str(directory) in said or said.startswith("the built-in ")  # template, which is no file
-        ok = ok and ("expected" in said if isinstance(error, Refused) else named)
+        ok = ok and ("expected" in said or "NaN" in said if isinstance(error, Refused) else named)
         return "refused" if ok else "failed", f"{type(error).__name__}: {said[:2000]}" + (
             "" if ok else "\n" + traceback.format_exc()[-3000:]
         )
