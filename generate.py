@@ -19,11 +19,12 @@ import torch
 
 import checkpoint
 import convert_hf_checkpoint
-from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, decode_one_token, prefill
+from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, decode_one_token
 from kernels import MAX_ROWS
-from kv_cache import bytes_per_row
+from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import DTYPES, SHAPES, Transformer
-from runs import CHUNK, Output, Request, Run
+from prefill import CHUNK_ROWS, Prefiller
+from runs import Output, Request, Run
 from sampling import SamplingParams
 from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
 from tokenizer import load_tokenizer
@@ -120,20 +121,25 @@ class Engine:
         decode_mode="eager",
         compile_prefill=False,
         max_seq_len=None,
+        kv_cache_dtype="auto",
         batch_invariant=False,
     ):
         context = model.config.max_position_embeddings
         if max_seq_len is not None and not 1 <= max_seq_len <= context:
             raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's context, {context}")
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype: found {kv_cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
         check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
         self.decode_mode, self.max_seq_len, self.batch_invariant = decode_mode, max_seq_len, batch_invariant
+        self.cache_dtype = CACHE_DTYPES[kv_cache_dtype] or model.norm.weight.dtype
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
         self.stop_ids = set(model.config.eos_token_ids) | (set(tokenizer.eos_ids) if tokenizer else set())
         self.load_sec, self.load_notes = 0.0, []
-        self.prefill = torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill
+        self.compile_prefill = compile_prefill
         self.session: Session | None = None
         self.decoder: Decoder | None = None
+        self.prefiller: Prefiller | None = None
         self.running: Run | None = None  # whose sequences the session holds
         model.setup_rope(max_seq_len or context)
 
@@ -269,16 +275,19 @@ class Engine:
         s = self.session
         if s and s.max_seq_len >= min(length, self.context) and self.decoder.serves(batch_size):
             return
-        self.session = self.decoder = None  # frees the memory of the old one first
+        self.session = self.decoder = self.prefiller = None  # frees the memory of the old one first
         rows = self._session_rows(length)
         try:
-            self.session = Session(self.model, batch_size, rows, self.batch_invariant)
+            self.session = Session(self.model, batch_size, rows, self.cache_dtype, self.batch_invariant)
         except RuntimeError as error:
             if not checkpoint.is_out_of_memory(error):
                 raise
         if self.session is None:  # what it had allocated is free now that the exception is gone
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
+        graphs = self.compile_prefill or self.decoder.mode in ("graph", "reduce-overhead")
+        options = {"graphs": graphs, "compiled": self.compile_prefill, "alone": self.batch_invariant, "pool": self.decoder.pool}
+        self.prefiller = Prefiller(self.model, self.session.cache, **options)
 
     def _session_rows(self, length: int) -> int:
         """Cache rows a sequence of a new session: few sessions for many lengths."""
@@ -289,9 +298,9 @@ class Engine:
         c, size, rows = self.model.config, self.model.norm.weight.itemsize, self._session_rows(length)
         free = self._free_bytes()
         free += self.session.cache.num_bytes if self.session else 0
-        prefill = CHUNK * (4 * c.hidden_size + c.q_size + 3 * c.intermediate_size) * size + CHUNK * rows * 5  # and a mask
+        prefill = CHUNK_ROWS * (5 * c.hidden_size + 3 * c.q_size + 3 * c.intermediate_size) * size
         step = c.vocab_size * 4 * 4 + 4 * c.intermediate_size * size  # logits, as they are and as they are cut
-        fits = int(free * 0.9 - prefill) // (rows * bytes_per_row(c, self.model.norm.weight.dtype) + step)
+        fits = int(free * 0.9 - prefill) // (rows * bytes_per_row(c, self.cache_dtype) + step)
         if fits < 1:
             raise MemoryError(self._no_room(1, rows))
         return min(fits, MAX_ROWS if self.batch_invariant else BUCKETS[-1])
@@ -302,7 +311,7 @@ class Engine:
         return free // 2 if self.device.type == "cpu" else free
 
     def _no_room(self, batch_size: int, rows: int) -> str:
-        each = bytes_per_row(self.model.config, self.model.norm.weight.dtype) * batch_size
+        each = bytes_per_row(self.model.config, self.cache_dtype) * batch_size
         free = self._free_bytes()
         return (
             f"the KV cache of {batch_size} x {rows} tokens needs {each * rows / 2**30:.2f} GiB, free {free / 2**30:.2f} GiB: "
@@ -362,7 +371,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("random_weights", metavar="SHAPE", help=f"random weights instead of a checkpoint: {', '.join(SHAPES)}")
     flag("prompt", default="ROMEO:", help="text; an integer makes a synthetic prompt of so many tokens")
     flag("num_samples", type=int, default=1, help="samples, one after the other")
-    flag("batch_size", type=int, default=1, help="of these, how many are generated at once (num_samples times)")
+    flag("prompt_file", type=Path, help="many prompts, one JSON object a line (see batching.py), in place of --prompt")
+    flag("output_file", type=Path, help="of --prompt_file: results, as they finish; what it has already is not done again")
+    flag("batch_size", type=int, help="samples at once: num_samples times so many (default 1); of --prompt_file, what fits")
     flag("interactive", action="store_true", help="a conversation in the terminal; /help in it says more")
     flag("system", metavar="TEXT", help="the system message of the conversation")
     flag("max_new_tokens", type=int, help=f"default 200; {CHAT_TOKENS} in a conversation")
@@ -376,12 +387,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("logprobs", type=int, metavar="N", help="with --json: each token's log-probability, and the N likeliest tokens")
     flag("ignore_eos", action="store_true", default=None, help="go on past the model's stop tokens")
     flag("compile", action="store_true", help="the fast decode path: CUDA graphs on a GPU, torch.compile on a CPU")
-    flag("compile_prefill", action="store_true", help="compile the prefill too (for any prompt length)")
+    flag("compile_prefill", action="store_true", help="the fast prefill too: CUDA graphs, on a CPU torch.compile")
     flag(
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )
     flag("batch_invariant", action="store_true", help="the same tokens for a prompt whatever shares its batch; slower")
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
+    flag(
+        "kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the cache's bytes (default: the model's dtype)"
+    )
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")
@@ -390,10 +404,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     for name in ("num_samples", "batch_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
-    if args.interactive and (args.json or args.num_samples * args.batch_size > 1):
+    if args.interactive and (args.json or args.num_samples * (args.batch_size or 1) > 1):
         parser.error("--interactive: found with --json, --num_samples or --batch_size, expected none of them")
+    if bool(args.prompt_file) != bool(args.output_file):
+        parser.error("--prompt_file, --output_file: found one of them, expected both")
+    if args.prompt_file and (args.interactive or args.num_samples > 1 or args.profile):
+        parser.error("--prompt_file: found with --interactive, --num_samples or --profile, expected none of them")
     return args
 
 
@@ -402,6 +420,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
     dtype = DTYPES[args.dtype] if args.dtype else None
     mode = args.decode_mode or ("auto" if args.compile else "eager")
     options = {"decode_mode": mode, "compile_prefill": args.compile_prefill, "max_seq_len": args.max_seq_len}
+    options["kv_cache_dtype"] = args.kv_cache_dtype
     options["batch_invariant"] = args.batch_invariant
     if args.quantize:
         import quantize
@@ -431,7 +450,8 @@ def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
 
 def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> None:
     """Generates the samples of one prompt and prints them."""
-    params = dataclasses.replace(params, n=args.batch_size)
+    batch_size = args.batch_size or 1
+    params = dataclasses.replace(params, n=batch_size)
     prompt = args.prompt
     if prompt.isdecimal():
         if len(prompt) > 9 or int(prompt) >= engine.context:
@@ -442,25 +462,25 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
     compile_sec = 0.0
     if engine.decode_mode != "eager" or args.compile_prefill:
         started = time.perf_counter()
-        engine.prepare(args.batch_size, len(engine.encode(prompt)) + params.max_new_tokens)
+        engine.prepare(batch_size, len(engine.encode(prompt)) + params.max_new_tokens)
         engine.generate([prompt], dataclasses.replace(params, max_new_tokens=min(params.max_new_tokens, WARM_UP_TOKENS)))
         compile_sec = time.perf_counter() - started
 
     outputs, last = [], None
-    streams = args.num_samples == args.batch_size == 1 and engine.tokenizer is not None
+    streams = args.num_samples == batch_size == 1 and engine.tokenizer is not None
     on_text = (lambda _, text: print(text, end="", flush=True)) if streams else None
     for i in range(args.num_samples):
         profiling = args.profile and i == args.num_samples - 1
         with torch.profiler.profile() if profiling else contextlib.nullcontext() as profiler:
-            new, timing = engine.generate([prompt], params, sample=i * args.batch_size, on_text=on_text)
+            new, timing = engine.generate([prompt], params, sample=i * batch_size, on_text=on_text)
         if profiling:
             profiler.export_chrome_trace(str(args.profile))
         outputs += new
         last = metrics(engine, timing, compile_sec)
         if i == 0:
             cache = engine.session.cache
-            gib = cache.num_bytes / 2**30
-            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB", file=sys.stderr)
+            gib, dtype = cache.num_bytes / 2**30, str(engine.cache_dtype).removeprefix("torch.")
+            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB of {dtype}", file=sys.stderr)
         if streams:
             print()
         else:
@@ -483,6 +503,12 @@ def main(argv=None) -> int:
             import chat
 
             chat.converse(engine, params, args.system)
+        elif args.prompt_file:
+            import batching
+
+            result = batching.run(engine, params, args.prompt_file, args.output_file, args.batch_size)
+            if args.json:
+                print(json.dumps({"metrics": result}))
         else:
             run(args, engine, params)
         sys.stdout.flush()
