@@ -187,7 +187,8 @@ class Run:
         self.batch_size = min(rows or len(self.answers), len(self.answers))
         if (most := max(len(job.answers) for job in self.jobs)) > self.batch_size:
             raise ValueError(f"n: found {most} samples of a prompt, expected at most the batch size, {self.batch_size}")
-        self.prefill_tokens = CHUNK if chunked else math.inf
+        # a prompt that is cut elsewhere gets other last bits
+        self.prefill_tokens = CHUNK if chunked or engine.batch_invariant else math.inf
         self.timing = Timing()
         self.waiting = deque(self.jobs)
         self.rows: list[Answer | None] = [None] * self.batch_size

@@ -460,7 +460,17 @@ def targets(root: Path) -> dict[str, Target]:
         )
 
     scaled3 = hf | {"rope_parameters": {"rope_theta": 1e4} | llama3}
-    configs = json_like(hf) | json_like(scaled) | json_like(scaled3) | damaged(json.dumps(hf).encode())
+    quantised = [
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True, "checkpoint_format": "gptq"},
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}}},
+        },
+    ]
+    foreign = st.one_of([json_like(hf | {"quantization_config": q}) for q in quantised])
+    configs = foreign | json_like(hf) | json_like(scaled) | json_like(scaled3) | damaged(json.dumps(hf).encode())
     our_config = json_like(json.loads((ours / "config.json").read_text()))
     generation = json_like({"temperature": 0.6, "eos_token_id": [1, 2], "top_k": 5})
     template = template_sources().map(lambda source: source.encode("utf-8", "surrogatepass"))
