@@ -12,7 +12,9 @@ import checkpoints
 import pytest
 import torch
 
+import chat
 import generate
+from chat_template import ChatTemplate
 from generate import DEMO, Engine
 from model import ModelConfig, Transformer
 from runs import Request
@@ -144,6 +146,16 @@ def test_no_file_speaks_to_the_terminal(tmp_path, capsys):
     stderr = capsys.readouterr().err
     assert "model_type: found" in stderr
     assert stderr.endswith("\n")
+    assert stderr[:-1].isprintable()
+
+
+def test_no_template_speaks_to_the_terminal(demo, capsys, monkeypatch):
+    """In a conversation too, where errors are told between the answers."""
+    source = "{{ raise_exception('\x1b]0;owned\x07\x1b[2J') }}"
+    monkeypatch.setattr(demo.tokenizer, "chat", ChatTemplate(source, "chat_template.jinja", {}, ["<s>"]))
+    chat.Chat(demo, SamplingParams(max_new_tokens=3)).handle("hello")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: chat_template.jinja: TemplateError: ")
     assert stderr[:-1].isprintable()
 
 
