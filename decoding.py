@@ -64,12 +64,12 @@ class Session(nn.Module):
     `cached[slot]` is the host's note of whose K and V a slot holds: the ids of its rows 0, 1, ...
     """
 
-    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
+    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int, cache_dtype: torch.dtype | None = None):
         super().__init__()
         config, weight = model.config, model.norm.weight
         device = weight.device
         self.batch_size, self.max_seq_len, self.num_layers = batch_size, max_seq_len, config.num_layers
-        self.cache = KVCache(config, batch_size, max_seq_len, device, weight.dtype)
+        self.cache = KVCache(config, batch_size, max_seq_len, device, cache_dtype or weight.dtype)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
         buffers = {

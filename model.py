@@ -15,7 +15,7 @@ from torch import nn
 
 import kernels
 import kv_cache
-from kernels.formats import PackedFormat, Weight
+from kernels.formats import PackedFormat, Weight, saturated
 from kv_cache import KVCache
 
 WORLD_SIZE = 1  # devices that share one model's weights
@@ -407,7 +407,8 @@ class DecodeStep:
         source = torch.where(present, torch.arange(len(present), device=present.device), present.int().argmax())
         slot, row = slot[source], position[source].clamp(min=0)
         for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
-            cached[slot, :, row] = torch.where(present.any(), new[source].to(cached.dtype), cached[slot, :, row])
+            rows = torch.where(present.any(), new[source], cached[slot, :, row].to(new.dtype))
+            cached[slot, :, row] = saturated(rows, cached.dtype)
 
     def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]; the new rows' k and v are among them."""
@@ -431,8 +432,10 @@ class PackStep:
         position = torch.where(row < offsets[-1], row - offsets[piece] + start[piece], -1)
         self._place = position, slot[piece]
         self.k_first, self.k_lengths = offsets, None
+        self.widened = slot if cache.k0.dtype.itemsize == 1 else None  # slots whose rows attention cannot read as they are
         if not fresh:  # where in kv_cache.as_rows a slot begins, and how many rows it has now
-            first = slot * math.prod(cache.k0.shape[1:3])
+            first = slot if self.widened is None else torch.arange(len(slot), dtype=torch.int32, device=slot.device)
+            first = first * math.prod(cache.k0.shape[1:3])
             self.k_first = torch.cat([first, first[:1]])
             self.k_lengths = start + offsets.diff()
 
@@ -452,12 +455,15 @@ class PackStep:
         """k, v [N, Hkv, D] into the cache. Without padding: the kernels' `rope_append` takes that."""
         position, slot = self.place()
         for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
-            cached[slot, :, position] = new.to(cached.dtype)
+            cached[slot, :, position] = saturated(new, cached.dtype)
 
     def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
         """q [N, Hq, D] -> [N, Hq, D]; k and v [N, Hkv, D] are the new rows'."""
         if self.k_lengths is not None:
-            k, v = (kv_cache.as_rows(c) for c in self.cache.layer(layer))
+            k, v = self.cache.layer(layer)
+            if self.widened is not None:
+                k, v = k[self.widened].to(q.dtype), v[self.widened].to(q.dtype)
+            k, v = kv_cache.as_rows(k), kv_cache.as_rows(v)
         ends = self.offsets, self.k_first, self.k_lengths
         return kernels.flash_prefill(q, k, v, *ends, longest=self.longest, scale=scale, window=window)
 

@@ -43,7 +43,7 @@ def weight_bytes_per_step(model: Transformer) -> int:
 
 def floor_ms(engine, batch_size: int, context: float, bandwidth: float) -> float:
     """Time that a step's bytes take: all weights once, the cached rows of every sequence once."""
-    kv = batch_size * context * bytes_per_row(engine.model.config, engine.model.norm.weight.dtype)
+    kv = batch_size * context * bytes_per_row(engine.model.config, engine.cache_dtype)
     return (weight_bytes_per_step(engine.model) + kv) / bandwidth * 1e3
 
 
@@ -68,8 +68,7 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
     else:
         out["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if timing.steps:
-        config = engine.model.config
-        kv_bytes = timing.context_sum / timing.steps * bytes_per_row(config, engine.model.norm.weight.dtype)
+        kv_bytes = timing.context_sum / timing.steps * bytes_per_row(engine.model.config, engine.cache_dtype)
         out["bytes_per_step"] = weight_bytes_per_step(engine.model) + kv_bytes
         rate = out["bytes_per_step"] / (statistics.median(steps_ms) / 1e3)
         out["bandwidth_gbps"] = rate / 1e9

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels
 from kernels._matmul import rms_norm_ref
+from kernels.formats import saturated
 
 # ---------------------------------------------------------------- reference
 
@@ -39,7 +40,7 @@ def rope_append_ref(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_n
     row = torch.where(present, torch.arange(len(position), device=qkv.device), present.int().argmax())
     at, slot = at[row], slot[row]
     for cache, new in ((k_cache, k), (v_cache, v)):
-        cache[slot, :, at] = torch.where(present.any(), new[row].to(cache.dtype), cache[slot, :, at])
+        cache[slot, :, at] = saturated(torch.where(present.any(), new[row], cache[slot, :, at].to(new.dtype)), cache.dtype)
     return q.contiguous(), k.contiguous()
 
 

@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import generate
 from generate import BANDWIDTH, DTYPES, STEPS_PER_GRAPH, Engine, add_flag, default_device, floor_ms, metrics
+from kv_cache import CACHE_DTYPES
 from sampling import SamplingParams
 
 
@@ -56,6 +57,7 @@ def random_prompts(engine: Engine, batch_size: int, length: int) -> list[list[in
 def decode(args: argparse.Namespace) -> dict:
     """ms a step, percentiles and MBU of one model, batch size and length."""
     options = {"decode_mode": args.decode_mode, "max_seq_len": args.max_seq_len or args.prompt_len + args.max_new_tokens}
+    options["kv_cache_dtype"] = args.kv_cache_dtype
     dtype = DTYPES[args.dtype] if args.dtype else None
     if args.random_weights:
         engine = Engine.random(args.random_weights, args.device, dtype, **options)
@@ -168,6 +170,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("batch_size", type=int, default=1)
     flag("repeats", type=int, default=5)
     flag("max_seq_len", type=int)
+    flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto")
     flag("temperature", type=float)
     flag("top_k", type=int)
     flag("top_p", type=float)

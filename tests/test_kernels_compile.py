@@ -73,7 +73,7 @@ def empty(*size, dtype=torch.bfloat16):
     return torch.empty(*size, dtype=dtype)
 
 
-def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False):
+def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16):
     """The operator `op` of tiles.OPS at a shape, on memory that nothing reads."""
     x, norm = empty(M, K), empty(K)
     weight = Weight(N, K, bias=bias)  # never touched, so that a large one takes no memory
@@ -86,7 +86,8 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False):
         kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)
     else:
         heads, kv_heads = N // head_dim, N // head_dim // 6
-        cache, rope, qk = empty(M, kv_heads, 128, head_dim), empty(128, head_dim // 2, dtype=torch.float32), empty(head_dim)
+        cache = empty(M, kv_heads, 128, head_dim, dtype=cache_dtype)
+        rope, qk = empty(128, head_dim // 2, dtype=torch.float32), empty(head_dim)
         kernels.qkv_rope_append(
             x, weight, norm=norm, eps=1e-5, q_norm=qk if qk_norm else None, k_norm=qk if qk_norm else None, qk_eps=1e-6,
             cos=rope, sin=rope, lengths=lengths, table=empty(M, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
@@ -159,6 +160,20 @@ def test_flash_decode(launches, head_dim, B, T, capacity):
     lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
     kernels.flash_decode(empty(B, T, 32, head_dim), cache, cache, lengths, table, scale=0.1)
     check(launches, 1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("B", "capacity"), [(1, 256), (1, 65536), (64, 1024)])
+def test_fp8_cache(launches, head_dim, B, capacity):
+    """Rows are appended in e4m3, as the card rounds them, and read back."""
+    fp8 = torch.float8_e4m3fn
+    call("qkv", 48 * head_dim, 1024, M=B, head_dim=head_dim, cache_dtype=fp8)
+    cache = empty(B, 8, capacity, head_dim, dtype=fp8)
+    lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
+    kernels.flash_decode(empty(B, 1, 32, head_dim), cache, cache, lengths, table, scale=0.1)
+    (kernel, args, kwargs), _ = launches
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compile_for_hopper(kernel, args, dict(kwargs)).asm["ptx"]
+    check(launches, 2)
 
 
 def test_choose_and_advance(launches):
