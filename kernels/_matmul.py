@@ -29,6 +29,17 @@ INTERPRETED = tl.constexpr(INTERPRET)
 
 
 @triton.jit
+def to_cache(values, cache_ptr):
+    """float32 values in the cache's dtype; what is beyond the range of e4m3 becomes its largest value."""
+    if cache_ptr.dtype.element_ty == tl.float8e4nv:
+        values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERPRETED:  # its cast halves what rounds up to a power of two: the rounding is done here, to 4 bits or 2**-9
+            wide = values * (2.0**20 + 1)
+            values = tl.where(tl.abs(values) < 2.0**-6, (values + 24576.0) - 24576.0, wide - (wide - values))
+    return values.to(cache_ptr.dtype.element_ty)
+
+
+@triton.jit
 def load_weights(w_ptr, rows, k, N, K, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr):
     """W[rows, k] as [R, CHUNK]; zero outside the matrix, which only MASK_N and MASK_K allow for."""
     address = w_ptr + rows.to(tl.int64)[:, None] * K + k[None, :]

@@ -268,8 +268,8 @@ def test_ctrl_c_ends_a_script(smiling, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    whole = smiling.prefill
-    monkeypatch.setattr(smiling, "prefill", lambda m, s, row, x, start: interrupted() if start else whole(m, s, row, x, start))
+    whole = Prefiller.run
+    monkeypatch.setattr(Prefiller, "run", lambda s, pieces: interrupted() if pieces[0].start else whole(s, pieces))
     smiling.session = None  # the greeting that warms it up is prefilled from 0
     with pytest.raises(KeyboardInterrupt):
         talk(monkeypatch, smiling, "one", "two")
