@@ -285,7 +285,7 @@ class Run:
     # ------------------------------------------------------------ into rows
 
     def _prefill(self) -> bool:
-        """Fills the cache with waiting prompts, up to `prefill_tokens` of them, and admits those that are complete: whether
+        """Fills the cache with waiting prompts, about `prefill_tokens` of them, and admits those that are complete: whether
         there were any. A prompt is prefilled once for all of its samples."""
         engine, session, tokens, complete, pieces = self.engine, self.engine.session, 0, [], []
         while self.waiting and tokens < self.prefill_tokens:
@@ -294,7 +294,7 @@ class Run:
                 if len(self.free_slots) < len(job.answers):
                     break
                 self._begin(job)
-            end = min(len(job.prompt), job.filled + self.prefill_tokens - tokens)
+            end = min(len(job.prompt), job.filled + self.prefill_tokens)  # cut where others have no say
             pieces.append(Piece(job.slots[0], job.prompt[job.filled : end], job.filled))
             tokens += end - job.filled
             job.filled = end

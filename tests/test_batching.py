@@ -137,7 +137,7 @@ def test_a_long_prompt_does_not_stall_the_others(engine, monkeypatch):
     monkeypatch.setattr(engine.decoder, "run", lambda *a, **k: events.append("step") or run(*a, **k))
     got = {r.id: outputs[0].tokens for r, outputs in engine.generate_many([short, long], 2)}
     assert got == expected
-    assert events[:13] == [2, 14, 16, "step", 16, "step", 16, "step", 16, "step", 16, "step", 6]
+    assert events[:13] == [2, 16, 16, "step", 16, "step", 16, "step", 16, "step", 16, "step", 4]
 
 
 def test_sequences_move_together_when_none_waits(engine, monkeypatch):
