@@ -46,8 +46,8 @@ def stamp() -> dict:
     import triton
 
     commit = os.environ.get("ROOFLAMA_COMMIT")
-    if not commit and (commit := output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")) and output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py"):
-        commit += "+"
+    if not commit and (commit := output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")):
+        commit += "+" * bool(output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py"))
     out = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "commit": commit}
     if torch.cuda.is_available():
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
