@@ -145,9 +145,9 @@ def _linear_kernel(
     x_ptr, w_ptr, norm_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
     M, N, F, K, columns, eps,
     SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT: tl.constexpr, GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
-    STREAM: tl.constexpr, X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual. `columns` is K in units of w_ptr and x_ptr."""
     if not LATE:
@@ -177,7 +177,7 @@ def _linear_kernel(
     ADD: tl.constexpr = residual_ptr is not None and MP == 1 and not (NORM or SILU_MUL or DOT) and SPLIT == 1 and CHUNKS <= 2
     sums, squares, widened = multiply(
         tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     if ADD:
         residual = 0.0
@@ -268,9 +268,9 @@ def _qkv_kernel(
     M, T, P, N, K, columns, eps, qk_eps, page_size,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
-    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of pairs of one head. TILES tiles of a head and SPLIT parts of K form a group that its last arrival merges:
     TILES is 1, or with qk-norm, which needs the whole head, D / R."""
@@ -301,7 +301,7 @@ def _qkv_kernel(
 
     sums, squares, _ = multiply(
         tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
+        CHUNK, CHUNKS, PRELOAD, STAGES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES

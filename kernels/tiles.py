@@ -29,7 +29,6 @@ class Tile:
     warps: int
     preload: int = 64  # chunks loaded before the dependency wait, and kept in flight after it
     dot: bool = False  # multiply by tl.dot on the tensor cores; else by FMA, M <= FMA_MOST_ROWS
-    slices: int = 1  # dot: into how many slices, of a warp each, a chunk's columns are cut; 1 = every warp has all of them
     split: int = 1  # programs that share one tile's K; the last to arrive merges
     stages: int = 1  # pipeline depth of the loads behind the preloaded ones
     grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
@@ -176,7 +175,7 @@ def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
         if K % (64 * split) or (split > 1 and (op == "head" or N // rows * split > 1024)):
             continue
         strip = K // split
-        for chunk in (64, 128, 256, 512, 1024, 2048):
+        for chunk in (64, 128, 256, 512, 1024):
             chunks = -(-strip // chunk)
             tile_bytes = (rows + max(16, M)) * chunk * 2
             for preload, stages in itertools.product((1, 2, 4), (1, 2, 3, 4, 5)):
@@ -186,8 +185,6 @@ def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
                 if tile_bytes * (preload + (stages if waits else 0)) > SHARED_BYTES // (1 if rows == 128 else 2):
                     continue
                 tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
-                if rows <= 32 and chunk // warps >= 64:
-                    tiles += [dataclasses.replace(tiles[-1], slices=warps, registers=r) for r in (None, 128)]
     return tiles
 
 

@@ -171,7 +171,7 @@ def tune(shape: str, args, pool) -> None:
             keep = ("ahead", "late", "stream", "registers")
             tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
             rng.shuffle(tiles)
-            tiles.sort(key=lambda t: t.slices == 1 if t.dot else t.warps > 2)  # small programs won most often
+            tiles.sort(key=lambda t: t.warps > 2 and not t.dot)  # small programs won most often
             jobs += [(i, key, t) for i, t in enumerate(tiles[: args.candidates])]
         jobs.sort(key=lambda job: job[0])  # the operators in turn, should the time not do for all
         try_all([job[1:] for job in jobs], 0.7 * args.seconds / args.rounds)

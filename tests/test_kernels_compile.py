@@ -119,8 +119,6 @@ def test_rules(launches, op, N, K, M):
         ("silu_mul", 16384, 2048, 1, Tile(2, 256, 1, stream=True, registers=128)),
         ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2, prefetch=32)),
         ("linear", 201, 192, 3, Tile(4, 64, 1)),
-        ("linear", 2048, 2048, 16, Tile(16, 2048, 8, preload=1, dot=True, slices=8)),
-        ("qkv", 3072, 2048, 16, Tile(16, 1024, 8, preload=1, dot=True, slices=8, stages=2)),
     ],
     ids=str,
 )

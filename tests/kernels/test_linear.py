@@ -37,7 +37,6 @@ DOT_TILES = [
     Tile(16, 64, 4, preload=64, dot=True),  # everything preloaded
     Tile(32, 128, 4, preload=1, dot=True, split=4, stages=2),  # more parts of K than chunks of it
     Tile(128, 32, 8, preload=3, dot=True, split=2),
-    Tile(16, 128, 4, preload=1, dot=True, slices=4, stages=2),  # a slice of K for each warp
 ]
 
 
@@ -245,7 +244,6 @@ def test_qkv(shape, dtype):
         Tile(32, 128, 4, preload=2),  # the whole head in one program
         Tile(8, 64, 2, split=2, late=True),
         Tile(16, 64, 4, dot=True, split=3, preload=1, stages=2),
-        Tile(16, 128, 4, dot=True, slices=2, preload=1),
         Tile(64, 64, 4, dot=True),  # more rows than a head has
     ],
     ids=lambda t: f"{t.rows}x{t.chunk}-{t.split}-{t.dot}",
