@@ -12,13 +12,15 @@ FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, beca
 shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels, zeroed_workspace
-from kernels.formats import PLAIN_FORMATS
-from kernels.tiles import Tile, tile_for
+from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled
+from kernels.tiles import Tile, packed_shape, tile_for
 
 MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
@@ -378,9 +380,36 @@ def uses_kernel(x: torch.Tensor) -> bool:
     return runs_kernels(x) and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def tile_of(op: str, x: torch.Tensor, N: int) -> Tile:
+class Operand(NamedTuple):
+    """A weight as an operator takes it: packed ones in the kernels' order (formats.py)."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    format: str
+    rows: int  # N
+
+    @classmethod
+    def of(cls, weight: Weight) -> "Operand":
+        """ValueError: a packed weight that was not tiled."""
+        if not weight.in_kernels:
+            raise ValueError(f"weight: found {weight.packed} as it is stored, expected it in the kernels' order (Weight.tile)")
+        return cls(weight.weight, weight.scale, weight.zero, weight.format, weight.out_features)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.format in UNIT_COLUMNS
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, K] in x's dtype."""
+        if not self.is_packed:
+            return self.weight
+        return dequantize_tiled(self.weight, self.scale, self.zero, self.format, self.rows, x.shape[1]).to(x.dtype)
+
+
+def tile_of(op: str, x: torch.Tensor, w: Operand) -> Tile:
     (M, K), sms = x.shape, num_sms(x.device.index or 0)
-    return tile_for(op, PLAIN_FORMATS[x.dtype], M, N, K, sms)
+    return tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms)
 
 
 def rms_norm_ref(x, weight, eps):
@@ -389,27 +418,36 @@ def rms_norm_ref(x, weight, eps):
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def check_matmul(x, weight, bias, norm):
+def check_matmul(x, w: Operand, bias, norm):
     """The operands that every operator here shares."""
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x and weight: found {tuple(x.shape)} and {tuple(weight.shape)}, expected [M, K] and [N, K]")
-    (M, K), N = x.shape, weight.shape[0]
+    weight, N = w.weight, w.rows
+    if x.dim() != 2:
+        raise ValueError(f"x: found {tuple(x.shape)}, expected [M, K]")
+    M, K = x.shape
+    shape, dtype = (N, K), x.dtype
+    if w.is_packed:
+        shape, dtype = (-(-N // 8), -(-K // UNIT_COLUMNS[w.format]), 32, 4), torch.int32
+    if weight.shape != shape:
+        raise ValueError(f"x and weight: found {tuple(x.shape)} and {tuple(weight.shape)}, expected [M, K] and {list(shape)}")
     if not 1 <= M <= MAX_ROWS:
         raise ValueError(f"x: found {M} rows, expected 1 to {MAX_ROWS}")
     if K % 64:
         raise ValueError(f"weight: found {N} x {K}, expected a multiple of 64 columns")
-    for name, t, size in (("weight", weight, None), ("bias", bias, N), ("norm", norm, K)):
-        if t is not None and (t.dtype != x.dtype or (size is not None and t.shape != (size,))):
-            expected = f"{x.dtype}" if size is None else f"{x.dtype} [{size}]"
+    for name, t, t_dtype, size in (("weight", weight, dtype, None), ("bias", bias, x.dtype, N), ("norm", norm, x.dtype, K)):
+        if t is not None and (t.dtype != t_dtype or (size is not None and t.shape != (size,))):
+            expected = f"{t_dtype}" if size is None else f"{t_dtype} [{size}]"
             raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected {expected}")
-    for name, t in (("x", x), ("weight", weight)):
-        if not t.is_contiguous():
+    for name, t in (("x", x), ("weight", weight), ("scale", w.scale), ("zero", w.zero)):
+        if t is not None and not t.is_contiguous():
             raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
 
 
-def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
+def matmul_arguments(tile: Tile, x, w: Operand) -> tuple[dict, dict]:
     """What every kernel built on these loops is launched with: (arguments, Triton's own options)."""
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), N, weight = x.shape, w.rows, w.weight
+    options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
+    if w.is_packed:
+        return _packed_arguments(tile, x, w), options
     words = 1 if tile.dot else 2  # columns in an element of the kernel's pointers
     columns, chunk = K // words, max(16, tile.chunk // words)
     chunks = triton.cdiv(triton.cdiv(columns, chunk), tile.split)
@@ -436,9 +474,54 @@ def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
         # x * norm before its division by the root mean square must not overflow float16
         "X_SCALE": 1.0 / 64 if tile.dot and x.dtype == torch.float16 else 1.0,
         "PREFETCH": tile.prefetch,
+        "scale_ptr": None,
+        "zero_ptr": None,
+        "FORMAT": "plain",
+        "GROUPS": 0,
+        "WARPS": tile.warps,
+        "PARTS": 1,
+        "BLOCKS": 1,
     }
-    options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
     return arguments, options
+
+
+def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
+    """Of a kernel on a packed weight: `columns` counts units, CHUNK the units of a step of all warps, CHUNKS the steps."""
+    (M, K), units = x.shape, w.weight.shape[1]
+    parts, blocks = packed_shape(tile, w.format)
+    steps = triton.cdiv(units, parts * tile.split)
+    preload = min(tile.preload, steps)
+    steps = triton.cdiv(steps, preload) * preload
+    return {
+        "x_ptr": x,
+        "w_ptr": w.weight,
+        "scale_ptr": w.scale,
+        "zero_ptr": w.zero,
+        "M": M,
+        "N": w.rows,
+        "K": K,
+        "columns": units,
+        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
+        "DOT": True,
+        "M_FMA": int(M == 1),
+        "MP": max(8, triton.next_power_of_2(M)),
+        "R": tile.rows,
+        "CHUNK": parts,
+        "CHUNKS": steps,
+        "PRELOAD": preload,
+        "STAGES": 1,
+        "MASK_N": w.rows % tile.rows != 0,
+        "MASK_K": parts * steps * tile.split * UNIT_COLUMNS[w.format] != K,
+        "LATE": tile.late,
+        "STREAM": tile.stream,
+        "X_SCALE": 1.0 / 64 if x.dtype == torch.float16 else 1.0,
+        "PREFETCH": 0,
+        "FORMAT": w.format,
+        "GROUPS": w.scale.shape[-1] if w.format == "int4" else 0,
+        "WARPS": tile.warps,
+        "PARTS": parts,
+        "BLOCKS": blocks,
+    }
 
 
 def scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:

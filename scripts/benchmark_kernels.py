@@ -4,6 +4,7 @@
     python scripts/benchmark_kernels.py attention --head_size 128 --batch_size 1 16 --seq_n 1024 4096
     python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
     python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
+    python scripts/benchmark_kernels.py linear --formats int8 fp8 int4 --rows 1 16        # see benchmark_linear.py
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/benchmark_kernels.py sanitize
     python scripts/benchmark_kernels.py choose --output choose.jsonl           # what top-k and top-p add to the greedy choice
@@ -676,11 +677,19 @@ def main(argv=None) -> int:
     flag("vocab_size", type=int, default=128256)
     flag("output", type=Path, help="append a JSON line for each point")
     commands.add_parser("sanitize", help="small launches of every kind, checked: to run under compute-sanitizer")
+    import benchmark_linear  # which takes its timing from here
+
+    p = commands.add_parser("linear", help="one linear layer in every weight format, beside cuBLAS and torch's int4")
+    benchmark_linear.add_flags(p)
+    add_flag(p, "output", type=Path, help="append a JSON line for each point")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not getattr(args, "check_only", False):
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
+    if args.command == "linear":
+        benchmark_linear.run(args)
+    else:
+        {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
     return 0
 
 
