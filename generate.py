@@ -285,7 +285,7 @@ class Engine:
         if self.session is None:  # what it had allocated is free now that the exception is gone
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
-        graphs = self.compile_prefill or self.decoder.mode in ("graph", "reduce-overhead")
+        graphs = self.compile_prefill or self.decoder.mode == "graph"
         options = {"graphs": graphs, "compiled": self.compile_prefill, "alone": self.batch_invariant, "pool": self.decoder.pool}
         self.prefiller = Prefiller(self.model, self.session.cache, **options)
 
