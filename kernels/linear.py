@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import num_sms, pdl_trigger, pdl_wait
+from kernels._common import num_sms, pdl_trigger, pdl_wait, to_cache
 from kernels._matmul import (
     MAX_ROWS,
     Operand,
@@ -38,7 +38,7 @@ from kernels._matmul import (
     uses_kernel,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
-from kernels.formats import Weight
+from kernels.formats import Weight, saturated
 from kernels.tiles import Tile
 
 __all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
@@ -85,7 +85,7 @@ def qkv_rope_append_ref(
     page = table.long()[row // T, at // page_size]
     for cache, new in ((k_cache, k), (v_cache, v)):
         old = cache[page, :, at % page_size]
-        cache[page, :, at % page_size] = torch.where(writes.any(), new[row].to(cache.dtype), old)
+        cache[page, :, at % page_size] = saturated(torch.where(writes.any(), new[row], old.to(new.dtype)), cache.dtype)
     return q.contiguous()
 
 
@@ -148,7 +148,7 @@ def _linear_kernel(
     ahead_ptr, ahead_bytes, M, N, F, K, columns, eps,
     SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
-    GRID: tl.constexpr, WAVE: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
+    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
     STREAM: tl.constexpr, X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
@@ -186,10 +186,6 @@ def _linear_kernel(
         if GRID:
             next_loaded = _loaded_rows(_linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), R)
             prefetch_rows(w_ptr, next_loaded, 0, N, columns, PREFETCH * 1024)
-        elif WAVE > 0:
-            if tile < WAVE:
-                next_loaded = _loaded_rows(_linear_rows(tile + WAVE, F, R, SILU_MUL), R)
-                prefetch_rows(w_ptr, next_loaded, k0, N, columns, PREFETCH * 1024)
         else:
             prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if PDL and AHEAD > 0:
@@ -286,11 +282,11 @@ def _qkv_epilogue(
         offset = row[None, :] * D + pair[:, None]
         mask = writes[None, :]
         if head < HQ + HKV:
-            tl.store(k_ptr + offset, rotated_a.to(k_ptr.dtype.element_ty), mask=mask)
-            tl.store(k_ptr + offset + HALF, rotated_b.to(k_ptr.dtype.element_ty), mask=mask)
+            tl.store(k_ptr + offset, to_cache(rotated_a, k_ptr), mask=mask)
+            tl.store(k_ptr + offset + HALF, to_cache(rotated_b, k_ptr), mask=mask)
         else:
-            tl.store(v_ptr + offset, a.to(v_ptr.dtype.element_ty), mask=mask)
-            tl.store(v_ptr + offset + HALF, b.to(v_ptr.dtype.element_ty), mask=mask)
+            tl.store(v_ptr + offset, to_cache(a, v_ptr), mask=mask)
+            tl.store(v_ptr + offset + HALF, to_cache(b, v_ptr), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "T", "P"])
@@ -432,7 +428,6 @@ def _linear(
         eps=eps,
         SILU_MUL=activation == "silu_mul",
         GRID=tile.grid,
-        WAVE=tile.wave * num_sms(x.device.index or 0),
         SPLIT=tile.split,
         **arguments,
         **_ahead_arguments(tile, ahead),
@@ -607,7 +602,8 @@ def qkv_rope_append(
     RMSNorm, projection with `weight` [(Hq + 2 Hkv) D, K] and its bias, RMSNorm of each query and key head (q_norm, k_norm [D]
     or None), RoPE (rotate-half) with cos and sin [max_positions, D / 2] float32, append.
     Token t of sequence b is at position p = lengths[b] - T + t; it goes to row p % page_size of page table[b, p // page_size]
-    of k_cache and v_cache [pages, Hkv, page_size, D]. Nothing is written where p is below 0. lengths [B], table [B, P] int32.
+    of k_cache and v_cache [pages, Hkv, page_size, D], in their dtype: x's, or float8_e4m3fn, which saturates at +-448. Nothing
+    is written where p is below 0. lengths [B], table [B, P] int32.
     `ahead` as in `linear`. ValueError: a shape or dtype that does not fit.
     """
     return torch.ops.rooflama.qkv_rope_append(

@@ -37,8 +37,8 @@ class Tile:
     late: bool = False  # trigger the next kernel after this one's first loads, not before
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
     prefetch: int = 0  # KiB of a program's later weights that are brought into L2 before the wait (Hopper)
-    wave: int = 0  # tiles per SM whose programs find themselves waiting: theirs is `prefetch` of the tile so many further on
     ahead: int = 0  # KiB of the next kernel's weight that the whole grid brings into L2 before the wait (Hopper)
+    padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
 
     def __post_init__(self):
@@ -50,24 +50,43 @@ class Tile:
 
 # ---------------------------------------------------------------- the measured table
 
-# Keys: (multiprocessors, format, op, the most rows of x that it serves, N, K); bf16 serves fp16 too.
-# One H200 (132 SMs), tuned inside the whole decode step (a kernel alone chooses larger tiles than a chain
-# of kernels that preload beside each other). Figures are of that search, which took a candidate's time while other processes
-# compiled the next ones on the same GPU: good for a choice of several percent, not for one of a few tenths.
-ROW_BUCKETS = (1, 8, 16, 64)
+# By (SMs, format, rows of x as `padded_rows` has them, op, N, K). One H200 (132 SMs), by scripts/tune.py: inside whole decode
+# steps, because a kernel alone chooses larger tiles than a chain of kernels that preload beside each other.
 MEASURED = {
-    # Llama-3.2-1B: 687.5 us a step with the tiles of a first guess, 634.6 with these
-    (132, "bf16", "qkv", 1, 3072, 2048): Tile(8, 1024, 4),  # the first guess; none of 42 was better
-    (132, "bf16", "linear", 1, 2048, 2048): Tile(1, 512, 2),  # the first guess; none of 42 was better
-    (132, "bf16", "silu_mul", 1, 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),  # 661.5; 8 rows on 8 warps: 675.9
-    (132, "bf16", "linear", 1, 2048, 8192): Tile(8, 1024, 4, preload=4),  # 636.8; 2 rows on 2 warps: 649.9
-    (132, "bf16", "head", 1, 128256, 2048): Tile(4, 1024, 2, preload=2, stream=True),  # 634.6; not evict-first: 636.8
-    # Llama-3.1-8B: 3910.1 us a step with the tiles of a first guess, 3769.2 with these
-    (132, "bf16", "qkv", 1, 6144, 4096): Tile(8, 1024, 2, preload=2),  # 3769.2; 4 rows: 3799.7
-    (132, "bf16", "linear", 1, 4096, 4096): Tile(1, 1024, 4),  # the first guess; the search ended before it came to this one
-    (132, "bf16", "silu_mul", 1, 28672, 4096): Tile(2, 256, 1, preload=16),  # 3847.9; 8 rows, grid=2: 3856.2
-    (132, "bf16", "linear", 1, 4096, 14336): Tile(1, 2048, 16, preload=3),  # 3799.7; 2 rows on 4 warps: 3827.7
-    (132, "bf16", "head", 1, 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),  # the first guess; none of 30 was better
+    # Llama-3.2-1B, 1 row: 634.9 us a step
+    (132, "bf16", 1, "qkv", 3072, 2048): Tile(4, 1024, 2, preload=1, registers=128),
+    (132, "bf16", 1, "linear", 2048, 2048): Tile(2, 256, 1, preload=8, registers=128),
+    (132, "bf16", 1, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),
+    (132, "bf16", 1, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),
+    (132, "bf16", 1, "head", 128256, 2048): Tile(4, 256, 1, preload=4, stream=True),
+    # 16 rows: 840.4; tiles of half as many weight rows read x twice as often: 880 to 888
+    (132, "bf16", 16, "qkv", 3072, 2048): Tile(64, 512, 4, preload=1, dot=True, split=4),
+    (132, "bf16", 16, "linear", 2048, 2048): Tile(64, 512, 4, preload=1, dot=True, split=4),
+    (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=1, dot=True, stages=4),
+    (132, "bf16", 16, "linear", 2048, 8192): Tile(128, 128, 8, preload=3, dot=True, split=8, stages=3),
+    (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
+    # Llama-3.2-3B: 1700.1
+    (132, "bf16", 1, "qkv", 5120, 3072): Tile(4, 256, 1, preload=3),
+    (132, "bf16", 1, "linear", 3072, 3072): Tile(2, 512, 1, preload=3, registers=96),
+    (132, "bf16", 1, "silu_mul", 16384, 3072): Tile(16, 512, 2, preload=2),
+    (132, "bf16", 1, "linear", 3072, 8192): Tile(2, 1024, 4, preload=8),
+    (132, "bf16", 1, "head", 128256, 3072): Tile(4, 1024, 4, preload=4, stream=True),
+    # Llama-3.1-8B: 3690.5; on another card 3730.5, and 3713.4 with the qkv and linear of today
+    (132, "bf16", 1, "qkv", 6144, 4096): Tile(8, 1024, 2, preload=2, stream=True),
+    (132, "bf16", 1, "linear", 4096, 4096): Tile(1, 512, 1, preload=2, registers=96),
+    (132, "bf16", 1, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
+    (132, "bf16", 1, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),
+    (132, "bf16", 1, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),
+    # Qwen3-8B: 3837.7, with a qkv of Tile(8, 1024, 2, preload=1)
+    (132, "bf16", 1, "silu_mul", 24576, 4096): Tile(8, 1024, 2, preload=1, stream=True),
+    (132, "bf16", 1, "linear", 4096, 12288): Tile(1, 2048, 8, stream=True),
+    (132, "bf16", 1, "head", 151936, 4096): Tile(4, 1024, 4, preload=4),
+    # Qwen2.5-7B: 3398.0
+    (132, "bf16", 1, "qkv", 4608, 3584): Tile(2, 256, 1, preload=4),
+    (132, "bf16", 1, "linear", 3584, 3584): Tile(4, 512, 1, preload=4),
+    (132, "bf16", 1, "silu_mul", 37888, 3584): Tile(4, 256, 1, preload=7, stream=True),
+    (132, "bf16", 1, "linear", 3584, 18944): Tile(1, 2048, 8, stream=True),
+    (132, "bf16", 1, "head", 152064, 3584): Tile(4, 1024, 4, preload=4, registers=168),
 }
 
 
@@ -77,23 +96,26 @@ MEASURED = {
 def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """The tile for `rows` rows of x: the measured one where there is one, else the rule. Pure."""
     assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
-    measured = MEASURED.get(measured_key(op, fmt, rows, N, K, sms))
-    if measured and (measured.dot or rows <= FMA_MOST_ROWS):
+    measured = MEASURED.get((sms, "bf16" if fmt == "fp16" else fmt, padded_rows(rows), op, N, K))
+    if measured is not None:
         return measured
     if fmt in UNIT_COLUMNS:
         return _packed_rule(op, fmt, rows, N, K, sms)
     return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
 
 
-def measured_key(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> tuple:
-    """Where MEASURED has the tile for `rows` rows of x, if it has one: under the next bucket of rows."""
-    bucket = next(b for b in ROW_BUCKETS if rows <= b)
-    return sms, "bf16" if fmt == "fp16" else fmt, op, bucket, N, K
+def padded_rows(rows: int) -> int:
+    """Rows of x that a kernel works on: what FMA takes as they are, else a power of two of at least 16."""
+    return rows if rows <= FMA_RULE_ROWS else max(16, 1 << (rows - 1).bit_length())
 
 
 def invariant_tile(op: str, fmt: str, N: int, K: int, sms: int) -> Tile:
-    """The tile that serves every number of rows alike, so that a row's result does not depend on its neighbours."""
-    return _packed_rule(op, fmt, 64, N, K, sms) if fmt in UNIT_COLUMNS else _dot_rule(op, 64, N, K, sms)
+    """The tile that serves every number of rows alike, so that a row's result does not depend on its neighbours.
+
+    Padding to all 64 rows makes the program itself the same: with fewer, the compiler would add up in another order.
+    """
+    tile = _packed_rule(op, fmt, 64, N, K, sms) if fmt in UNIT_COLUMNS else _dot_rule(op, 64, N, K, sms)
+    return dataclasses.replace(tile, padded=64)
 
 
 def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
@@ -107,16 +129,15 @@ def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
 
 
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """64 weight rows a program (every program reads x again: fewer, fatter ones), K split until every SM has a program."""
-    height, chunk, split = 64, power_divisor(K, 128), 1
+    """128 weight rows a program where that leaves a program for most SMs (every program reads x again: fewer, fatter ones),
+    else 64; K split until every SM has a program."""
+    height, chunk, split = 128 if 96 * sms <= N else 64, power_divisor(K, 128), 1
     while op != "head" and split < 8 and -(-N // height) * split < sms and K // (2 * split) >= 2 * chunk:
         split *= 2
     strip = K // split  # columns of one program
     if strip <= 512 and strip == floor_power_of_two(strip):  # all of it before the wait
         return Tile(height, strip, 8 if rows > 16 else 4, preload=1, dot=True, split=split)
-    return Tile(
-        height, chunk, 4, preload=1, dot=True, split=split, stages=4, prefetch=min(128, height * (strip - chunk) // 512)
-    )
+    return Tile(height, chunk, 8 if height == 128 else 4, preload=1, dot=True, split=split, stages=4)
 
 
 def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
@@ -185,21 +206,19 @@ def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
     if M == 1:
         return []
     tiles = []
-    heights = (16, 32, 64) if M <= 16 else (64, 128)
-    for rows, warps, split in itertools.product(heights, (4, 8), (1, 2, 4, 7, 8)):
+    for (rows, warps), split in itertools.product(((64, 4), (64, 8), (128, 8)), (1, 2, 4, 7, 8)):
         if K % (64 * split) or (split > 1 and (op == "head" or N // rows * split > 1024)):
             continue
         strip = K // split
-        for chunk in (64, 128, 256, 512, 1024):
+        for chunk in (64, 128, 256, 512):
             chunks = -(-strip // chunk)
             tile_bytes = (rows + max(16, M)) * chunk * 2
-            for preload, stages in itertools.product((1, 2, 4), (1, 2, 3, 4, 5)):
+            for preload, stages in itertools.product((1, 2, 3), (1, 3, 4, 5)):
                 waits = chunks > preload  # a loop behind the preloaded chunks, for which stages count
-                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 80:
+                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 96:
                     continue
-                if tile_bytes * (preload + (stages if waits else 0)) > SHARED_BYTES // (1 if rows == 128 else 2):
-                    continue
-                tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
+                if tile_bytes * (preload + (stages if waits else 0)) <= SHARED_BYTES:
+                    tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
     return tiles
 
 
@@ -248,6 +267,10 @@ def override_tiles(tiles: dict):
         yield
     finally:
         _overrides = before
+
+
+def is_batch_invariant() -> bool:
+    return _batch_invariant
 
 
 @contextlib.contextmanager

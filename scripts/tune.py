@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 import kernels
 from generate import Engine, add_flag, decode_one_token, floor_ms
 from kernels.formats import Weight
-from kernels.tiles import Tile, candidate_tiles, measured_key, override_tiles, tile_for
+from kernels.tiles import Tile, candidate_tiles, override_tiles, padded_rows, tile_for
 from model import SHAPES
 from quantize import MODES, make_recipe
 
@@ -145,9 +145,6 @@ def neighbours(tile: Tile, op: str) -> list[Tile]:
     change = lambda **fields: dataclasses.replace(tile, **fields)
     moves = [change(stream=not tile.stream)]
     moves += [change(registers=r) for r in (None, 64, 96, 128, 168)]
-    if op in ("linear", "silu_mul") and not tile.grid and not tile.dot:
-        kib = tile.rows * tile.chunk * tile.preload // 512
-        moves += [change(wave=w, prefetch=max(1, p)) for w in (2, 4, 8, 12) for p in (kib // 2, kib)]
     return [m for m in dict.fromkeys(moves) if m != tile]
 
 
@@ -206,7 +203,9 @@ def tune(shape: str, args, pool) -> None:
     for error in sorted(set(failed.values()))[:3]:
         print(f"    {error}", flush=True)
     for (op, N, K), tile in best.items():
-        print(f"    {measured_key(op, formats[op, N, K], rows, N, K, sms)}: {tile},", flush=True)
+        changed = [f"{f.name}={v!r}" for f in dataclasses.fields(tile) if (v := getattr(tile, f.name)) != f.default]
+        key = f'{sms}, "{formats[op, N, K]}", {padded_rows(rows)}, "{op}", {N}, {K}'
+        print(f"    ({key}): Tile({', '.join(changed)}),", flush=True)
 
 
 def main(argv=None) -> int:
