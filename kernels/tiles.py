@@ -77,6 +77,12 @@ MEASURED = {
     (132, "bf16", 1, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
     (132, "bf16", 1, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),
     (132, "bf16", 1, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),
+    # 16 rows: 4172.5, through cuBLAS 4760.9
+    (132, "bf16", 16, "qkv", 6144, 4096): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
+    (132, "bf16", 16, "linear", 4096, 4096): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
+    (132, "bf16", 16, "silu_mul", 28672, 4096): Tile(128, 128, 8, preload=2, dot=True, stages=3),
+    (132, "bf16", 16, "linear", 4096, 14336): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
+    (132, "bf16", 16, "head", 128256, 4096): Tile(128, 128, 8, preload=1, dot=True, stages=4),
     # Qwen3-8B: 3837.7, with a qkv of Tile(8, 1024, 2, preload=1)
     (132, "bf16", 1, "silu_mul", 24576, 4096): Tile(8, 1024, 2, preload=1, stream=True),
     (132, "bf16", 1, "linear", 4096, 12288): Tile(1, 2048, 8, stream=True),
@@ -129,15 +135,20 @@ def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
 
 
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """128 weight rows a program where that leaves a program for most SMs (every program reads x again: fewer, fatter ones),
-    else 64; K split until every SM has a program."""
-    height, chunk, split = 128 if 96 * sms <= N else 64, power_divisor(K, 128), 1
-    while op != "head" and split < 8 and -(-N // height) * split < sms and K // (2 * split) >= 2 * chunk:
-        split *= 2
-    strip = K // split  # columns of one program
-    if strip <= 512 and strip == floor_power_of_two(strip):  # all of it before the wait
+    """128 weight rows a program, because every program reads x again; K split until nearly every SM has a program. Where that
+    leaves a program few columns, 64 rows, and all of them before the wait."""
+    chunk = power_divisor(K, 128)
+    for height in (128, 64):
+        split = 1
+        while op != "head" and split < 8 and -(-N // height) * split < 0.9 * sms and K // (2 * split) >= 2 * chunk:
+            split *= 2
+        strip = K // split  # columns of one program
+        if height == 128 and strip >= 1024:
+            preload, stages = (1, 4) if split == 1 else (3, 3)
+            return Tile(height, chunk, 8, preload=preload, dot=True, split=split, stages=stages)
+    if strip <= 512 and strip == floor_power_of_two(strip):
         return Tile(height, strip, 8 if rows > 16 else 4, preload=1, dot=True, split=split)
-    return Tile(height, chunk, 8 if height == 128 else 4, preload=1, dot=True, split=split, stages=4)
+    return Tile(height, chunk, 4, preload=1, dot=True, split=split, stages=4)
 
 
 def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
