@@ -229,7 +229,7 @@ class Engine:
         Each gets what it would get alone. `batch_size`: None takes the largest for which there is memory, at most 256.
         ValueError, at once: a request that cannot run, named by its `source`. FloatingPointError: the model gave NaN.
         """
-        return Results(Run(self, requests, rows=batch_size or self.largest_batch, chunked=True))
+        return Results(Run(self, requests, rows=self.largest_batch if batch_size is None else batch_size, chunked=True))
 
     def stream(self, prompt, params: SamplingParams | None = None, *, sample: int = 0) -> Stream:
         """The text of one prompt, piece by piece. ValueError as for `generate`, at once."""

@@ -184,7 +184,7 @@ class Run:
             answer.index = i
         longest = max(len(job.prompt) + job.request.params.max_new_tokens for job in self.jobs)
         rows = rows(longest) if callable(rows) else rows
-        self.batch_size = min(rows or len(self.answers), len(self.answers))
+        self.batch_size = len(self.answers) if rows is None else min(rows, len(self.answers))
         if (most := max(len(job.answers) for job in self.jobs)) > self.batch_size:
             raise ValueError(f"n: found {most} samples of a prompt, expected at most the batch size, {self.batch_size}")
         self.prefill_tokens = CHUNK if chunked else math.inf
@@ -419,7 +419,7 @@ class Run:
 
     def _emit(self, status: torch.Tensor, launch: _Launch) -> Iterator[tuple[Answer, str]]:
         """Takes over the tokens that are new in a status (Session.status)."""
-        ring, (cursor, done, nan) = status[:, :RING], status[:, RING : RING + 3].T.tolist()
+        ring, (cursor, done, nan) = status[:, :RING].numpy(), status[:, RING : RING + 3].T.tolist()
         for row, answer in enumerate(launch.answers):
             if answer is None or answer.finish_reason:
                 continue
