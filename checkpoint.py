@@ -69,6 +69,10 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
 
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
 
 class Piece(NamedTuple):
     """A stored tensor and the part of one of ours that it fills."""
@@ -76,6 +80,7 @@ class Piece(NamedTuple):
     name: str  # in its own layout
     stored: TensorInfo | Tensor
     view: Callable[[Tensor], Tensor]  # our tensor -> that part, shaped as `stored`; contiguous where that is a TensorInfo
+    unpack: Callable[[Tensor], Tensor] | None = None  # what is stored -> what goes there; None: as it is
 
 
 @dataclass
@@ -346,22 +351,31 @@ def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, 
 
 def fill(source: Source, tensors: dict[str, Tensor], progress: bool = True) -> int:
     """Fill tensors of ours, any dtype, any device, from a source; each stored byte is read once. Returns their number."""
-    shards: dict[Path, list[tuple[int, torch.dtype, Tensor]]] = {}
-    total = 0
+    shards: dict[Path, list[tuple[Piece, Tensor]]] = {}
     for name, out in tensors.items():
-        for _, stored, view in source.pieces[name]:
-            total += stored.dtype.itemsize * math.prod(stored.shape)
-            if isinstance(stored, TensorInfo):
-                shards.setdefault(stored.path, []).append((stored.start, stored.dtype, view(out).view(-1)))
+        for piece in source.pieces[name]:
+            if isinstance(piece.stored, TensorInfo):
+                shards.setdefault(piece.stored.path, []).append((piece, piece.view(out)))
             else:
-                view(out).copy_(stored)
-    for number, (path, jobs) in enumerate(sorted(shards.items()), 1):
-        shard_bytes = sum(dtype.itemsize * out.numel() for _, dtype, out in jobs)
+                piece.view(out).copy_(piece.stored)
+    for number, (path, parts) in enumerate(sorted(shards.items()), 1):
+        shard_bytes = sum(piece.stored.nbytes for piece, _ in parts)
         with progress_line(f"load {number}/{len(shards)} {path.name}", shard_bytes, progress) as add:
-            _read_shard(path, jobs, add)
+            direct = [(p.stored.start, p.stored.dtype, part.view(-1)) for p, part in parts if p.unpack is None]
+            _read_shard(path, direct, add)
+            for piece, part in parts:  # one at a time: each needs its stored form in memory as well
+                if piece.unpack is not None:
+                    part.copy_(piece.unpack(read_tensor(piece.stored, part.device, add)))
     for device in {out.device for out in tensors.values() if out.is_cuda}:
         torch.cuda.synchronize(device)  # the last copies are still under way
-    return total
+    return sum(piece.stored.nbytes for name in tensors for piece in source.pieces[name])
+
+
+def read_tensor(info: TensorInfo, device="cpu", add: Callable[[int], None] = lambda num_bytes: None) -> Tensor:
+    """One tensor as it is stored. `add` is called with the bytes just read."""
+    out = torch.empty(info.shape, dtype=info.dtype, device=device)
+    _read_shard(info.path, [(info.start, info.dtype, out.view(-1))], add)
+    return out
 
 
 def _read_shard(path: Path, jobs: list[tuple[int, torch.dtype, Tensor]], add: Callable[[int], None]) -> None:

@@ -1,8 +1,16 @@
 """The decode loop's device side: the state of running sequences, one step of it, and the graphs that repeat it.
 
-Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `prefill` and `decode_one_token`, and
-how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows neither
-text nor prompts nor when a run is over.
+Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `choose_token` and `decode_one_token`,
+and how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows
+neither text nor prompts nor when a run is over.
+
+Prompts come before: `prefill.Prefiller(model, session.cache, ...)`, one for a session, takes any number of them at once:
+
+    hidden = prefiller.run([Piece(slot, ids_or_embeddings, start), ...])  # [P, H]: each one's last token, in their order
+    session.admit(...)                                                    # lengths and table: `run` leaves them alone
+    choose_token(model, session, hidden, rows, kind)
+
+A prompt may come in parts (`start`: rows that its slot already has); the hidden states of all but the last are of no use.
 Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring, L log-probabilities kept of a token.
 """
 
@@ -16,7 +24,7 @@ from torch import nn
 
 import kernels
 from kv_cache import KVCache
-from model import DecodeStep, PrefillStep, Transformer, fused
+from model import DecodeStep, Transformer, fused
 from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingParams, SamplingState, choose, penalize, sampling_fields
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
@@ -56,12 +64,12 @@ class Session(nn.Module):
     `cached[slot]` is the host's note of whose K and V a slot holds: the ids of its rows 0, 1, ...
     """
 
-    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
+    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int, cache_dtype: torch.dtype | None = None):
         super().__init__()
         config, weight = model.config, model.norm.weight
         device = weight.device
         self.batch_size, self.max_seq_len, self.num_layers = batch_size, max_seq_len, config.num_layers
-        self.cache = KVCache(config, batch_size, max_seq_len, device, weight.dtype)
+        self.cache = KVCache(config, batch_size, max_seq_len, device, cache_dtype or weight.dtype)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
         buffers = {
@@ -167,11 +175,6 @@ class Session(nn.Module):
 # ---------------------------------------------------------------- stages
 
 
-def prefill(model: Transformer, session: Session, slot: int, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Embedded tokens x [n, H] of the sequence in `slot` from position `start` on -> the last one's hidden state [1, H]."""
-    return model(x, PrefillStep(x.shape[0], session.cache, slot, start))[-1:]
-
-
 def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:
     """Hidden states of the sequences in `rows` -> their next tokens, and everything that follows from them, in the session.
 
@@ -194,7 +197,11 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
             best, token = kernels.choose(penalized, penalized.amax(dim=-1, keepdim=True), lengths=lengths, **settings)
     else:
         logits = model.logits(hidden)
-        best, token = choose(penalize(logits, **history) if history else logits, lengths, **settings)
+        penalized = penalize(logits, **history) if history else logits
+        if settings and kernels.runs_kernels(logits):
+            best, token = choose_in_kernels(penalized, session.sampling, rows, lengths)
+        else:
+            best, token = choose(penalized, lengths, **settings)
     slot = session.cursor[rows] % RING if logprobs else None  # where `advance` puts the token
     kernels.advance(
         best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
@@ -207,6 +214,18 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
     if logprobs:
         note_logprobs(session, logits, rows, slot)
     return logits
+
+
+def choose_in_kernels(logits, sampling: SamplingState, rows: slice, lengths) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.choose` for the sequences in `rows`, however many: logits [B, V] -> each one's (value, id), [B, 1] both."""
+    settings = {name: getattr(sampling, name)[rows] for name in KINDS["truncate"]} | {"lengths": lengths}
+    chosen = []
+    for begin in range(0, logits.shape[0], kernels.MAX_ROWS):
+        part = slice(begin, begin + kernels.MAX_ROWS)
+        maxima = logits[part].amax(dim=-1, keepdim=True)
+        chosen.append(kernels.choose(logits[part], maxima, **{name: t[part] for name, t in settings.items()}))
+    best, token = zip(*chosen, strict=True)
+    return torch.cat(best), torch.cat(token)
 
 
 def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slot: torch.Tensor) -> None:
@@ -251,6 +270,8 @@ class Decoder:
 
     def __init__(self, model: Transformer, session: Session, mode: str):
         self.model, self.session = model, session
+        weights = [model.head, *(w for layer in model.layers for w in (layer.attention.wqkv, layer.feed_forward.w13))]
+        self.plain = session.x.is_cuda and all(weight.packed is None for weight in weights)
         self.mode = mode = check_mode(mode, session.x.device)
         self.step = decode_one_token
         torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one
@@ -260,7 +281,7 @@ class Decoder:
             self.step = torch.compile(decode_one_token, fullgraph=True, dynamic=False)
         self.graphs: dict[tuple[int, int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.logits: torch.Tensor | None = None  # [rows, V] of the step launched last
-        self.pool = None
+        self.pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # memory of all graphs, of prefill's too
         self.capture_sec = 0.0
 
     def in_kernels(self, rows: int) -> bool:
@@ -288,7 +309,7 @@ class Decoder:
     @property
     def path(self) -> str:
         in_kernels = self.in_kernels(self.session.batch_size)
-        work = "Rooflama's kernels" if in_kernels else "plain PyTorch"
+        work = "Rooflama's kernels" if in_kernels else "cuBLAS and Rooflama's kernels" if self.plain else "plain PyTorch"
         head_dim = self.model.config.head_dim
         if self.session.x.is_cuda and head_dim not in kernels.HEAD_SIZES:
             work += f" (attention in plain PyTorch, slow: head size {head_dim}, the kernel has {kernels.HEAD_SIZES})"
@@ -297,7 +318,7 @@ class Decoder:
             "compile": "compiled by torch.compile",
             "reduce-overhead": "compiled by torch.compile, Inductor's CUDA graphs",
             "graph": f"CUDA graphs of {STEPS_PER_GRAPH} steps, captured by hand"
-            + (" (nothing between the kernels to compile)" if in_kernels else " from the compiled step"),
+            + (" (nothing between the kernels to compile)" if in_kernels or self.plain else " from the compiled step"),
         }[self.mode]
         return f"{self.mode}: {work}, {reason}"
 
@@ -320,14 +341,13 @@ class Decoder:
         key = (steps, rows, kind, logprobs)
         if key not in self.graphs:
             started = time.perf_counter()
-            step = decode_one_token if self.in_kernels(rows) else self.step
+            step = decode_one_token if self.plain or self.in_kernels(rows) else self.step
             arguments = (self.model, self.session, kind, logprobs, rows)
             self._warm_up(step, arguments)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 for _ in range(steps):
                     logits = step(*arguments)
-            self.pool = graph.pool()
             self.graphs[key] = graph, logits
             self.capture_sec += time.perf_counter() - started
         return self.graphs[key]

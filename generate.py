@@ -20,10 +20,11 @@ import torch
 
 import checkpoint
 import convert_hf_checkpoint
-from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, decode_one_token, prefill
-from kv_cache import bytes_per_row
+from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, decode_one_token
+from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import DTYPES, SHAPES, Transformer
-from runs import CHUNK, Output, Request, Run
+from prefill import CHUNK_ROWS, Prefiller
+from runs import Output, Request, Run
 from sampling import SamplingParams
 from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
 from tokenizer import load_tokenizer
@@ -112,19 +113,32 @@ class Engine:
     embeddings [T, H]. One run at a time: a new one ends the one before.
     """
 
-    def __init__(self, model: Transformer, tokenizer=None, *, decode_mode="eager", compile_prefill=False, max_seq_len=None):
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer=None,
+        *,
+        decode_mode="eager",
+        compile_prefill=False,
+        max_seq_len=None,
+        kv_cache_dtype="auto",
+    ):
         context = model.config.max_position_embeddings
         if max_seq_len is not None and not 1 <= max_seq_len <= context:
             raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's context, {context}")
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(f"kv_cache_dtype: found {kv_cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
         check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
         self.decode_mode, self.max_seq_len = decode_mode, max_seq_len
+        self.cache_dtype = CACHE_DTYPES[kv_cache_dtype] or model.norm.weight.dtype
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
         self.stop_ids = set(model.config.eos_token_ids) | (set(tokenizer.eos_ids) if tokenizer else set())
         self.load_sec, self.load_notes = 0.0, []
-        self.prefill = torch.compile(prefill, fullgraph=True, dynamic=True) if compile_prefill else prefill
+        self.compile_prefill = compile_prefill
         self.session: Session | None = None
         self.decoder: Decoder | None = None
+        self.prefiller: Prefiller | None = None
         self.running: Run | None = None  # whose sequences the session holds
         model.setup_rope(max_seq_len or context)
 
@@ -260,13 +274,16 @@ class Engine:
         s = self.session
         if s and s.max_seq_len >= min(length, self.context) and self.decoder.serves(batch_size):
             return
-        self.session = self.decoder = None  # frees the memory of the old one first
+        self.session = self.decoder = self.prefiller = None  # frees the memory of the old one first
         rows = self._session_rows(length)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
-            self.session = Session(self.model, batch_size, rows)
+            self.session = Session(self.model, batch_size, rows, self.cache_dtype)
         if self.session is None:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
+        graphs = self.compile_prefill or self.decoder.mode in ("graph", "reduce-overhead")
+        options = {"graphs": graphs, "compiled": self.compile_prefill, "pool": self.decoder.pool}
+        self.prefiller = Prefiller(self.model, self.session.cache, **options)
 
     def _session_rows(self, length: int) -> int:
         """Cache rows a sequence of a new session: few sessions for many lengths."""
@@ -277,9 +294,9 @@ class Engine:
         c, size, rows = self.model.config, self.model.norm.weight.itemsize, self._session_rows(length)
         free = self._free_bytes()
         free += self.session.cache.num_bytes if self.session else 0
-        prefill = CHUNK * (4 * c.hidden_size + c.q_size + 3 * c.intermediate_size) * size + CHUNK * rows * 5  # and a mask
+        prefill = CHUNK_ROWS * (5 * c.hidden_size + 3 * c.q_size + 3 * c.intermediate_size) * size
         step = c.vocab_size * 4 * 4 + 4 * c.intermediate_size * size  # logits, as they are and as they are cut
-        fits = int(free * 0.9 - prefill) // (rows * bytes_per_row(c, self.model.norm.weight.dtype) + step)
+        fits = int(free * 0.9 - prefill) // (rows * bytes_per_row(c, self.cache_dtype) + step)
         if fits < 1:
             raise MemoryError(self._no_room(1, rows))
         return min(fits, BUCKETS[-1])
@@ -294,7 +311,7 @@ class Engine:
         return torch.cuda.mem_get_info(self.device)[0]
 
     def _no_room(self, batch_size: int, rows: int) -> str:
-        each = bytes_per_row(self.model.config, self.model.norm.weight.dtype) * batch_size
+        each = bytes_per_row(self.model.config, self.cache_dtype) * batch_size
         free = self._free_bytes()
         return (
             f"the KV cache of {batch_size} x {rows} tokens needs {each * rows / 2**30:.2f} GiB, free {free / 2**30:.2f} GiB: "
@@ -370,11 +387,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("logprobs", type=int, metavar="N", help="with --json: each token's log-probability, and the N likeliest tokens")
     flag("ignore_eos", action="store_true", default=None, help="go on past the model's stop tokens")
     flag("compile", action="store_true", help="the fast decode path: CUDA graphs on a GPU, torch.compile on a CPU")
-    flag("compile_prefill", action="store_true", help="compile the prefill too (for any prompt length)")
+    flag("compile_prefill", action="store_true", help="the fast prefill too: CUDA graphs, on a CPU torch.compile")
     flag(
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
+    flag(
+        "kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the cache's bytes (default: the model's dtype)"
+    )
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")
@@ -399,6 +419,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
     dtype = DTYPES[args.dtype] if args.dtype else None
     mode = args.decode_mode or ("auto" if args.compile else "eager")
     options = {"decode_mode": mode, "compile_prefill": args.compile_prefill, "max_seq_len": args.max_seq_len}
+    options["kv_cache_dtype"] = args.kv_cache_dtype
     if args.quantize:
         import quantize
 
@@ -454,8 +475,8 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
         last = metrics(engine, timing, compile_sec)
         if i == 0:
             cache = engine.session.cache
-            gib = cache.num_bytes / 2**30
-            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB", file=sys.stderr)
+            gib, dtype = cache.num_bytes / 2**30, str(engine.cache_dtype).removeprefix("torch.")
+            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB of {dtype}", file=sys.stderr)
         if streams:
             print()
         else:

@@ -25,12 +25,13 @@ from decoding import (
     elapsed_sec,
     upload,
 )
+from prefill import Piece
 from sampling import KINDS, SamplingParams
 from timing import Timing
 from tokenizer import TokenStream
 
 LAUNCHES_AHEAD = 2  # launches in flight before the host reads the oldest one's tokens
-CHUNK = 2048  # prompt tokens of one forward, and about as many between two launches of steps where others wait for theirs
+CHUNK = 2048  # prompt tokens between two launches of steps, about, where others wait for theirs
 STEPS_WHILE_WAITING = 2  # of a launch while prompts wait: a row that met a stop idles until the host reads of it
 # Steps left that are worth a new graph of fewer rows. Capturing took 0.15 to 1.4 s for the 1B on an H200, and 16 rows for 1
 # cost it 0.28 ms a step (benchmarks/h200_decode.jsonl).
@@ -260,11 +261,12 @@ class Run:
         timing, reader = self.timing, self.reader
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
-        started = time.perf_counter()
+        started, captured = time.perf_counter(), self.engine.prefiller.capture_sec
         self._prefill()
         self._request(0)
         status, self.last, launch = reader.oldest()
-        timing.ttft_sec = time.perf_counter() - started
+        timing.compile_sec = self.engine.prefiller.capture_sec - captured
+        timing.ttft_sec = time.perf_counter() - started - timing.compile_sec
         yield from self._emit(status, launch)
         while any(self.rows) or self.waiting or reader.pending:
             self._check_running()
@@ -286,23 +288,24 @@ class Run:
     def _prefill(self) -> bool:
         """Fills the cache with waiting prompts, about `prefill_tokens` of them, and admits those that are complete: whether
         there were any. A prompt is prefilled once for all of its samples."""
-        engine, session, tokens, complete = self.engine, self.engine.session, 0, []
+        engine, session, tokens, complete, pieces = self.engine, self.engine.session, 0, [], []
         while self.waiting and tokens < self.prefill_tokens:
             job = self.waiting[0]
             if not job.slots:
                 if len(self.free_slots) < len(job.answers):
                     break
                 self._begin(job)
-            slot, start = job.slots[0], job.filled
-            chunk = job.prompt[start : start + CHUNK]
-            if isinstance(chunk, array):
-                chunk = engine.model.embed(upload(chunk, torch.int32, engine.device))
-            job.hidden = engine.prefill(engine.model, session, slot, chunk.to(session.x.dtype), start)
-            job.filled += len(chunk)
-            tokens += len(chunk)
-            session.cached[slot] = job.ids[: job.filled]
-            if job.filled == len(job.prompt):
+            end = min(len(job.prompt), job.filled + self.prefill_tokens)
+            pieces.append(Piece(job.slots[0], job.prompt[job.filled : end], job.filled))
+            tokens += end - job.filled
+            job.filled = end
+            session.cached[job.slots[0]] = job.ids[:end]
+            if end == len(job.prompt):
                 complete.append(self.waiting.popleft())
+        if pieces:
+            hidden = engine.prefiller.run(pieces)
+            for i, job in enumerate(complete):  # a prompt that goes on is the last piece
+                job.hidden = hidden[i : i + 1]
         self.timing.prefill_tokens += tokens
         if complete:
             self._admit(complete)

@@ -3,9 +3,11 @@
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
+from kernels.flash_prefill import flash_prefill, flash_runs
 from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
+from kernels.rows import rms_norm, rope_append, silu_mul
 
 __all__ = [
     "HEAD_SIZES",
@@ -13,11 +15,16 @@ __all__ = [
     "advance",
     "choose",
     "flash_decode",
+    "flash_prefill",
+    "flash_runs",
     "gumbel",
     "head",
     "linear",
     "pdl_disabled",
     "pdl_supported",
     "qkv_rope_append",
+    "rms_norm",
+    "rope_append",
     "runs_kernels",
+    "silu_mul",
 ]

@@ -87,8 +87,10 @@ def continuous(args: argparse.Namespace) -> dict:
     few = sorted(requests, key=lambda r: r.params.max_new_tokens)[: 2 * args.slots]
     for way in ways.values():  # compiles, captures, warms up: twice the slots, so that some wait
         way(engine, few, args.slots)
-    capture_sec = engine.decoder.capture_sec
-    print(f"warm, {capture_sec:.1f} s of it for graphs; path: {engine.decoder.path}", file=sys.stderr)
+    captured = lambda: engine.decoder.capture_sec + engine.prefiller.capture_sec
+    capture_sec = captured()
+    path = f"{engine.decoder.path}; prefill: {engine.prefiller.path}"
+    print(f"warm, {capture_sec:.1f} s of it for graphs; path: {path}", file=sys.stderr)
 
     result, tokens = {}, {}
     for name, way in ways.items():
@@ -112,7 +114,7 @@ def continuous(args: argparse.Namespace) -> dict:
     return {
         "benchmark": "continuous", "model": args.random_weights or str(DEMO.relative_to(ROOT)), **shape, **result,
         "static_sorted_by": "prompt length", "ratio": ratio, "same_answers": same, "capture_sec": capture_sec,
-        "captured_while_timed_sec": engine.decoder.capture_sec - capture_sec, "path": engine.decoder.path, **stamp(),
+        "captured_while_timed_sec": captured() - capture_sec, "path": path, **stamp(),
     }  # fmt: skip
 
 

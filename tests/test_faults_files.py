@@ -379,11 +379,18 @@ def test_15_rope_refused(copy, refused, changes, named):
     refused(config.parent, config, named)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", None])
-def test_16_quantised_checkpoint(copy, refused, method):
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method: found 'bitsandbytes', supported: gptq, awq, fp8"),
+        ({"bits": 2}, "bits: found 2, supported: 4, 8"),
+        ({"desc_act": True}, "desc_act: found True, supported: False"),
+    ],
+)
+def test_16_quantised_checkpoint(copy, refused, changes, named):
     config = copy("single") / "config.json"
-    edit_json(config, quantization_config={"quant_method": method, "bits": 4, "desc_act": True})
-    refused(config.parent, config, "quantization_config.quant_method", repr(method), "supported: none")
+    edit_json(config, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True} | changes)
+    refused(config.parent, config, f"quantization_config.{named}")
 
 
 def test_16_quantised_tensor(copy, refused):

@@ -14,7 +14,7 @@ LAYERS = [
     {"kv_cache"},
     {"model"},
     {"sampling", "chat_template", "checkpoint"},
-    {"tokenizer", "decoding", "timing"},
+    {"tokenizer", "decoding", "prefill", "timing"},
     {"convert_hf_checkpoint", "speculative"},
     {"runs"},
     {"generate", "quantize"},
