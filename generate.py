@@ -87,7 +87,10 @@ class Results:
         with contextlib.closing(self._run.pieces()) as pieces:
             for answer, _ in pieces:
                 if answer.job.is_finished:
-                    yield answer.job.request, self._run.outputs(answer.job)
+                    outputs = self._run.outputs(answer.job)
+                    for sample in answer.job.answers:  # theirs alone from now on: many would fill the memory
+                        sample.tokens, sample.logprobs, sample.text, sample.stream = [], None, "", None
+                    yield answer.job.request, outputs
 
     def __iter__(self) -> Iterator[tuple[Request, list[Output]]]:
         return self

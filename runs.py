@@ -88,6 +88,10 @@ class Answer:
         self.text = ""  # final
         self.held = ""  # may yet become a stop string
         self.finish_reason: str | None = None
+        self.job: _Job | None = None
+        self.index = 0  # among the answers of the run
+        self.row = self.slot = -1  # of the session, while it has them
+        self.steps_left = 0  # after so many it is surely done
 
     def push(self, new: list[int]) -> str:
         """Adds tokens; returns the text that is final now. Tokens after a stop are dropped."""
@@ -208,13 +212,13 @@ class Run:
             if not request.source:
                 raise
             raise ValueError(f"{request.source}, {error}") from None
-        is_text = not isinstance(prompt, torch.Tensor)
-        is_chat = self.continues or not is_text or (len(request.prompt) > 0 and isinstance(request.prompt[0], dict))
+        are_ids = not isinstance(prompt, torch.Tensor)
+        is_chat = self.continues or (are_ids and isinstance(next(iter(request.prompt), None), dict))
         stop_ids, tokenizer = self.engine.stop_ids_of(request.params), self.engine.tokenizer
-        before = () if is_chat else prompt  # an answer in a conversation is a text of its own
+        before = prompt if are_ids and not is_chat else ()  # an answer in a conversation is a text of its own
         streams = [TokenStream(tokenizer, before) if tokenizer else None for _ in range(request.params.n)]
         answers = [Answer(request.params, stop_ids, stream) for stream in streams]
-        return _Job(request, array("i", prompt) if is_text else prompt, answers)
+        return _Job(request, array("i", prompt) if are_ids else prompt, answers)
 
     def _check(self, prompt: list[int] | torch.Tensor, params: SamplingParams) -> None:
         context, vocab = self.engine.context, self.engine.model.config.vocab_size
@@ -413,12 +417,8 @@ class Run:
         timing.decode_sec += elapsed
         going = [a for a in launch.answers if a and not a.finish_reason]
         timing.context_sum += steps * sum(len(a.job.prompt) + len(a.tokens) for a in going)
-        before = [(len(a.tokens) or 1, a.read or 1) for a in going]  # the first token is the prefill's
+        timing.queued_slot_steps += steps * self.batch_size * launch.queued
         yield from self._emit(status, launch)
-        timing.decode_tokens += sum(len(a.tokens) - tokens for a, (tokens, _) in zip(going, before, strict=True))
-        if launch.queued:
-            timing.queued_slot_steps += steps * self.batch_size
-            timing.queued_busy_steps += sum(a.read - read for a, (_, read) in zip(going, before, strict=True))
 
     def _emit(self, status: torch.Tensor, launch: _Launch) -> Iterator[tuple[Answer, str]]:
         """Takes over the tokens that are new in a status (Session.status)."""
@@ -433,6 +433,9 @@ class Run:
             answer.read = cursor[row]
             before = len(answer.tokens)
             piece = answer.push(ring[row, entries].tolist())
+            is_first = before == 0  # its first token is the prefill's
+            self.timing.decode_tokens += len(answer.tokens) - before - is_first
+            self.timing.queued_busy_steps += (len(entries) - is_first) * launch.queued
             if answer.logprobs is not None:
                 taken = len(answer.tokens) - before  # a stop drops the rest
                 answer.logprobs += _logprobs(status[row], entries[:taken], answer.params.logprobs)
