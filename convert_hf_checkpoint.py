@@ -16,6 +16,7 @@ import re
 import resource
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -403,18 +404,32 @@ def _meta_piece(name: str, tensor: Tensor, rows: slice, dim: int, index: int, he
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A .pth file, mapped, not read. Only tensors are unpickled."""
+    """A .pth file, mapped, not read. Only tensors are unpickled, and only such as lie in the file as they are."""
     checkpoint.refuse_placeholder(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or not a .pth file: {error}") from None
+    size = path.stat().st_size
+    if claimed > size:  # compressed: a megabyte can become gigabytes
+        raise ValueError(f"{path}: found members of {claimed} bytes in a file of {size}, expected no compression")
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {culprit[1]}" if culprit else str(error).splitlines()[0]
+        what = f"it asks for {culprit[1]!r:.200}" if culprit else f"{str(error)!r:.200}"
         raise ValueError(f"{path}: refused: {what}; expected a pickle of nothing but tensors") from None
     except Exception as error:  # the reader of a broken file may stumble anywhere
-        raise ValueError(f"{path}: truncated, or not a .pth file: {error}") from error
+        raise ValueError(f"{path}: truncated, or not a .pth file: {error!r:.200}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: found a pickled {type(tensors).__name__}, expected a dict of tensors")
+    for name, tensor in tensors.items():
+        checkpoint.check_name(path, name)
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"{path}: tensor {name}: found a sparse, strided or empty one, expected all of its values")
+    if (claimed := sum(tensor.nbytes for tensor in tensors.values())) > 2 * size:  # tied embeddings count twice
+        raise ValueError(f"{path}: found tensors of {claimed} bytes in a file of {size}, expected at most as many")
     return {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
 
 
@@ -423,12 +438,15 @@ def _meta_config(path: Path, shards: list[dict[str, Tensor]]) -> tuple[ModelConf
     params, first = read_json(path), shards[0]
     for name in ("dim", "n_layers", "n_heads", "norm_eps"):
         if not isinstance(params.get(name), int | float):
-            raise ValueError(f"{path}: {name}: found {params.get(name)!r}, expected a number")
+            raise ValueError(f"{path}: {name}: found {params.get(name)!r:.200}, expected a number")
+    if not isinstance(params.get("rope_scaling_factor"), int | float | None):
+        raise ValueError(f"{path}: rope_scaling_factor: found {params['rope_scaling_factor']!r:.200}, expected a number")
     for name in ("quantization_args", "lora_args"):
         if params.get(name) is not None:
-            raise ValueError(f"{path}: {name}: found {params[name]!r}, supported: none")
-    if missing := [name for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight") if name not in first]:
-        raise ValueError(f"{path.parent}: tensors are missing: {some(missing)}")
+            raise ValueError(f"{path}: {name}: found {params[name]!r:.200}, supported: none")
+    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    if missing := [name for name in needed if name not in first or first[name].dim() != 2]:
+        raise ValueError(f"{path.parent}: tensors are missing, or no matrices: {some(missing)}")
 
     embedding, dim = first["tok_embeddings.weight"], params["dim"]
     is_tied = "output.weight" not in first or all(torch.equal(s["output.weight"], s["tok_embeddings.weight"]) for s in shards)
@@ -586,14 +604,19 @@ def report_errors(work: Callable[[], None], debug: bool) -> int:
     """The exit status: 0, or 1 after one line on stderr; a traceback only to debug."""
     try:
         work()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if debug:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whoever raised it
+        print("error:", one_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, whoever raised it: one line, in which no file can command the terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(error).split()))
 
 
 def main(argv: list[str] | None = None) -> int:

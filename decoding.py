@@ -29,6 +29,7 @@ from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingParams, Sampl
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
 MAX_STOP_IDS = 16
+INVARIANT_SPLIT = 256  # cache rows that attention takes at a time where a sequence must not notice the others
 STEPS_PER_GRAPH = 8  # steps of one hand-captured graph: its launch costs the host about 10 us + 0.5 us a kernel node
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # leading rows of a session that a step may be captured for
 
@@ -64,12 +65,21 @@ class Session(nn.Module):
     `cached[slot]` is the host's note of whose K and V a slot holds: the ids of its rows 0, 1, ...
     """
 
-    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int, cache_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        max_seq_len: int,
+        cache_dtype: torch.dtype | None = None,
+        batch_invariant=False,
+    ):
         super().__init__()
+        self.batch_invariant = batch_invariant  # what a sequence computes is the same, bit for bit, whatever the others are
         config, weight = model.config, model.norm.weight
         device = weight.device
         self.batch_size, self.max_seq_len, self.num_layers = batch_size, max_seq_len, config.num_layers
-        self.cache = KVCache(config, batch_size, max_seq_len, device, cache_dtype or weight.dtype)
+        split_size = INVARIANT_SPLIT if batch_invariant else None
+        self.cache = KVCache(config, batch_size, max_seq_len, device, cache_dtype or weight.dtype, split_size)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
         buffers = {
@@ -283,6 +293,15 @@ class Decoder:
         self.logits: torch.Tensor | None = None  # [rows, V] of the step launched last
         self.pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # memory of all graphs, of prefill's too
         self.capture_sec = 0.0
+        heads = model.config.head_dim in kernels.HEAD_SIZES
+        if session.batch_invariant and not (heads and self.in_kernels(session.batch_size)):
+            found = f"{session.batch_size} sequences of {session.x.dtype} on {session.x.device}"
+            raise ValueError(f"batch_invariant: found {found}, expected at most {kernels.MAX_ROWS}, and a model in our kernels")
+
+    def choose_token(self, *arguments) -> torch.Tensor:
+        """The stage `choose_token` of this decoder's model and session."""
+        with kernels.batch_invariant(self.session.batch_invariant):
+            return choose_token(self.model, self.session, *arguments)
 
     def in_kernels(self, rows: int) -> bool:
         """Whether every linear of a step of so many rows is one of our kernels."""
@@ -325,6 +344,10 @@ class Decoder:
     def run(self, steps: int, kind: str = "greedy", logprobs: bool = False, rows: int | None = None) -> None:
         """Launches `steps` decode steps, as `decode_one_token` does them; returns before they have run. `rows`: as `rows_for`
         has it; None is the whole session."""
+        with kernels.batch_invariant(self.session.batch_invariant):
+            self._run(steps, kind, logprobs, rows)
+
+    def _run(self, steps: int, kind: str, logprobs: bool, rows: int | None) -> None:
         if self.mode != "graph":
             whole = rows is None or rows == self.session.batch_size
             for _ in range(steps):

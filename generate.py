@@ -8,7 +8,6 @@ Letters: T tokens of a prompt, H hidden size.
 import argparse
 import contextlib
 import dataclasses
-import gc
 import json
 import os
 import sys
@@ -21,6 +20,7 @@ import torch
 import checkpoint
 import convert_hf_checkpoint
 from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, decode_one_token
+from kernels import MAX_ROWS
 from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import DTYPES, SHAPES, Transformer
 from prefill import CHUNK_ROWS, Prefiller
@@ -125,6 +125,7 @@ class Engine:
         compile_prefill=False,
         max_seq_len=None,
         kv_cache_dtype="auto",
+        batch_invariant=False,
     ):
         context = model.config.max_position_embeddings
         if max_seq_len is not None and not 1 <= max_seq_len <= context:
@@ -133,7 +134,7 @@ class Engine:
             raise ValueError(f"kv_cache_dtype: found {kv_cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
         check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
-        self.decode_mode, self.max_seq_len = decode_mode, max_seq_len
+        self.decode_mode, self.max_seq_len, self.batch_invariant = decode_mode, max_seq_len, batch_invariant
         self.cache_dtype = CACHE_DTYPES[kv_cache_dtype] or model.norm.weight.dtype
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
         self.stop_ids = set(model.config.eos_token_ids) | (set(tokenizer.eos_ids) if tokenizer else set())
@@ -279,13 +280,16 @@ class Engine:
             return
         self.session = self.decoder = self.prefiller = None  # frees the memory of the old one first
         rows = self._session_rows(length)
-        with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
-            self.session = Session(self.model, batch_size, rows, self.cache_dtype)
-        if self.session is None:
+        try:
+            self.session = Session(self.model, batch_size, rows, self.cache_dtype, self.batch_invariant)
+        except RuntimeError as error:
+            if not checkpoint.is_out_of_memory(error):
+                raise
+        if self.session is None:  # what it had allocated is free now that the exception is gone
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
         graphs = self.compile_prefill or self.decoder.mode in ("graph", "reduce-overhead")
-        options = {"graphs": graphs, "compiled": self.compile_prefill, "pool": self.decoder.pool}
+        options = {"graphs": graphs, "compiled": self.compile_prefill, "alone": self.batch_invariant, "pool": self.decoder.pool}
         self.prefiller = Prefiller(self.model, self.session.cache, **options)
 
     def _session_rows(self, length: int) -> int:
@@ -302,16 +306,12 @@ class Engine:
         fits = int(free * 0.9 - prefill) // (rows * bytes_per_row(c, self.cache_dtype) + step)
         if fits < 1:
             raise MemoryError(self._no_room(1, rows))
-        return min(fits, BUCKETS[-1])
+        return min(fits, MAX_ROWS if self.batch_invariant else BUCKETS[-1])
 
     def _free_bytes(self) -> int:
         """Memory of the device that can be had; of a computer's, half."""
-        if self.device.type == "cpu":
-            fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-            return int(fields["MemAvailable"].split()[0]) * 1024 // 2
-        gc.collect()
-        torch.cuda.empty_cache()
-        return torch.cuda.mem_get_info(self.device)[0]
+        free = checkpoint.free_bytes(self.device)
+        return free // 2 if self.device.type == "cpu" else free
 
     def _no_room(self, batch_size: int, rows: int) -> str:
         each = bytes_per_row(self.model.config, self.cache_dtype) * batch_size
@@ -394,6 +394,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag(
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )
+    flag("batch_invariant", action="store_true", help="the same tokens for a prompt whatever shares its batch; slower")
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
     flag(
         "kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the cache's bytes (default: the model's dtype)"
@@ -423,6 +424,7 @@ def load_engine(args: argparse.Namespace) -> Engine:
     mode = args.decode_mode or ("auto" if args.compile else "eager")
     options = {"decode_mode": mode, "compile_prefill": args.compile_prefill, "max_seq_len": args.max_seq_len}
     options["kv_cache_dtype"] = args.kv_cache_dtype
+    options["batch_invariant"] = args.batch_invariant
     if args.quantize:
         import quantize
 
@@ -455,6 +457,8 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
     params = dataclasses.replace(params, n=batch_size)
     prompt = args.prompt
     if prompt.isdecimal():
+        if len(prompt) > 9 or int(prompt) >= engine.context:
+            raise ValueError(f"prompt: found {prompt:.20} tokens, expected fewer than the context of {engine.context}")
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(0, min(1024, engine.model.vocab_limit), (int(prompt),), generator=generator).tolist()
 
@@ -496,7 +500,7 @@ def main(argv=None) -> int:
     try:
         engine = load_engine(args)
         for note in engine.load_notes:
-            print(note, file=sys.stderr)
+            print(convert_hf_checkpoint.one_line(note), file=sys.stderr)
         params = sampling_params(args, engine)
         if args.interactive:
             import chat
@@ -512,7 +516,7 @@ def main(argv=None) -> int:
             run(args, engine, params)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has gone: `| head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        end_output()
         return 0
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
@@ -520,9 +524,18 @@ def main(argv=None) -> int:
     except (ValueError, OSError, MemoryError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", convert_hf_checkpoint.one_line(error), file=sys.stderr)
+        end_output()
         return 1
     return 0
+
+
+def end_output() -> None:
+    """Writes what is left of the output; where that fails (a closed pipe, a full disk), Python must not try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -20,11 +20,15 @@ class KVCache(nn.Module):
     """Buffers with fixed addresses: compiled graphs and captured CUDA graphs hold on to them.
 
     k, v: one tensor a layer, [slots, Hkv, S, D]. lengths [B] int32: rows of sequence b that are valid once the running step has
-    appended its own; 0 = no sequence here. table [B, 1] int32: the slot of sequence b.
+    appended its own; 0 = no sequence here. table [B, 1] int32: the slot of sequence b. split_size: rows that attention takes
+    at a time, where a sequence's result must not depend on the others.
     """
 
-    def __init__(self, config, batch_size: int, max_seq_len: int, device=None, dtype=None):
+    def __init__(
+        self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, split_size: int | None = None
+    ):
         super().__init__()
+        self.split_size = split_size
         if not 1 <= max_seq_len <= config.max_position_embeddings:
             raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's {config.max_position_embeddings}")
         if batch_size < 1:

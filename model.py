@@ -23,6 +23,10 @@ WORLD_SIZE = 1  # devices that share one model's weights
 # ---------------------------------------------------------------- configuration
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_LAYERS = 10_000  # a hostile config must not make us list more
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e30  # of a real parameter: beyond any use, and float32 holds it
+MAX_ROPE_BYTES = 2**29  # of cos and sin: a context of 2**20 at head size 128
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -118,15 +122,22 @@ class ModelConfig:
 
 def _parse_config(hf: dict, source: str) -> ModelConfig:
     def fail(field, found, expected):
-        raise ValueError(f"{source}: {field}: found {found!r}, expected {expected}")
+        raise ValueError(f"{source}: {field}: found {found!r:.200}, expected {expected}")
 
-    def number(field, kind=int, default=None, low=1):
+    def number(field, kind=int, default=None, low=1, high=MAX_INTEGER):
         value = hf.get(field)
         value = default if value is None else value
-        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not real or value != kind(value) or value < low:
-            fail(field, value, f"{'an integer' if kind is int else 'a number'} of at least {low}")
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        if not real or value != kind(value):
+            fail(field, value, f"{'an integer' if kind is int else 'a number'} from {low} to {high}")
         return kind(value)
+
+    def ids(field):
+        value = hf.get(field)
+        value = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i <= MAX_INTEGER for i in value):
+            fail(field, hf[field], "a token id or a list of them")
+        return tuple(value)
 
     def flag(field, default=False):
         value = default if hf.get(field) is None else hf[field]
@@ -153,23 +164,18 @@ def _parse_config(hf: dict, source: str) -> ModelConfig:
         fail("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
     if hf.get("head_dim") is None and hidden_size % num_heads:
         fail("hidden_size", hidden_size, f"a multiple of num_attention_heads, {num_heads}, or an explicit head_dim")
-    head_dim = number("head_dim", default=hidden_size // num_heads)
+    head_dim = number("head_dim", default=hidden_size // num_heads, high=2**16)
     if head_dim % 2:
         fail("head_dim", head_dim, "an even number")
-    num_layers, vocab_size = number("num_hidden_layers"), number("vocab_size")
+    num_layers, vocab_size = number("num_hidden_layers", high=MAX_LAYERS), number("vocab_size")
     max_positions = number("max_position_embeddings")
 
     dtype_name = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype_name not in DTYPES:
         fail("dtype", dtype_name, f"one of {', '.join(DTYPES)}")
-    eos = hf.get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in eos):
-        fail("eos_token_id", eos, "an integer or a list of integers")
-
     theta, scaling = _parse_rope(hf, model_type, vocab_size, max_positions, fail)
     window, layers = _parse_window(hf, model_type, num_layers, number, flag, fail)
-    return ModelConfig(
+    config = ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -187,10 +193,17 @@ def _parse_config(hf: dict, source: str) -> ModelConfig:
         qk_norm=model_type == "qwen3",
         sliding_window=window,
         sliding_layers=layers,
-        bos_token_id=hf.get("bos_token_id"),
-        eos_token_ids=tuple(eos),
+        bos_token_id=next(iter(ids("bos_token_id")), None),
+        eos_token_ids=ids("eos_token_id"),
         dtype=DTYPES[dtype_name],
     )
+    try:
+        is_finite = all(table.isfinite().all() for table in rope_tables(config, 2, "cpu"))
+    except (ArithmeticError, ValueError):
+        is_finite = False
+    if not is_finite:
+        fail("rope_parameters", {"rope_theta": theta, "scaling": scaling}, "numbers that give finite angles")
+    return config
 
 
 def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float, RopeScaling | None]:
@@ -202,7 +215,7 @@ def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float,
     theta = rope.get("rope_theta", hf.get("rope_theta"))
     if theta is None and model_type == "llama" and vocab_size == 32000:
         theta = 10000.0  # Llama 2's config.json may predate the key
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta <= MAX_NUMBER:
         fail("rope_theta", theta, "a positive number (it is never guessed)")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -213,7 +226,7 @@ def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float,
     def number(field, default=None):
         value = rope.get(field)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_NUMBER:
             fail(f"{name}.{field}", value, "a positive number")
         return value
 
@@ -241,8 +254,9 @@ def _parse_window(hf, model_type, num_layers, number, flag, fail) -> tuple[int |
     window = number("sliding_window")
     types = hf.get("layer_types")
     if types is not None:
-        if not isinstance(types, list) or len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
-            fail("layer_types", types, f"{num_layers} of full_attention, sliding_attention")
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != num_layers or any(t not in known for t in types):
+            fail("layer_types", types, f"{num_layers} of {', '.join(known)}")
         return window, tuple(t == "sliding_attention" for t in types)
     if model_type == "mistral":
         return window, (True,) * num_layers
@@ -414,7 +428,8 @@ class DecodeStep:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]; the new rows' k and v are among them."""
         k, v = self.cache.layer(layer)
         q = q.view(-1, self.tokens_each, *q.shape[1:])
-        return kernels.flash_decode(q, k, v, self.lengths, self.table, scale=scale, window=window).flatten(0, 1)
+        options = {"scale": scale, "window": window, "split_size": self.cache.split_size}
+        return kernels.flash_decode(q, k, v, self.lengths, self.table, **options).flatten(0, 1)
 
 
 class PackStep:
@@ -611,7 +626,9 @@ class Transformer(nn.Module):
         return self.tok_embeddings if self.config.tie_word_embeddings else self.output
 
     def setup_rope(self, length: int) -> None:
-        """Builds the RoPE tables for positions below `length`. Call once, before the first forward."""
+        """Builds the RoPE tables for positions below `length`. Call once, before the first forward. ValueError: too many."""
+        if length > (most := MAX_ROPE_BYTES // (self.config.head_dim * 4)):
+            raise ValueError(f"max_seq_len: found {length}, expected at most {most} (RoPE tables of 0.5 GiB)")
         self.cos, self.sin = rope_tables(self.config, length, self.norm.weight.device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:

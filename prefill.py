@@ -33,16 +33,16 @@ class Piece:
     start: int = 0
 
 
-def plan(counts: list[int], budget: int) -> list[list[tuple[int, int, int]]]:
+def plan(counts: list[int], budget: int, alone: bool = False) -> list[list[tuple[int, int, int]]]:
     """Cuts pieces of so many tokens into packs of at most `budget` rows: (piece, begin, end) for each part of a pack, in order.
 
-    Only a piece of more than `budget` tokens is cut. Pure.
+    Only a piece of more than `budget` tokens is cut; `alone`: a pack has parts of one piece only. Pure.
     """
     packs, room = [[]], budget
     for i, count in enumerate(counts):
         for begin in range(0, count, budget):
             end = min(begin + budget, count)
-            if end - begin > room:
+            if end - begin > room or (alone and packs[-1]):
                 packs.append([])
                 room = budget
             packs[-1].append((i, begin, end))
@@ -68,10 +68,11 @@ class Prefiller:
 
     `graphs`: replay short packs as CUDA graphs, captured when first needed (`capture_sec`: what that took so far), with memory
     from `pool` (None: each its own). `compiled`: torch.compile the forward, once for all lengths, where there are no kernels.
+    `alone`: no two pieces share a forward, so that none changes another's result.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, *, graphs: bool = False, compiled: bool = False, pool=None):
-        self.model, self.cache = model, cache
+    def __init__(self, model: Transformer, cache: KVCache, *, graphs=False, compiled=False, alone=False, pool=None):
+        self.model, self.cache, self.alone = model, cache, alone
         weight, head_dim = model.norm.weight, model.config.head_dim
         self.flash = kernels.flash_runs(weight.device, weight.dtype, head_dim)
         self.use_graphs = graphs and self.flash
@@ -111,7 +112,7 @@ class Prefiller:
                     f"{self.cache.max_seq_len}"
                 )
         hidden = []
-        for pack in plan([len(piece.tokens) for piece in pieces], CHUNK_ROWS):
+        for pack in plan([len(piece.tokens) for piece in pieces], CHUNK_ROWS, self.alone):
             parts = [Piece(pieces[i].slot, pieces[i].tokens[begin:end], pieces[i].start + begin) for i, begin, end in pack]
             out = self._run_pack(parts)
             whole = pack[-1][2] == len(pieces[pack[-1][0]].tokens)

@@ -21,7 +21,6 @@ from decoding import (
     STEPS_PER_GRAPH,
     Admission,
     StatusReader,
-    choose_token,
     elapsed_sec,
     upload,
 )
@@ -348,7 +347,7 @@ class Run:
             group = [answer for _, answer in group]
             hidden = torch.cat([answer.job.hidden for answer in group])
             rows = slice(group[0].row, group[-1].row + 1)
-            choose_token(engine.model, session, hidden, rows, *self._what(group))
+            engine.decoder.choose_token(hidden, rows, *self._what(group))
 
     def _free(self, answer: Answer) -> None:
         """Its row and its slot may be taken by another. The slot keeps what is known to be in it."""

@@ -8,11 +8,13 @@ from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
 from kernels.rows import rms_norm, rope_append, silu_mul
+from kernels.tiles import batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
     "advance",
+    "batch_invariant",
     "choose",
     "flash_decode",
     "flash_prefill",

@@ -438,7 +438,7 @@ def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
         "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
         "DOT": tile.dot,
         "M_FMA": 0 if tile.dot else M,
-        "MP": max(16, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
+        "MP": max(tile.padded, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
         "R": tile.rows,
         "CHUNK": chunk,
         "CHUNKS": chunks,

@@ -434,7 +434,7 @@ def choose_launch(
 ) -> Launch:
     """The launch for caches of `capacity` rows a sequence; `page_size` is None where a sequence has one page only.
 
-    With `split_size` nothing that decides the numbers depends on the batch.
+    With `split_size` nothing that decides the numbers depends on the batch, or on the capacity that its longest member needs.
     """
     rows = num_heads // num_kv_heads * tokens
     columns = triton.next_power_of_2(head_dim)
@@ -446,7 +446,8 @@ def choose_launch(
     crowded = split_size is None and pairs >= (2 * sms if columns == 64 else sms // 2)
     # A short cache is best read whole before the wait (inside the 1B's step: 655 us, by 64 rows 668); in a long one the loop
     # does the work, and small chunks leave it registers (1 x 4096, head size 128: 10.3 us, by 128 rows 12.5).
-    chunk_rows = 64 if crowded or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128 else 128
+    small = crowded or split_size is not None or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128
+    chunk_rows = 64 if small else 128
     # Smaller parts pay for their merge: 1 x 1024 at head size 64 takes 5.6 us by 128 rows, 6.4 by 256; at 128, 6.7 and 10.0.
     min_rows = 128
     # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.

@@ -41,7 +41,7 @@ class PackedFormat:
         def check(field, expected: Iterable):
             if getattr(self, field) not in (expected := list(expected)):
                 names = ", ".join(map(str, expected))
-                raise ValueError(f"{field} of {self.format}: found {getattr(self, field)!r}, supported: {names}")
+                raise ValueError(f"{field} of {self.format!r:.50}: found {getattr(self, field)!r:.200}, supported: {names}")
 
         check("format", GROUP_SIZES)
         check("group_size", GROUP_SIZES[self.format])
@@ -59,10 +59,10 @@ class PackedFormat:
         """The inverse of `to_dict`. ValueError names the field that is missing, unknown or wrong."""
         names = ("format", "group_size", "symmetric", "scale_dtype")
         if not isinstance(fields, dict) or set(fields) != set(names):
-            raise ValueError(f"found {str(fields)[:200]}, supported: an object of {', '.join(names)}")
+            raise ValueError(f"found {fields!r:.200}, supported: an object of {', '.join(names)}")
         for name, kind in zip(names, (str, int, bool, str), strict=True):
             if type(fields[name]) is not kind:
-                raise ValueError(f"{name}: found {fields[name]!r}, supported: {kind.__name__}")
+                raise ValueError(f"{name}: found {fields[name]!r:.200}, supported: {kind.__name__}")
         scale_dtype = fields["scale_dtype"]
         return cls(**fields | {"scale_dtype": SCALE_DTYPES.get(scale_dtype, scale_dtype)})
 

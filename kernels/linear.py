@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, num_sms, pdl_trigger, pdl_wait
+from kernels._common import num_sms, pdl_trigger, pdl_wait, to_cache
 from kernels._matmul import (
     MAX_ROWS,
     arrive,
@@ -40,8 +40,6 @@ from kernels.formats import Weight, saturated
 from kernels.tiles import Tile
 
 __all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
-
-INTERPRETED = tl.constexpr(INTERPRET)
 
 
 # ---------------------------------------------------------------- reference
@@ -230,17 +228,6 @@ def _head_norm(a, b, weight_ptr, pair, eps, HALF: tl.constexpr):
 
 
 @triton.jit
-def _to_cache(values, cache_ptr):
-    """float32 values in the cache's dtype; what is beyond the range of e4m3 becomes its largest value."""
-    if cache_ptr.dtype.element_ty == tl.float8e4nv:
-        values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        if INTERPRETED:  # its cast halves what rounds up to a power of two: the rounding is done here, to 4 bits or 2**-9
-            wide = values * (2.0**20 + 1)
-            values = tl.where(tl.abs(values) < 2.0**-6, (values + 24576.0) - 24576.0, wide - (wide - values))
-    return values.to(cache_ptr.dtype.element_ty)
-
-
-@triton.jit
 def _qkv_epilogue(
     sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
     head, pair, m, M, page_size, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
@@ -267,11 +254,11 @@ def _qkv_epilogue(
         offset = row[None, :] * D + pair[:, None]
         mask = writes[None, :]
         if head < HQ + HKV:
-            tl.store(k_ptr + offset, _to_cache(rotated_a, k_ptr), mask=mask)
-            tl.store(k_ptr + offset + HALF, _to_cache(rotated_b, k_ptr), mask=mask)
+            tl.store(k_ptr + offset, to_cache(rotated_a, k_ptr), mask=mask)
+            tl.store(k_ptr + offset + HALF, to_cache(rotated_b, k_ptr), mask=mask)
         else:
-            tl.store(v_ptr + offset, _to_cache(a, v_ptr), mask=mask)
-            tl.store(v_ptr + offset + HALF, _to_cache(b, v_ptr), mask=mask)
+            tl.store(v_ptr + offset, to_cache(a, v_ptr), mask=mask)
+            tl.store(v_ptr + offset + HALF, to_cache(b, v_ptr), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "T", "P"])

@@ -37,6 +37,7 @@ class Tile:
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
     prefetch: int = 0  # KiB of a program's later weights that are brought into L2 before the wait (Hopper)
     ahead: int = 0  # KiB of the next kernel's weight that the whole grid brings into L2 before the wait (Hopper)
+    padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
 
     def __post_init__(self):
@@ -106,8 +107,11 @@ def padded_rows(rows: int) -> int:
 
 
 def invariant_tile(op: str, fmt: str, N: int, K: int, sms: int) -> Tile:
-    """The tile that serves every number of rows alike, so that a row's result does not depend on its neighbours."""
-    return _dot_rule(op, 64, N, K, sms)
+    """The tile that serves every number of rows alike, so that a row's result does not depend on its neighbours.
+
+    Padding to all 64 rows makes the program itself the same: with fewer, the compiler would add up in another order.
+    """
+    return dataclasses.replace(_dot_rule(op, 64, N, K, sms), padded=64)
 
 
 def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:

@@ -62,6 +62,14 @@ def test_a_pack_equals_one_by_one(model):
     assert_same(model, (Prefiller(model, cache).run(pieces), cache))
 
 
+def test_alone_no_piece_shares_a_forward(model):
+    prefiller, packs = Prefiller(model, poisoned(model), alone=True), []
+    run_pack = prefiller._run_pack
+    prefiller._run_pack = lambda parts: packs.append(len(parts)) or run_pack(parts)
+    prefiller.run([Piece(slot, ids) for slot, ids in zip(SLOTS, PROMPTS, strict=True)])
+    assert packs == [1] * len(PROMPTS)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 16, 40])
 def test_chunks_equal_the_whole(model, monkeypatch, rows):
     """Prompts longer than a forward may be are continued from the cache, beside others that begin."""

@@ -76,6 +76,24 @@ def test_rope_append(Hq, Hkv, D, qk_norm, dtype):
         assert f[~written].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rope_append_into_fp8(dtype):
+    """The nearest e4m3 to float64's rows, but for what a rounding to 16 bits before it adds; beyond 448, 448."""
+    got = case(4, 2, 64, False, dtype)
+    got[0][:, 4 * 64 :].mul_(torch.logspace(-3, 3, 4 * 64, device=DEVICE).to(dtype))  # small keys, large values
+    exact = widened(got)
+    got[5:7] = [c.to(torch.float8_e4m3fn) for c in got[5:7]]
+    rope_append_ref(*exact)
+    names = ("cos", "sin", "position", "slot", "k_cache", "v_cache", "q_norm", "k_norm", "eps", "num_heads")
+    rope_append(got[0], **dict(zip(names, got[1:], strict=True)))
+    for f, t in zip(got[5:7], exact[5:7], strict=True):
+        written, f, t = t.isfinite(), f.double(), t.clamp(-448, 448)
+        assert torch.equal(f.isfinite(), written)
+        bound = (t.abs() / 16).clamp(min=2.0**-10) + t.abs() * 2.0**-7 + 1e-6
+        assert ((f - t).abs() <= bound)[written].all()
+    assert (exact[6].nan_to_num().abs() > 448).any(), "else nothing saturates"
+
+
 def test_rope_append_is_an_operator():
     arguments = case(4, 2, 64, True, torch.bfloat16)
     arguments[5:7] = [c.zero_() for c in arguments[5:7]]
