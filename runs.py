@@ -291,7 +291,7 @@ class Run:
     def _prefill(self) -> bool:
         """Fills the cache with waiting prompts, about `prefill_tokens` of them, and admits those that are complete: whether
         there were any. A prompt is prefilled once for all of its samples."""
-        engine, session, tokens, complete, pieces = self.engine, self.engine.session, 0, [], []
+        engine, session, tokens, jobs, pieces = self.engine, self.engine.session, 0, [], []
         while self.waiting and tokens < self.prefill_tokens:
             job = self.waiting[0]
             if not job.slots:
@@ -300,16 +300,17 @@ class Run:
                 self._begin(job)
             end = min(len(job.prompt), job.filled + self.prefill_tokens)
             pieces.append(Piece(job.slots[0], job.prompt[job.filled : end], job.filled))
+            jobs.append(job)
             tokens += end - job.filled
             job.filled = end
-            session.cached[job.slots[0]] = job.ids[:end]
             if end == len(job.prompt):
-                complete.append(self.waiting.popleft())
+                self.waiting.popleft()
         if pieces:
             hidden = engine.prefiller.run(pieces)
-            for i, job in enumerate(complete):  # a prompt that goes on is the last piece
-                job.hidden = hidden[i : i + 1]
+            for job, last in zip(jobs, hidden.split(1), strict=True):
+                session.cached[job.slots[0]], job.hidden = job.ids[: job.filled], last
         self.timing.prefill_tokens += tokens
+        complete = [job for job in jobs if job.filled == len(job.prompt)]
         if complete:
             self._admit(complete)
         return bool(complete)
