@@ -24,9 +24,7 @@ class KVCache(nn.Module):
     at a time, where a sequence's result must not depend on the others.
     """
 
-    def __init__(
-        self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, split_size: int | None = None
-    ):
+    def __init__(self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, split_size: int | None = None):
         super().__init__()
         self.split_size = split_size
         if not 1 <= max_seq_len <= config.max_position_embeddings:

@@ -4,16 +4,18 @@ from kernels._common import pdl_disabled, pdl_supported, runs_kernels
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
+from kernels.flash_prefill import launched as attention_launched
 from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
 from kernels.rows import rms_norm, rope_append, silu_mul
-from kernels.tiles import batch_invariant
+from kernels.tiles import batch_invariant, is_batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
     "advance",
+    "attention_launched",
     "batch_invariant",
     "choose",
     "flash_decode",
@@ -21,6 +23,7 @@ __all__ = [
     "flash_runs",
     "gumbel",
     "head",
+    "is_batch_invariant",
     "linear",
     "pdl_disabled",
     "pdl_supported",

@@ -98,7 +98,7 @@ def test_only_what_is_new_is_prefilled(engine, directory, given, monkeypatch):
     engine.session = None
     messages = [{"role": "system", "content": "Short."}]
     cached, whole, ran = 0, Prefiller.run, []
-    monkeypatch.setattr(Prefiller, "run", lambda self, pieces: ran.append(len(pieces[0].tokens)) or whole(self, pieces))
+    monkeypatch.setattr(Prefiller, "run", lambda s, pieces: ran.append(len(pieces[0].tokens)) or whole(s, pieces))
     for text in ("One", "and two", "three?", "four!"):
         messages.append(user(text))
         ids = engine.tokenizer.encode_chat(messages)
@@ -158,17 +158,17 @@ def test_an_answer_that_was_ended_early_leaves_a_true_cache(engine):
 def test_a_prefill_that_was_interrupted_claims_nothing(engine, monkeypatch):
     messages = [user("first words")]
     answer(engine, messages)
-    whole = Prefiller.run
+    whole = engine.prefiller.run
 
-    def interrupted(*args):
-        whole(*args)
+    def interrupted(pieces):
+        whole(pieces)
         raise KeyboardInterrupt
 
     changed = [user("first other words")]
-    monkeypatch.setattr(Prefiller, "run", interrupted)
+    monkeypatch.setattr(engine.prefiller, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer(engine, changed)
-    monkeypatch.setattr(Prefiller, "run", whole)
+    monkeypatch.setattr(engine.prefiller, "run", whole)
     _, stream = answer(engine, messages)
     assert 0 < stream.timing.kept_tokens < len(engine.tokenizer.encode_chat(messages)) - 1
     assert stream.output.tokens == fresh_answer(engine, messages).tokens
@@ -269,7 +269,7 @@ def test_ctrl_c_ends_a_script(smiling, monkeypatch, capsys):
         raise KeyboardInterrupt
 
     whole = Prefiller.run
-    monkeypatch.setattr(Prefiller, "run", lambda self, pieces: interrupted() if pieces[0].start else whole(self, pieces))
+    monkeypatch.setattr(Prefiller, "run", lambda s, pieces: interrupted() if pieces[0].start else whole(s, pieces))
     smiling.session = None  # the greeting that warms it up is prefilled from 0
     with pytest.raises(KeyboardInterrupt):
         talk(monkeypatch, smiling, "one", "two")

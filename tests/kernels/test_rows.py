@@ -53,6 +53,21 @@ def widened(arguments):
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
 
 
+def test_an_fp8_cache_saturates():
+    """The values of a cache in the model's dtype, each rounded to e4m3 or, beyond its range, its largest."""
+    arguments = case(4, 2, 64, False, torch.bfloat16)
+    arguments[0][:, ::7] *= 300
+    names = ("cos", "sin", "position", "slot", "k_cache", "v_cache", "num_heads")
+    given = dict(zip(names, [*arguments[1:7], 4], strict=True))
+    narrow = given | {n: torch.zeros_like(given[n], dtype=torch.float8_e4m3fn) for n in ("k_cache", "v_cache")}
+    rope_append(arguments[0], **given)
+    rope_append(arguments[0], **narrow)
+    for n in ("k_cache", "v_cache"):
+        wide, found = given[n].nan_to_num().float(), narrow[n].float()
+        assert wide.abs().max() > 448
+        assert ((found - wide.clamp(-448, 448)).abs() <= wide.abs() / 15 + 2**-9).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "D", "qk_norm"), [(4, 2, 64, False), (7, 1, 96, False), (6, 3, 32, True), (2, 2, 128, True)]
