@@ -87,7 +87,10 @@ class Results:
         with contextlib.closing(self._run.pieces()) as pieces:
             for answer, _ in pieces:
                 if answer.job.is_finished:
-                    yield answer.job.request, self._run.outputs(answer.job)
+                    outputs = self._run.outputs(answer.job)
+                    for sample in answer.job.answers:  # theirs alone from now on: many would fill the memory
+                        sample.tokens, sample.logprobs, sample.text, sample.stream = [], None, "", None
+                    yield answer.job.request, outputs
 
     def __iter__(self) -> Iterator[tuple[Request, list[Output]]]:
         return self
@@ -249,7 +252,7 @@ class Engine:
         Each gets what it would get alone. `batch_size`: None takes the largest for which there is memory, at most 256.
         ValueError, at once: a request that cannot run, named by its `source`. FloatingPointError: the model gave NaN.
         """
-        return Results(Run(self, requests, rows=batch_size or self.largest_batch, chunked=True))
+        return Results(Run(self, requests, rows=self.largest_batch if batch_size is None else batch_size, chunked=True))
 
     def stream(self, prompt, params: SamplingParams | None = None, *, sample: int = 0) -> Stream:
         """The text of one prompt, piece by piece. ValueError as for `generate`, at once."""

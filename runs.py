@@ -87,6 +87,10 @@ class Answer:
         self.text = ""  # final
         self.held = ""  # may yet become a stop string
         self.finish_reason: str | None = None
+        self.job: _Job | None = None
+        self.index = 0  # among the answers of the run
+        self.row = self.slot = -1  # of the session, while it has them
+        self.steps_left = 0  # after so many it is surely done
 
     def push(self, new: list[int]) -> str:
         """Adds tokens; returns the text that is final now. Tokens after a stop are dropped."""
@@ -184,7 +188,7 @@ class Run:
             answer.index = i
         longest = max(len(job.prompt) + job.request.params.max_new_tokens for job in self.jobs)
         rows = rows(longest) if callable(rows) else rows
-        self.batch_size = min(rows or len(self.answers), len(self.answers))
+        self.batch_size = len(self.answers) if rows is None else min(rows, len(self.answers))
         if (most := max(len(job.answers) for job in self.jobs)) > self.batch_size:
             raise ValueError(f"n: found {most} samples of a prompt, expected at most the batch size, {self.batch_size}")
         # a prompt that is cut elsewhere gets other last bits
@@ -208,13 +212,13 @@ class Run:
             if not request.source:
                 raise
             raise ValueError(f"{request.source}, {error}") from None
-        is_text = not isinstance(prompt, torch.Tensor)
-        is_chat = self.continues or not is_text or (len(request.prompt) > 0 and isinstance(request.prompt[0], dict))
+        are_ids = not isinstance(prompt, torch.Tensor)
+        is_chat = self.continues or (are_ids and isinstance(next(iter(request.prompt), None), dict))
         stop_ids, tokenizer = self.engine.stop_ids_of(request.params), self.engine.tokenizer
-        before = () if is_chat else prompt  # an answer in a conversation is a text of its own
+        before = prompt if are_ids and not is_chat else ()  # an answer in a conversation is a text of its own
         streams = [TokenStream(tokenizer, before) if tokenizer else None for _ in range(request.params.n)]
         answers = [Answer(request.params, stop_ids, stream) for stream in streams]
-        return _Job(request, array("i", prompt) if is_text else prompt, answers)
+        return _Job(request, array("i", prompt) if are_ids else prompt, answers)
 
     def _check(self, prompt: list[int] | torch.Tensor, params: SamplingParams) -> None:
         context, vocab = self.engine.context, self.engine.model.config.vocab_size
@@ -288,7 +292,7 @@ class Run:
     def _prefill(self) -> bool:
         """Fills the cache with waiting prompts, about `prefill_tokens` of them, and admits those that are complete: whether
         there were any. A prompt is prefilled once for all of its samples."""
-        engine, session, tokens, complete, pieces = self.engine, self.engine.session, 0, [], []
+        engine, session, tokens, jobs, pieces = self.engine, self.engine.session, 0, [], []
         while self.waiting and tokens < self.prefill_tokens:
             job = self.waiting[0]
             if not job.slots:
@@ -297,16 +301,17 @@ class Run:
                 self._begin(job)
             end = min(len(job.prompt), job.filled + self.prefill_tokens)  # cut where others have no say
             pieces.append(Piece(job.slots[0], job.prompt[job.filled : end], job.filled))
+            jobs.append(job)
             tokens += end - job.filled
             job.filled = end
-            session.cached[job.slots[0]] = job.ids[:end]
             if end == len(job.prompt):
-                complete.append(self.waiting.popleft())
+                self.waiting.popleft()
         if pieces:
             hidden = engine.prefiller.run(pieces)
-            for i, job in enumerate(complete):  # a prompt that goes on is the last piece
-                job.hidden = hidden[i : i + 1]
+            for job, last in zip(jobs, hidden.split(1), strict=True):
+                session.cached[job.slots[0]], job.hidden = job.ids[: job.filled], last
         self.timing.prefill_tokens += tokens
+        complete = [job for job in jobs if job.filled == len(job.prompt)]
         if complete:
             self._admit(complete)
         return bool(complete)
@@ -413,16 +418,12 @@ class Run:
         timing.decode_sec += elapsed
         going = [a for a in launch.answers if a and not a.finish_reason]
         timing.context_sum += steps * sum(len(a.job.prompt) + len(a.tokens) for a in going)
-        before = [(len(a.tokens) or 1, a.read or 1) for a in going]  # the first token is the prefill's
+        timing.queued_slot_steps += steps * self.batch_size * launch.queued
         yield from self._emit(status, launch)
-        timing.decode_tokens += sum(len(a.tokens) - tokens for a, (tokens, _) in zip(going, before, strict=True))
-        if launch.queued:
-            timing.queued_slot_steps += steps * self.batch_size
-            timing.queued_busy_steps += sum(a.read - read for a, (_, read) in zip(going, before, strict=True))
 
     def _emit(self, status: torch.Tensor, launch: _Launch) -> Iterator[tuple[Answer, str]]:
         """Takes over the tokens that are new in a status (Session.status)."""
-        ring, (cursor, done, nan) = status[:, :RING], status[:, RING : RING + 3].T.tolist()
+        ring, (cursor, done, nan) = status[:, :RING].numpy(), status[:, RING : RING + 3].T.tolist()
         for row, answer in enumerate(launch.answers):
             self._check_running()  # whoever took the last piece may have begun another run: the rows are its own now
             if answer is None or answer.finish_reason:
@@ -434,6 +435,9 @@ class Run:
             answer.read = cursor[row]
             before = len(answer.tokens)
             piece = answer.push(ring[row, entries].tolist())
+            is_first = before == 0  # its first token is the prefill's
+            self.timing.decode_tokens += len(answer.tokens) - before - is_first
+            self.timing.queued_busy_steps += (len(entries) - is_first) * launch.queued
             if answer.logprobs is not None:
                 taken = len(answer.tokens) - before  # a stop drops the rest
                 answer.logprobs += _logprobs(status[row], entries[:taken], answer.params.logprobs)

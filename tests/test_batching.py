@@ -132,12 +132,19 @@ def test_a_long_prompt_does_not_stall_the_others(engine, monkeypatch):
     monkeypatch.setattr(runs, "CHUNK", 16)
     events = []
     engine.prepare(2, 128)
-    prefill, run = engine.prefiller.run, engine.decoder.run
-    monkeypatch.setattr(engine.prefiller, "run", lambda ps: events.extend(len(p.tokens) for p in ps) or prefill(ps))
-    monkeypatch.setattr(engine.decoder, "run", lambda *a, **k: events.append("step") or run(*a, **k))
+    step, prefill = engine.decoder.run, Run._prefill
+
+    def noted_prefill(run):
+        before = run.timing.prefill_tokens
+        admitted = prefill(run)
+        events.append(run.timing.prefill_tokens - before)
+        return admitted
+
+    monkeypatch.setattr(Run, "_prefill", noted_prefill)
+    monkeypatch.setattr(engine.decoder, "run", lambda *a, **k: events.append("step") or step(*a, **k))
     got = {r.id: outputs[0].tokens for r, outputs in engine.generate_many([short, long], 2)}
     assert got == expected
-    assert events[:13] == [2, 16, 16, "step", 16, "step", 16, "step", 16, "step", 16, "step", 4]
+    assert events[:14] == [2 + 16, 16, "step", 16, "step", 16, "step", 16, "step", 16, "step", 4, "step", 0]
 
 
 def test_sequences_move_together_when_none_waits(engine, monkeypatch):
@@ -200,6 +207,8 @@ def test_slots_are_busy_until_the_queue_empties(as_on_a_gpu, stops):
 def test_what_cannot_run_is_refused_at_once(engine):
     with pytest.raises(ValueError, match="n: found 3 samples of a prompt, expected at most the batch size, 2"):
         engine.generate_many([Request([1], SamplingParams(n=3))], 2)
+    with pytest.raises(ValueError, match="expected at most the batch size, 0"):
+        engine.generate_many([Request([1], SamplingParams())], 0)
     with pytest.raises(ValueError, match="here, prompt: found 128 tokens, expected fewer than the context of 128"):
         engine.generate_many([Request([1], SamplingParams()), Request([1] * 128, SamplingParams(), source="here")], 2)
 

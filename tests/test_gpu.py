@@ -140,6 +140,50 @@ def test_every_path_gives_the_same_tokens(params, tokens):
     assert got["reduce-overhead"] == got["eager"]
 
 
+def mixed_requests(number):
+    """Greedy and drawn, of 1 to 60 tokens in and out."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 61, (number, 2), generator=generator).tolist()
+    ids = lambda n: torch.randint(0, 100_000, (n,), generator=generator).tolist()
+    draws = {"temperature": 1e-4, "top_k": 5}  # as good as greedy, by another path
+    params = lambda i, n: SamplingParams(max_new_tokens=n, ignore_eos=True, **draws if i % 3 == 2 else {})
+    return [Request(ids(n), params(i, out), id=i) for i, (n, out) in enumerate(lengths)]
+
+
+def test_continuous_batching_in_graphs(monkeypatch):
+    """Rows that change hands and move, graphs of several buckets: every token is, in a plain forward of its own prompt and
+    answer, at most a rounding below the best."""
+    monkeypatch.setattr("runs.STEPS_WORTH_CAPTURE", 0)
+    engine = small(decode_mode="graph")
+    got = {request.id: (request, outputs[0]) for request, outputs in engine.generate_many(mixed_requests(40), 12)}
+    assert sorted(got) == list(range(40))
+    assert {rows for _, rows, *_ in engine.decoder.graphs} >= {12, 8, 4}
+    exact = Transformer(engine.model.config, device="cuda", dtype=torch.float32)
+    exact.load_state_dict({name: t.float() for name, t in engine.model.state_dict().items()})
+    exact.setup_rope(512)
+    for request, out in got.values():
+        assert len(out.tokens) == request.params.max_new_tokens
+        ids = torch.tensor([*request.prompt, *out.tokens], device="cuda")
+        logits, plain = (
+            m.logits(m(m.embed(ids), PrefillStep(len(ids))))[len(request.prompt) - 1 : -1] for m in (exact, engine.model)
+        )
+        rounding = (plain - logits).abs().max()
+        chosen = logits.gather(1, ids[len(request.prompt) :, None])[:, 0]
+        assert (logits.max(dim=1).values - chosen <= 2 * rounding).all(), request.id
+        assert rounding < logits.std() / 4, "else any token would do"
+
+
+def test_the_host_waits_for_nothing_but_the_status():
+    """No operation of a run of many prompts makes the host wait for the device, once all graphs are there."""
+    engine = small(decode_mode="graph")
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            assert len(list(engine.generate_many(mixed_requests(40), 12))) == 40
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b", "mistral-7b"])
 def test_packed_prefill(shape):
     """Ragged packs, whole and in two parts, step by step and through graphs, against prompts alone: hidden states and cache."""
