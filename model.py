@@ -625,6 +625,13 @@ class Transformer(nn.Module):
         """The output projection [V, H]; the embedding itself where they are tied."""
         return self.tok_embeddings if self.config.tie_word_embeddings else self.output
 
+    def tile_weights(self) -> None:
+        """Puts packed weights into the order that the small-batch kernels read, where those run. Call before the first step."""
+        if kernels.runs_kernels(self.norm.weight):
+            for module in self.modules():
+                if isinstance(module, Weight):
+                    module.tile()
+
     def setup_rope(self, length: int) -> None:
         """Builds the RoPE tables for positions below `length`. Call once, before the first forward. ValueError: too many."""
         if length > (most := MAX_ROPE_BYTES // (self.config.head_dim * 4)):

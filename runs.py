@@ -295,7 +295,7 @@ class Run:
                 if len(self.free_slots) < len(job.answers):
                     break
                 self._begin(job)
-            end = min(len(job.prompt), job.filled + self.prefill_tokens)
+            end = min(len(job.prompt), job.filled + self.prefill_tokens)  # cut where others have no say
             pieces.append(Piece(job.slots[0], job.prompt[job.filled : end], job.filled))
             tokens += end - job.filled
             job.filled = end

@@ -4,6 +4,7 @@ from kernels._common import pdl_disabled, pdl_supported, runs_kernels
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
+from kernels.flash_prefill import launched as attention_launched
 from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
@@ -14,6 +15,7 @@ __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
     "advance",
+    "attention_launched",
     "batch_invariant",
     "choose",
     "flash_decode",

@@ -27,7 +27,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels, zeroed_workspace
+from kernels._common import hold, launch_options, pdl_trigger, pdl_wait, runs_kernels, zeroed_workspace
 from kernels._matmul import INTERPRETED, MAX_ROWS
 from kernels._random import gumbel_ids, gumbel_ref, gumbel_tile, token_positions
 
@@ -228,7 +228,7 @@ def _candidates_kernel(
     ids = block * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))  # final: see _count_kernel
     m = tl.arange(0, 1)
-    noise = gumbel_tile(seed + m, sample + m, position + m, block * BLOCK, BLOCK, 1).reshape([BLOCK])
+    noise = hold(gumbel_tile(seed + m, sample + m, position + m, block * BLOCK, BLOCK, 1).reshape([BLOCK]))  # or it moves below
     pdl_wait(PDL)
 
     counts = tl.load(count_ptr + row * BINS + tl.arange(0, BINS))

@@ -58,9 +58,8 @@ def decode(args: argparse.Namespace) -> dict:
         args.prompt_len = args.context - args.max_new_tokens
     if args.explain and not args.device.startswith("cuda"):
         raise ValueError(f"--explain: found device {args.device}, expected a CUDA device")
-    row = Row(
-        args.random_weights or str(args.checkpoint_path), args.batch_size, args.prompt_len, args.max_new_tokens, args.quantize
-    )
+    model, formats = args.random_weights or str(args.checkpoint_path), (args.quantize, 0.0, args.kv_cache_dtype)
+    row = Row(model, args.batch_size, args.prompt_len, args.max_new_tokens, *formats)
     measure.check_row(row)
     if args.cold:
         return cold_start(args, row)
@@ -171,8 +170,9 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     if getattr(args, "scenario", None):
         return tables.scenario_rows(args.scenario)
     models = args.random_weights or list(map(str, args.checkpoint_path))
-    lists = (models, args.prompt_len, args.max_new_tokens, args.padding_ratio, args.quantize or [None], args.batch_size)
-    return [Row(m, b, t, n, q, ratio) for m, t, n, ratio, q, b in itertools.product(*lists)]
+    formats = (args.quantize or [None], args.kv_cache_dtype)
+    lists = (models, args.prompt_len, args.max_new_tokens, args.padding_ratio, *formats, args.batch_size)
+    return [Row(m, b, t, n, q, ratio, kv) for m, t, n, ratio, q, kv, b in itertools.product(*lists)]
 
 
 def engines_of(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -218,7 +218,7 @@ def with_largest(rows: list[Row], engine: tuple[str, str], plan: Plan, most: int
             continue
         say(f"{shape}: the largest power-of-two batch that fits is {largest}")
         rows = [*rows, *([dataclasses.replace(shape, batch_size=largest)] if largest else [])]
-    return sorted(dict.fromkeys(rows), key=lambda row: (row.model, row.quantize or ""))
+    return sorted(dict.fromkeys(rows), key=lambda row: (row.model, row.quantize or "", row.kv_cache_dtype))
 
 
 # ---------------------------------------------------------------- chat
@@ -311,11 +311,11 @@ def add_decode(sub: argparse.ArgumentParser) -> None:
     flag("batch_size", type=int, default=1)
     flag("repeats", type=int, default=5)
     flag("max_seq_len", type=int)
-    flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto")
     flag("temperature", type=float, default=0.0)
     flag("top_k", type=int)
     flag("top_p", type=float)
     flag("quantize", choices=MODES)
+    flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto")
     flag("decode_mode", choices=Decoder.MODES, default="auto")
     flag("explain", action="store_true", help="per class of kernels: where each microsecond of a step goes")
     flag("cold", action="store_true", help="time to the first token of a new process, its compile caches empty, and filled")
@@ -344,6 +344,7 @@ def add_compare(sub: argparse.ArgumentParser, batches: list[int]) -> None:
         help="prompts of mixed lengths, on average (1 - this) of the longest",
     )
     flag("quantize", nargs="+", choices=MODES)
+    flag("kv_cache_dtype", nargs="+", choices=CACHE_DTYPES, default=["auto"])
     flag(
         "max_batch", nargs="?", type=int, const=MAX_BATCH, help="also the largest power-of-two batch that fits (up to this one)"
     )

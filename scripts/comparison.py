@@ -19,7 +19,8 @@ def scenario_rows(name: str) -> list[Row]:
     """The rows of a scenario by importance: what a time limit cuts off comes last."""
     models = ("llama-3.2-1b", "llama-3.1-8b")
     if name == "vllm-table":
-        rows = [Row(*key[:1], *key[2:], quantize=key[1]) for key in stored_rival()[1]]
+        fields = ("model", "batch_size", "prompt_len", "max_new_tokens", "quantize")
+        rows = [Row(*(row[f] for f in fields)) for row in stored_rival()[1].values()]
         small = lambda row: row.prompt_len <= 128 and row.max_new_tokens <= 128
         tier = lambda row: 3 if row.max_new_tokens > 128 else 2 if row.quantize else 0 if small(row) else 1
         return sorted(rows, key=lambda row: (tier(row), models.index(row.model), row.quantize or ""))
@@ -30,15 +31,15 @@ def scenario_rows(name: str) -> list[Row]:
 
 
 def stored_rival() -> tuple[str, dict]:
-    """Where the stored figures of vLLM come from, and its rows by (model, quantize, batch, prompt, answer)."""
+    """Where the stored figures of vLLM come from, and its rows by `row_key`."""
     data = json.loads(RIVAL_FILE.read_text())
     fields = ("model", "quantize", "batch_size", "prompt_len", "max_new_tokens")
-    return data["provenance"], {tuple(row[f] for f in fields): row for row in data["rows"]}
+    return data["provenance"], {(*(row[f] for f in fields), 0.0, "auto"): row for row in data["rows"]}
 
 
 def row_key(record: dict) -> tuple:
     """What is measured, whatever engine does it."""
-    fields = ("model", "mode", "batch_size", "prompt_len", "max_new_tokens", "padding_ratio")
+    fields = ("model", "mode", "batch_size", "prompt_len", "max_new_tokens", "padding_ratio", "kv_cache_dtype")
     return tuple(record[f] for f in fields)
 
 
@@ -62,7 +63,7 @@ def comparison(records: list[dict]) -> str:
     for r in done:
         rival, mark = here.get(row_key(r)), ""
         if rival is None and "H200" in r.get("gpu", ""):
-            rival, mark = stored.get(row_key(r)[:-1]) if not r["padding_ratio"] else None, "*"
+            rival, mark = stored.get(row_key(r)), "*"
             quoted = quoted or rival is not None
         beside = ["", "", ""]
         if rival and r["engine"] != "vllm":

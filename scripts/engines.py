@@ -39,6 +39,7 @@ class Setup:
     gpt_fast_dir: str | None = None
     max_len: int = 4096  # of any prompt with its answer
     memory_share: float = 0.9  # of the GPU's that an engine may reserve which reserves it up front (vLLM)
+    kv_cache_dtype: str = "auto"  # or fp8
 
 
 @dataclass
@@ -93,7 +94,8 @@ class Rooflama:
 
                 quantize.quantize_at_load(engine.model, setup.quantize, engine.tokenizer)
             self.model = engine.model
-        self.options = {"decode_mode": setup.decode_mode, "compile_prefill": setup.compile_prefill}
+        names = ("decode_mode", "compile_prefill", "kv_cache_dtype")
+        self.options = {name: getattr(setup, name) for name in names}
         self.engine = None
 
     @property
@@ -127,8 +129,8 @@ class Transformers:
         import transformers
 
         self.torch, self.transformers, self.static, self.device = torch, transformers, static, setup.device
-        if setup.quantize:
-            raise Absent(f"quantize {setup.quantize}: it does not read this project's formats")
+        if setup.quantize or setup.kv_cache_dtype != "auto":
+            raise Absent(f"quantize {setup.quantize}, cache {setup.kv_cache_dtype}: it has not these formats")
         dtype = getattr(torch, setup.dtype)
         if setup.random:
             config = transformers.AutoConfig.for_model(**setup.hf_config)
@@ -214,7 +216,7 @@ class Vllm:
         self.llm = vllm.LLM(
             model, dtype=setup.dtype, quantization=setup.quantize, load_format="dummy" if setup.random else "auto",
             skip_tokenizer_init=True, max_model_len=setup.max_len, gpu_memory_utilization=setup.memory_share,
-            enable_prefix_caching=False,
+            enable_prefix_caching=False, kv_cache_dtype=setup.kv_cache_dtype,
         )  # fmt: skip
 
     @property
@@ -259,8 +261,8 @@ class GptFast:
             raise Absent(f"{setup.gpt_fast_dir}: found {model.__file__}, expected gpt-fast's model.py")
         if not setup.random:
             raise Absent("it reads checkpoints of its own format only: give --random_weights")
-        if setup.quantize:
-            raise Absent(f"quantize {setup.quantize}: not compared here")
+        if setup.quantize or setup.kv_cache_dtype != "auto":
+            raise Absent(f"quantize {setup.quantize}, cache {setup.kv_cache_dtype}: not compared here")
         import torch
 
         self.torch, self.lib, self.device, self.directory = torch, generate, setup.device, setup.gpt_fast_dir

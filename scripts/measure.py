@@ -41,13 +41,13 @@ def output_of(*command: str) -> str | None:
 
 
 def stamp() -> dict:
-    """The machine and versions that a stored result carries. A commit with a `+` had uncommitted changes
-    in its sources."""
+    """The machine and versions that a stored result carries. A commit with a `+` had uncommitted changes in its sources;
+    ROOFLAMA_COMMIT names the commit of a copy."""
     import triton
 
-    commit = output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or os.environ.get("ROOFLAMA_COMMIT")
-    if commit and output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py"):
-        commit += "+"
+    commit = os.environ.get("ROOFLAMA_COMMIT")
+    if not commit and (commit := output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")):
+        commit += "+" * bool(output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py"))
     out = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "commit": commit}
     if torch.cuda.is_available():
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -78,10 +78,12 @@ class Row:
     max_new_tokens: int
     quantize: str | None = None  # a mode of quantize.py
     padding_ratio: float = 0.0  # 1 - mean / longest prompt
+    kv_cache_dtype: str = "auto"  # a key of kv_cache.CACHE_DTYPES
 
     def __str__(self) -> str:
         padding = f", padding {self.padding_ratio:g}" if self.padding_ratio else ""
         name = f"{Path(self.model).name} {self.quantize or 'plain'}"
+        name += f", {self.kv_cache_dtype} cache" if self.kv_cache_dtype != "auto" else ""
         return f"{name}, batch {self.batch_size}, {self.prompt_len}/{self.max_new_tokens}{padding}"
 
     def prompt_lens(self) -> list[int]:
@@ -101,6 +103,11 @@ class Row:
     def formats(self) -> tuple[str, str]:
         """Of the layers' weights and the head's, by their names in roofline.FORMATS."""
         return (MODES[self.quantize][0], MODES[self.quantize][2]) if self.quantize else ("bf16", "bf16")
+
+
+def loaded_as(row: Row) -> tuple:
+    """What rows have in common that one worker serves."""
+    return row.model, row.quantize, row.kv_cache_dtype
 
 
 def check_row(row: Row) -> None:
@@ -243,7 +250,7 @@ def summary(row: Row, answer: dict) -> dict:
 
 def predictions(row: Row, card: roofline.Card) -> tuple[roofline.Prediction, roofline.Prediction]:
     """Of a decode step in the middle of the answer, and of the prefill, at the mean prompt length."""
-    model = roofline.Model(roofline.load_config(row.model), *row.formats)
+    model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype)
     mean_len = round(statistics.mean(row.prompt_lens()))
     step = roofline.decode(row.batch_size, mean_len + row.max_new_tokens // 2)
     return roofline.predict(card, model, step), roofline.predict(card, model, roofline.prefill(row.batch_size, mean_len))
@@ -299,7 +306,7 @@ def measure(benchmark: str, rows: list[Row], engines: list[tuple[str, str]], pla
         slowness: list[float] = []  # measured / roofline time of this engine's rows
         try:
             for i, row in enumerate(rows):
-                key = (row.model, row.quantize)
+                key = loaded_as(row)
                 record = {"benchmark": benchmark, "engine": name, **dataclasses.asdict(row), "mode": row.quantize}
                 record |= {"quantize": row.formats[0], "quantize_head": row.formats[1], "dtype": plan.dtype}
                 record |= {"random_weights": plan.random, "decode_mode": mode if name == "rooflama" else None}
@@ -327,7 +334,7 @@ def measure(benchmark: str, rows: list[Row], engines: list[tuple[str, str]], pla
                         slowness.append(record["e2e_sec"] / roofline_sec(row, card))
                     record["tokens"] = answer["tokens"]
                 yield record | machine
-                if key in workers and key not in {(r.model, r.quantize) for r in rows[i + 1 :]}:
+                if key in workers and key not in set(map(loaded_as, rows[i + 1 :])):
                     workers.pop(key).close()
         finally:
             for worker in workers.values():
@@ -351,11 +358,12 @@ def check_time(row: Row, card: roofline.Card | None, plan: Plan, slowness: list[
 
 def setup_of(engine: str, mode: str, row: Row, rows: list[Row], plan: Plan) -> Setup:
     config = roofline.load_config(row.model)
-    mine = [r for r in rows if (r.model, r.quantize) == (row.model, row.quantize)]
-    models = len({(r.model, r.quantize) for r in rows})
+    mine = [r for r in rows if loaded_as(r) == loaded_as(row)]
+    models = len(set(map(loaded_as, rows)))
     return Setup(
         engine, row.model, config.to_dict(), plan.random, plan.device, plan.dtype, row.quantize, mode,
         plan.compile_prefill, plan.gpt_fast_dir, max(r.prompt_len + r.max_new_tokens for r in mine), 0.9 / models,
+        row.kv_cache_dtype,
     )  # fmt: skip
 
 
@@ -388,7 +396,7 @@ def max_batch(row: Row, engine: tuple[str, str], plan: Plan, most: int) -> int:
     card = card_of(plan.device)
     guess = most
     if card:
-        model = roofline.Model(roofline.load_config(row.model), *row.formats)
+        model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype)
         guess = roofline.largest_batch(card, model, row.prompt_len + row.max_new_tokens)
     once = dataclasses.replace(plan, warmup_runs=0, timed_runs=1)
     worker = Worker(setup_of(*engine, row, [row], plan), plan.deadline)

@@ -41,7 +41,15 @@ def read_records(directory: Path) -> list[dict]:
 def last_of_each(records: list[dict]) -> list[dict]:
     """One record for each thing measured, the last, in the order of model, batch and lengths."""
     fields = ("benchmark", "engine", "model", "mode", "batch_size", "prompt_len", "max_new_tokens", "gpu")
-    options = {"quantize": "bf16", "padding_ratio": 0.0, "temperature": 0.0, "top_k": 0, "top_p": 1.0, "decode_mode": "auto"}
+    options = {
+        "quantize": "bf16",
+        "padding_ratio": 0.0,
+        "kv_cache_dtype": "auto",
+        "temperature": 0.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "decode_mode": "auto",
+    }
     key = lambda r: (*(r.get(f) for f in fields), *(r.get(f) or default for f, default in options.items()))
     latest = {key(record): record for record in records}
     order = lambda r: (r["model"], formats(r), r["prompt_len"], r["max_new_tokens"], r["batch_size"], r["engine"])
@@ -50,7 +58,8 @@ def last_of_each(records: list[dict]) -> list[dict]:
 
 def formats(record: dict) -> str:
     body, head = record.get("quantize") or "bf16", record.get("quantize_head")
-    return body + (f", head {head}" if head and head != body else "")
+    cache = record.get("kv_cache_dtype") or "auto"
+    return body + (f", head {head}" if head and head != body else "") + (f", {cache} cache" if cache != "auto" else "")
 
 
 def run_of(record: dict) -> Run | None:
@@ -105,7 +114,8 @@ def engine_table(records: list[dict], stored: dict) -> str:
     for r in records:
         run, ms = run_of(r), r["tpot_ms"]["mean"]
         key = (r["model"], r["mode"], r["batch_size"], r["prompt_len"], r["max_new_tokens"])
-        rival = stored.get(key) if "H200" in r.get("gpu", "") and not r["padding_ratio"] and r["engine"] == "rooflama" else None
+        alike = "H200" in r.get("gpu", "") and not r["padding_ratio"] and r.get("kv_cache_dtype", "auto") == "auto"
+        rival = stored.get(key) if alike and r["engine"] == "rooflama" else None
         rate = r["output_tok_per_sec"]
         theirs = [num(rival["output_tok_per_sec"]), f"{rate / rival['output_tok_per_sec']:.2f}"] if rival else ["", ""]
         shares = [f"{r[f]:.0%}" if r.get(f) else "" for f in ("mbu", "mfu")]

@@ -49,7 +49,7 @@ import torch
 from checkpoint import read_json
 from convert_hf_checkpoint import report_errors, underscored
 from kernels import MAX_ROWS
-from kv_cache import bytes_per_row
+from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import SHAPES, ModelConfig
 
 KERNEL_SEC = 2e-6  # least time of a kernel in a CUDA graph: 1.7 us with programmatic dependent launch, 2.05 without (H200)
@@ -146,10 +146,11 @@ class Model:
     config: ModelConfig
     body: str = "bf16"  # of the layers' linears
     head: str = "bf16"
+    cache: str = "auto"  # K and V, by the names of kv_cache.CACHE_DTYPES
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return bytes_per_row(self.config, torch.bfloat16)
+        return bytes_per_row(self.config, CACHE_DTYPES[self.cache] or torch.bfloat16)
 
     @property
     def step_weight_bytes(self) -> float:
@@ -416,9 +417,12 @@ def parse_run(row: dict, where: str, card: Card | None = None) -> Run:
     config = load_config(str(row.get("model")), f"{where}: model")
     body = format_name("quantize", "bf16")
     head = format_name("quantize_head", body)
+    cache = row.get("kv_cache_dtype") or "auto"
+    require("kv_cache_dtype", cache, isinstance(cache, str) and cache in CACHE_DTYPES, f"one of {', '.join(CACHE_DTYPES)}")
     label = f"{row.get('engine', 'rooflama')} {Path(row['model']).name} {body}" + (f", head {head}" if head != body else "")
+    label += f", {cache} cache" if cache != "auto" else ""
     context = round(prompt_len * (1 - padding)) + max_new_tokens // 2
-    predicted = predict(card, Model(config, body, head), decode(batch_size, context))
+    predicted = predict(card, Model(config, body, head, cache), decode(batch_size, context))
     return Run(label, batch_size, prompt_len, max_new_tokens, ms, predicted)
 
 
@@ -575,6 +579,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt_len", type=positive, help="tokens of each prompt (default: the context)")
     parser.add_argument("--quantize", choices=FORMATS, default="bf16", help="the layers' weights")
     parser.add_argument("--quantize_head", choices=FORMATS, help="the head's weight (default: as the layers')")
+    parser.add_argument("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of K and V (default: 16 bits)")
     parser.add_argument("--double_batch", action="store_true", help="double the batch: does the time grow?")
     parser.add_argument(
         "--measured", type=Path, nargs="+", metavar="FILE.jsonl", help="runs of scripts/benchmark.py beside their predictions"
@@ -622,7 +627,8 @@ def measure_doubling(args: argparse.Namespace, card: Card, model: Model) -> dict
             f"--quantize_head: found {model.head} with {model.body}, expected int8 with int4, else the same to measure"
         )
     mode = modes[model.body, model.head]
-    rows = [measure.Row(args.model, 2**i, args.context - half, MEASURED_TOKENS, mode) for i in range(most.bit_length())]
+    batches = [2**i for i in range(most.bit_length())]
+    rows = [measure.Row(args.model, b, args.context - half, MEASURED_TOKENS, mode, kv_cache_dtype=model.cache) for b in batches]
     dtype = str(load_config(args.model).dtype).removeprefix("torch.")
     plan = measure.Plan(device, dtype, args.model in SHAPES, deadline=time.monotonic() + args.time_limit)
     say = lambda text: print(text, file=sys.stderr, flush=True)
@@ -632,7 +638,7 @@ def measure_doubling(args: argparse.Namespace, card: Card, model: Model) -> dict
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
-    model = Model(config, args.quantize, args.quantize_head or args.quantize)
+    model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype)
     context, prompt_len = args.context, args.prompt_len or args.context
     for flag, length in (("--context", context), ("--prompt_len", prompt_len)):
         if length > config.max_position_embeddings:

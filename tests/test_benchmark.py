@@ -66,13 +66,14 @@ def test_engines_give_the_same_answers(capsys, tmp_path):
 
 def test_records_are_read_by_the_roofline(tmp_path):
     """What measure writes of a quantised row is what roofline predicts, mixed lengths included."""
-    row = Row("llama-3.1-8b", 16, 256, 128, "int4", 0.25)
+    row = Row("llama-3.1-8b", 16, 256, 128, "int4", 0.25, "fp8")
     record = {**dataclasses.asdict(row), "quantize": row.formats[0], "quantize_head": row.formats[1]}
     record |= {"engine": "rooflama", "gpu": "NVIDIA H200", "tpot_ms": {"mean": 2.0, "p50": 1.9}}
     read = roofline.parse_run(record, "here")
     assert read.predicted.sec == measure.predictions(row, H200)[0].sec
     assert read.measured_ms == 2.0
-    assert "int4, head int8" in read.label
+    assert "int4, head int8, fp8 cache" in read.label
+    assert read.predicted.sec < measure.predictions(dataclasses.replace(row, kv_cache_dtype="auto"), H200)[0].sec
 
 
 def test_an_engine_that_fails_is_named(tmp_path):
@@ -137,7 +138,7 @@ def test_vllm_table():
     rows = comparison.scenario_rows("vllm-table")
     provenance, stored = comparison.stored_rival()
     assert "measured separately" in provenance
-    assert {(r.model, r.quantize, r.batch_size, r.prompt_len, r.max_new_tokens) for r in rows} == set(stored)
+    assert {(r.model, r.quantize, r.batch_size, r.prompt_len, r.max_new_tokens, 0.0, "auto") for r in rows} == set(stored)
     assert len(rows) == 20
     assert [(r.model[-2:], r.batch_size) for r in rows[:8]] == [(m, b) for m in ("1b", "8b") for b in (1, 16, 64, 256)]
     assert all(r.max_new_tokens == 2048 for r in rows[-4:])
@@ -248,6 +249,7 @@ def test_comparison_with_stored_figures():
     assert comparison.comparison([bad]).count(": rooflama llama-3.1-8b plain, batch 16, 128/128.") == 3
     padded = record | {"padding_ratio": 0.3}
     assert "2,855" not in comparison.comparison([padded])
+    assert "2,855" not in comparison.comparison([record | {"kv_cache_dtype": "fp8"}])
     here = record | {"engine": "vllm", "output_tok_per_sec": 512.0, "decode_mode": None}
     text = comparison.comparison([record, here])
     assert "2,855" not in text

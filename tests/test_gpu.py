@@ -132,7 +132,8 @@ def test_every_path_gives_the_same_tokens(params, tokens):
         torch._dynamo.utils.counters.clear()
         engine = small(decode_mode=mode)
         for _ in range(2):  # Inductor records its CUDA graph in the second run
-            outputs, _ = engine.generate([tokens[:20].tolist(), tokens[:50].tolist()], params)
+            # 64 rows: a pack that a graph does not pad, so that its products are those of the eager one
+            outputs, _ = engine.generate([tokens[:14].tolist(), tokens[:50].tolist()], params)
         got[mode] = [o.tokens for o in outputs]
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     assert got["graph"] == got["eager"]

@@ -73,6 +73,12 @@ def test_kv_bytes_per_token():
     assert {name: of(name).kv_bytes_per_token for name in SHAPES} == by_hand
 
 
+def test_fp8_cache():
+    model = Model(SHAPES["llama-3.1-8b"], cache="fp8")
+    assert model.kv_bytes_per_token == of("llama-3.1-8b").kv_bytes_per_token / 2
+    assert roofline.largest_batch(H200, model, 8192) > 1.9 * roofline.largest_batch(H200, of("llama-3.1-8b"), 8192)
+
+
 def test_formats():
     num_bytes = {name: weight.num_bytes(4, 256) for name, weight in roofline.FORMATS.items()}
     assert num_bytes == {"bf16": 2048, "int8": 1024 + 4 * 2, "int4": 512 + 4 * 2 * 2, "fp8": 1024 + 4 * 2}
@@ -252,6 +258,7 @@ def test_mixed_lengths_and_means(tmp_path):
         (ROW | {"tpot_ms": 3}, r"runs.jsonl:2: tpot_ms.p50: found None"),
         (ROW | {"model": "gpt-9"}, r"runs.jsonl:2: model: found 'gpt-9', expected a directory with a config.json or one of"),
         (ROW | {"quantize": ["int4"]}, r"runs.jsonl:2: quantize: found \['int4'\], expected one of bf16, int8, int4, fp8"),
+        (ROW | {"kv_cache_dtype": "fp4"}, r"runs.jsonl:2: kv_cache_dtype: found 'fp4', expected one of auto, fp8"),
         (ROW | {"device": "GeForce 256"}, r"runs.jsonl:2: device: found 'GeForce 256', expected one of a100"),
         (ROW | {"device": None}, r"runs.jsonl:2: device: found None, expected a GPU of the table, on the line or as --gpu"),
     ],
