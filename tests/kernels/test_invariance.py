@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import quantize
 from generate import Engine, fill_randomly
 from model import SHAPES, Transformer
 from sampling import SamplingParams
@@ -61,3 +62,12 @@ def test_what_cannot_be_promised_is_refused(model):
     plain.setup_rope(64)
     with pytest.raises(ValueError, match="batch_invariant: found 1 sequences"):
         Engine(plain, batch_invariant=True, max_seq_len=64).generate([[1, 2]], PARAMS)
+
+
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_packed_weights_too(model, mode):
+    engine = Engine(quantize.random_model(model.config, mode, DEVICE), batch_invariant=True, max_seq_len=64)
+    alone, answer = logits_of(engine, 0)
+    together, same = logits_of(engine, 3)
+    assert torch.equal(together, alone)
+    assert same == answer
