@@ -9,7 +9,7 @@ from kernels.head import advance, head
 from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
 from kernels.rows import rms_norm, rope_append, silu_mul
-from kernels.tiles import batch_invariant
+from kernels.tiles import batch_invariant, is_batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
@@ -23,6 +23,7 @@ __all__ = [
     "flash_runs",
     "gumbel",
     "head",
+    "is_batch_invariant",
     "linear",
     "pdl_disabled",
     "pdl_supported",

@@ -129,16 +129,15 @@ def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
 
 
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """64 weight rows a program (every program reads x again: fewer, fatter ones), K split until every SM has a program."""
-    height, chunk, split = 64, power_divisor(K, 128), 1
+    """128 weight rows a program where that leaves a program for most SMs (every program reads x again: fewer, fatter ones),
+    else 64; K split until every SM has a program."""
+    height, chunk, split = 128 if 96 * sms <= N else 64, power_divisor(K, 128), 1
     while op != "head" and split < 8 and -(-N // height) * split < sms and K // (2 * split) >= 2 * chunk:
         split *= 2
     strip = K // split  # columns of one program
     if strip <= 512 and strip == floor_power_of_two(strip):  # all of it before the wait
         return Tile(height, strip, 8 if rows > 16 else 4, preload=1, dot=True, split=split)
-    return Tile(
-        height, chunk, 4, preload=1, dot=True, split=split, stages=4, prefetch=min(128, height * (strip - chunk) // 512)
-    )
+    return Tile(height, chunk, 8 if height == 128 else 4, preload=1, dot=True, split=split, stages=4)
 
 
 def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
@@ -206,21 +205,19 @@ def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
     if M == 1:
         return []
     tiles = []
-    heights = (16, 32, 64) if M <= 16 else (64, 128)
-    for rows, warps, split in itertools.product(heights, (4, 8), (1, 2, 4, 7, 8)):
+    for (rows, warps), split in itertools.product(((64, 4), (64, 8), (128, 8)), (1, 2, 4, 7, 8)):
         if K % (64 * split) or (split > 1 and (op == "head" or N // rows * split > 1024)):
             continue
         strip = K // split
-        for chunk in (64, 128, 256, 512, 1024):
+        for chunk in (64, 128, 256, 512):
             chunks = -(-strip // chunk)
             tile_bytes = (rows + max(16, M)) * chunk * 2
-            for preload, stages in itertools.product((1, 2, 4), (1, 2, 3, 4, 5)):
+            for preload, stages in itertools.product((1, 2, 3), (1, 3, 4, 5)):
                 waits = chunks > preload  # a loop behind the preloaded chunks, for which stages count
-                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 80:
+                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 96:
                     continue
-                if tile_bytes * (preload + (stages if waits else 0)) > SHARED_BYTES // (1 if rows == 128 else 2):
-                    continue
-                tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
+                if tile_bytes * (preload + (stages if waits else 0)) <= SHARED_BYTES:
+                    tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
     return tiles
 
 
@@ -269,6 +266,10 @@ def override_tiles(tiles: dict):
         yield
     finally:
         _overrides = before
+
+
+def is_batch_invariant() -> bool:
+    return _batch_invariant
 
 
 @contextlib.contextmanager
