@@ -96,6 +96,10 @@ class Tokenizer:
                 f"{self.path.parent}: found no chat template, expected chat_template.jinja or one in tokenizer_config.json"
             )
         text, mark = self.chat.render(messages, add_generation_prompt, **variables)
+        try:
+            _check_unicode(text)
+        except ValueError as error:
+            raise ValueError(f"{self.chat.name}, or a message: {error}") from None
         return self._encode_pieces([piece.replace(mark, "") for piece in self._control.split(text)])
 
     def _encode_pieces(self, pieces: list[str]) -> list[int]:

@@ -39,7 +39,7 @@ def test_files_are_read_or_refused(fuzzer, name):
 def test_the_harness_sees_what_it_looks_for(fuzzer):
     """A reader that crashes, raises, hangs, takes memory, writes a file or leaves a process behind is found out."""
     faults = {
-        "signal 11": lambda directory: os.kill(os.getpid(), 11),
+        "signal 9": lambda directory: os.kill(os.getpid(), 9),  # as a crash
         "KeyError": lambda directory: {}["a"],
         "ValueError": lambda directory: int("x"),
         "no end after": lambda directory: time.sleep(60),

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+import quantize
 from generate import Engine, fill_randomly
 from model import SHAPES, Transformer
 from sampling import SamplingParams
@@ -12,7 +13,7 @@ from sampling import SamplingParams
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 100}
 PARAMS = SamplingParams(max_new_tokens=2, ignore_eos=True, logprobs=0)
-PROMPT = list(range(5, 85))
+PROMPT = list(range(5, 22))
 
 
 @pytest.fixture(scope="module")
@@ -23,10 +24,12 @@ def model():
 
 
 def logits_of(engine, neighbours):
-    """Of PROMPT's second token, and its answer, with so many neighbours of other lengths, one of them long."""
-    lengths = [1 + 37 * i % 60 for i in range(neighbours)]
-    prompts = [[7 + i, *range(1, length)] for i, length in enumerate(lengths)]
-    (first, *_), _ = engine.generate([PROMPT, *prompts], PARAMS)
+    """Of PROMPT's second token, and its answer, with so many neighbours: samples of prompts of other lengths."""
+    different = min(neighbours, 7)
+    prompts = [[7 + i, *range(1, 1 + 5 * i % 12)] for i in range(different)]
+    params = [dataclasses.replace(PARAMS, n=neighbours // different) for _ in prompts]
+    (first, *others), _ = engine.generate([PROMPT, *prompts], [PARAMS, *params])
+    assert len(others) == neighbours
     return engine.decoder.logits[0].clone(), first
 
 
@@ -59,3 +62,12 @@ def test_what_cannot_be_promised_is_refused(model):
     plain.setup_rope(64)
     with pytest.raises(ValueError, match="batch_invariant: found 1 sequences"):
         Engine(plain, batch_invariant=True, max_seq_len=64).generate([[1, 2]], PARAMS)
+
+
+@pytest.mark.parametrize("mode", ["int8", "fp8"])
+def test_packed_weights_too(model, mode):
+    engine = Engine(quantize.random_model(model.config, mode, DEVICE), batch_invariant=True, max_seq_len=64)
+    alone, answer = logits_of(engine, 0)
+    together, same = logits_of(engine, 3)
+    assert torch.equal(together, alone)
+    assert same == answer
