@@ -27,15 +27,16 @@ STEPS_PER_GRAPH = 8  # steps of one hand-captured graph: its launch costs the ho
 class Session(nn.Module):
     """The cache and every other buffer that decode steps of `batch_size` sequences read and write.
 
-    `cached[row]` is the host's note of whose K and V the cache holds: the ids of rows 0, 1, ... of sequence `row`.
+    `cached[row]` is the host's note of whose K and V the cache holds: the ids of rows 0, 1, ... of sequence `row`. `cache`: one
+    that is there; `spare`: else, rows of the cache beyond max_seq_len.
     """
 
-    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int):
+    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int, spare: int = 0, cache: KVCache | None = None):
         super().__init__()
         config, weight = model.config, model.norm.weight
         device = weight.device
-        self.batch_size, self.max_seq_len, self.num_layers = batch_size, max_seq_len, config.num_layers
-        self.cache = KVCache(config, batch_size, max_seq_len, device, weight.dtype)
+        self.batch_size, self.max_seq_len, self.num_layers, self.spare = batch_size, max_seq_len, config.num_layers, spare
+        self.cache = cache or KVCache(config, batch_size, max_seq_len, device, weight.dtype, spare)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
         buffers = {
@@ -101,12 +102,9 @@ def prefill(model: Transformer, session: Session, row: int, x: torch.Tensor, sta
     return model(x, PrefillStep(x.shape[0], session.cache, row, start))[-1:]
 
 
-def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:
-    """Hidden states of sequences `rows` -> their next tokens, and everything that follows from them, in the session.
-
-    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
-    the most general among the sequences; `logprobs`: note them beside the ring. Returns the logits [B, V].
-    """
+def candidates(model: Transformer, session: Session, hidden, rows: slice, kind: str) -> tuple[torch.Tensor, ...]:
+    """Hidden states [B * T, H] of the last T tokens of sequences `rows` -> logits [B * T, V], and the candidates (value, id),
+    [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` as for choose_token."""
     lengths = session.cache.lengths[rows]
     settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
@@ -123,8 +121,21 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
             best, token = kernels.choose(penalized, penalized.amax(dim=-1, keepdim=True), lengths=lengths, **settings)
     else:
         logits = model.logits(hidden)
-        best, token = choose(penalize(logits, **history) if history else logits, lengths, **settings)
-    slot = session.cursor[rows] % RING if logprobs else None  # where `advance` puts the token
+        sequence, position = kernels.token_positions(lengths, hidden.shape[0])
+        settings = {name: setting[sequence] for name, setting in settings.items()}
+        best, token = choose(penalize(logits, **history) if history else logits, position, **settings)
+    return logits, best, token
+
+
+def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:
+    """Hidden states of sequences `rows` -> their next tokens, and everything that follows from them, in the session.
+
+    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
+    the most general among the sequences; `logprobs`: note them beside the ring. Returns the logits [B, V].
+    """
+    logits, best, token = candidates(model, session, hidden, rows, kind)
+    lengths = session.cache.lengths[rows]
+    slots = session.cursor[rows, None] % RING if logprobs else None  # where `advance` puts the token
     kernels.advance(
         best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
         token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
@@ -134,19 +145,19 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
     if kind == "penalize":
         session.sampling.seen[rows].scatter_(1, session.token[rows, None].long(), True)
     if logprobs:
-        note_logprobs(session, logits, rows, slot)
+        note_logprobs(session, logits, rows, slots)
     return logits
 
 
-def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slot: torch.Tensor) -> None:
-    """Entry `slot` [B] of each ring: the log-probabilities of the chosen token and of the likeliest, from the logits as they
-    are: before penalty, temperature and cuts."""
-    logprobs, token = logits.log_softmax(dim=-1), session.token[rows, None]
+def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slots: torch.Tensor) -> None:
+    """Entries `slots` [B, T] of each ring: the log-probabilities of the token there and of the likeliest, from its logits
+    [B * T, V] as they are: before penalty, temperature and cuts."""
+    logprobs, slots = logits.log_softmax(dim=-1).unflatten(0, slots.shape), slots.long()
+    token = session.ring[rows].gather(1, slots)[..., None]
     top = logprobs.topk(session.logprobs.shape[2] - 1, dim=-1)
-    entry = slot[:, None, None].long().expand(-1, 1, session.logprobs.shape[2])
-    values = torch.cat([logprobs.gather(1, token.long()), top.values], dim=1)
-    session.logprobs[rows].scatter_(1, entry, values[:, None])
-    session.logprob_ids[rows].scatter_(1, entry, torch.cat([token, top.indices.int()], dim=1)[:, None])
+    entry = slots[..., None].expand(-1, -1, session.logprobs.shape[2])
+    session.logprobs[rows].scatter_(1, entry, torch.cat([logprobs.gather(2, token.long()), top.values], dim=2))
+    session.logprob_ids[rows].scatter_(1, entry, torch.cat([token, top.indices.int()], dim=2))
 
 
 def decode_one_token(model: Transformer, session: Session, kind: str, logprobs: bool = False) -> torch.Tensor:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from decoding import (
 from kv_cache import bytes_per_row
 from model import DTYPES, SHAPES, Transformer
 from sampling import KINDS, SamplingParams
+from speculative import MAX_DRAFTS, Drafter, ModelDrafter, NgramDrafter, SelfDrafter, Speculator
 from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
 from tokenizer import TokenStream, load_tokenizer
 
@@ -54,6 +56,7 @@ DEMO = Path(__file__).parent / "assets" / "demo"
 CHAT_TOKENS = 4096  # max_new_tokens of an answer in a conversation, unless told
 LAUNCHES_AHEAD = 2  # graph launches in flight before the host reads the oldest one's tokens
 WARM_UP_TOKENS = STEPS_PER_GRAPH + 2  # both sizes of graph
+DRAFTS = 5  # of a round, unless told; gpt-fast's default
 CHAT_ROWS = 8192  # cache rows that a conversation begins with, where the context is longer
 
 # ---------------------------------------------------------------- the Python API
@@ -136,7 +139,9 @@ class Engine:
         self.session: Session | None = None
         self.decoder: Decoder | None = None
         self.running: _Run | None = None  # whose sequences the session holds
-        model.setup_rope(max_seq_len or context)
+        self.speculation: dict | None = None  # what `speculate` was asked for
+        self.speculator: Speculator | None = None  # of the present session
+        model.setup_rope((max_seq_len or context) + MAX_DRAFTS)
 
     @classmethod
     def load(cls, checkpoint_path, device=None, dtype=None, *, progress=False, **options) -> "Engine":
@@ -256,14 +261,38 @@ class Engine:
         s = self.session
         if s and s.batch_size == batch_size and s.max_seq_len >= min(length, self.context):
             return
-        self.session = self.decoder = None  # frees the memory of the old one first
+        self.session = self.decoder = self.speculator = None  # frees the memory of the old one first
         whole = -(-length // 1024) * 1024  # few sessions for many lengths
         rows = self.max_seq_len or min(self.context, whole)
         with contextlib.suppress(torch.cuda.OutOfMemoryError):  # what it had allocated is freed when the exception is gone
-            self.session = Session(self.model, batch_size, rows)
+            session = Session(self.model, batch_size, rows, spare=MAX_DRAFTS if self.speculation else 0)
+            if self.speculation:
+                self.speculator = Speculator(self.model, session, **self.speculation)
+            self.session = session
         if self.session is None:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
+
+    def speculate(self, drafter: Drafter, k: int = DRAFTS, adaptive: bool = True) -> None:
+        """From now on runs draft up to k tokens a round; what they give stays the same (speculative.py). `adaptive` lowers k,
+        down to none, where that is faster. ValueError: a k, a draft model or a decode_mode that does not fit."""
+        device, mode = self.device.type, self.decode_mode
+        if not 1 <= k <= MAX_DRAFTS:
+            raise ValueError(f"speculate_k: found {k}, expected 1 to {MAX_DRAFTS}")
+        if mode not in ("auto", "eager", "graph"):
+            raise ValueError(f"decode_mode: found {mode} with speculation, expected auto, eager or graph")
+        if isinstance(drafter, ModelDrafter):
+            draft = drafter.model
+            if draft.vocab_limit != self.model.vocab_limit:
+                found, expected = draft.vocab_limit, self.model.vocab_limit
+                raise ValueError(f"the draft model's vocabulary: found {found} tokens, expected the target's {expected}")
+            if draft.config.max_position_embeddings < self.context:
+                found = draft.config.max_position_embeddings
+                raise ValueError(f"the draft model's context: found {found}, expected at least {self.context} (max_seq_len)")
+            draft.setup_rope(self.context + MAX_DRAFTS)
+        mode = "graph" if mode == "graph" or (mode == "auto" and device == "cuda") else "eager"
+        self.speculation = {"drafter": drafter, "k": k, "adaptive": adaptive, "mode": mode}
+        self.session = self.decoder = self.speculator = None
 
     def _no_room(self, batch_size: int, rows: int) -> str:
         each = bytes_per_row(self.model.config, self.model.norm.weight.dtype) * batch_size
@@ -310,6 +339,10 @@ class _Run:
             raise ValueError(f"stop_token_ids: found {max(params.stop_token_ids)}, expected 0 to {vocab - 1}")
         if (number := len(self.engine.stop_ids_of(params))) > MAX_STOP_IDS:
             raise ValueError(f"stop_token_ids: found {number}, expected at most {MAX_STOP_IDS} with the model's own")
+        if self.engine.speculation and isinstance(prompt, torch.Tensor):
+            raise ValueError("prompt: found embeddings with speculation, expected text or token ids")
+        if self.engine.speculation and params.repetition_penalty != 1:
+            raise ValueError(f"repetition_penalty: found {params.repetition_penalty} with speculation, expected 1")
 
     def _text(self, prompt: list[int] | torch.Tensor, params: SamplingParams) -> "_Text":
         tokenizer = self.engine.tokenizer
@@ -340,6 +373,11 @@ class _Run:
     def _decode(self) -> Iterator[tuple[int, str]]:
         self._check_running()
         engine, session, timing = self.engine, self.engine.session, self.timing
+        if self.logprobs:
+            session.keep_logprobs(engine.model.vocab_limit)
+        if engine.speculator:
+            engine.speculator.prepare(self.kind, self.logprobs)
+            engine.speculator.begin()
         reader = StatusReader(session, self.logprobs)
         synchronize(engine.device)
         started = time.perf_counter()
@@ -348,6 +386,9 @@ class _Run:
         status, last, _ = reader.oldest()
         timing.ttft_sec = time.perf_counter() - started
         yield from self._emit(status)
+        if engine.speculator:
+            yield from self._speculate(engine.speculator, reader, last)
+            return
         launched, most = 0, max(p.max_new_tokens for _, p in self.requests) - 1
         ahead = LAUNCHES_AHEAD if engine.device.type == "cuda" else 0
         while launched < most and not all(t.finish_reason for t in self.texts):
@@ -363,11 +404,31 @@ class _Run:
         while reader.pending:
             last = yield from self._read(reader, last)
 
+    def _speculate(self, speculator: Speculator, reader: StatusReader, last) -> Iterator[tuple[int, str]]:
+        """Rounds until every sequence is done. None is launched that those before it may make needless."""
+        timing, in_flight = self.timing, deque()  # the most tokens that each launch may bring
+        ahead = LAUNCHES_AHEAD if self.engine.device.type == "cuda" else 0
+        while going := [t for t in self.texts if not t.finish_reason]:
+            self._check_running()
+            if len(in_flight) <= ahead and sum(in_flight) < max(t.params.max_new_tokens - len(t.tokens) for t in going):
+                before = time.perf_counter()
+                in_flight.append(speculator.launch(self.kind, self.logprobs))
+                reader.request(1)
+                timing.host_sec += time.perf_counter() - before
+                continue
+            tokens = sum(len(t.tokens) for t in going)
+            last = yield from self._read(reader, last)
+            timing.step_ms[-1] /= max(1, (sum(len(t.tokens) for t in going) - tokens) / len(going))  # of a token
+            in_flight.popleft()
+            speculator.observe()
+        timing.speculation = speculator.statistics(self.kind)
+        if timing.decode_sec:
+            steps = max(len(t.tokens) for t in self.texts) - 1
+            timing.speculation["speedup"] = steps * speculator.plain_ms / 1e3 / timing.decode_sec
+
     def _prefill(self) -> None:
         """Fills the cache with every prompt, once for all of its samples, and chooses each sample's first token."""
         engine, session, row = self.engine, self.engine.session, 0
-        if self.logprobs:
-            session.keep_logprobs(engine.model.vocab_limit)
         for prompt, params in self.requests:
             ids = None if isinstance(prompt, torch.Tensor) else prompt
             kept = _shared(session.cached[row], ids[:-1]) if self.continues else 0  # at least one token must run
@@ -382,6 +443,8 @@ class _Run:
                 if self.kind == "penalize":
                     session.sampling.see(row + i, ids or [])
                 choose_token(engine.model, session, hidden, slice(row + i, row + i + 1), self.kind, self.logprobs)
+                if engine.speculator:
+                    engine.speculator.admit(row + i, ids)
             row += params.n
             self.timing.prefill_tokens += len(prompt) - kept
             self.timing.kept_tokens += kept
@@ -560,6 +623,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag(
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )
+    flag("draft_checkpoint_path", type=Path, help="speculate with this smaller model of the same vocabulary")
+    flag("speculate", choices=("ngram", "self"), help="speculate without one: by look-up in the text, or the model in int4")
+    flag(
+        "speculate_k", type=int, help=f"the most tokens that are drafted at once (default {DRAFTS}); fewer where that is faster"
+    )
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
@@ -573,6 +641,10 @@ def parse_args(argv=None) -> argparse.Namespace:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
     if args.interactive and (args.json or args.num_samples * args.batch_size > 1):
         parser.error("--interactive: found with --json, --num_samples or --batch_size, expected none of them")
+    if args.speculate and args.draft_checkpoint_path:
+        parser.error("--speculate: found with --draft_checkpoint_path, expected one of them")
+    if args.speculate_k is not None and not (args.speculate or args.draft_checkpoint_path):
+        parser.error("--speculate_k: found without a drafter, expected --draft_checkpoint_path or --speculate")
     return args
 
 
@@ -592,6 +664,25 @@ def load_engine(args: argparse.Namespace) -> Engine:
     if args.quantize:
         quantize.quantize_at_load(engine.model, args.quantize, engine.tokenizer)
     return engine
+
+
+def set_up_speculation(args: argparse.Namespace, engine: Engine) -> None:
+    """The drafter that the command line asks for, if any."""
+    if args.draft_checkpoint_path:
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        draft = Engine.load(args.draft_checkpoint_path, args.device, dtype, progress=True)
+        if engine.tokenizer and draft.tokenizer:
+            pairs = ((e.tokenizer.token_bytes(i, False) for i in range(e.tokenizer.vocab_size)) for e in (engine, draft))
+            if i := next((i for i, (ours, its) in enumerate(zip(*pairs, strict=False)) if ours != its), None):
+                raise ValueError(
+                    f"{args.draft_checkpoint_path}: token {i}: found another text, expected the target's vocabulary"
+                )
+        drafter = ModelDrafter(draft.model, f"draft model {args.draft_checkpoint_path.name}")
+    elif args.speculate:
+        drafter = NgramDrafter() if args.speculate == "ngram" else SelfDrafter(engine.model)
+    else:
+        return
+    engine.speculate(drafter, DRAFTS if args.speculate_k is None else args.speculate_k)
 
 
 def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
@@ -654,6 +745,7 @@ def main(argv=None) -> int:
         engine = load_engine(args)
         for note in engine.load_notes:
             print(note, file=sys.stderr)
+        set_up_speculation(args, engine)
         params = sampling_params(args, engine)
         if args.interactive:
             import chat

@@ -7,6 +7,8 @@ The static cache is the paged cache with one page a sequence: `table[b, 0]` is t
 hands without a row being moved. Rows at or past a sequence's length are never read.
 """
 
+import copy
+
 import torch
 from torch import nn
 
@@ -14,11 +16,12 @@ from torch import nn
 class KVCache(nn.Module):
     """Buffers with fixed addresses: compiled graphs and captured CUDA graphs hold on to them.
 
-    k, v: one tensor a layer, [slots, Hkv, S, D]. lengths [B] int32: rows of sequence b that are valid once the running step has
+    k, v: one tensor a layer, [slots, Hkv, S, D], S = max_seq_len + spare: a round of speculation may write `spare` rows past a
+    sequence's end, which nobody reads. lengths [B] int32: rows of sequence b that are valid once the running step has
     appended its own; 0 = no sequence here. table [B, 1] int32: the slot of sequence b.
     """
 
-    def __init__(self, config, batch_size: int, max_seq_len: int, device=None, dtype=None):
+    def __init__(self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, spare: int = 0):
         super().__init__()
         if not 1 <= max_seq_len <= config.max_position_embeddings:
             raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's {config.max_position_embeddings}")
@@ -27,7 +30,7 @@ class KVCache(nn.Module):
         dtype = dtype or config.dtype
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.bytes_per_row = bytes_per_row(config, dtype)
-        shape = (batch_size, config.num_kv_heads, max_seq_len, config.head_dim)
+        shape = (batch_size, config.num_kv_heads, max_seq_len + spare, config.head_dim)
         for layer in range(config.num_layers):
             self.register_buffer(f"k{layer}", torch.zeros(shape, dtype=dtype, device=device))
             self.register_buffer(f"v{layer}", torch.zeros(shape, dtype=dtype, device=device))
@@ -40,6 +43,13 @@ class KVCache(nn.Module):
     def num_bytes(self) -> int:
         """Bytes of K and V, all layers."""
         return self.bytes_per_row * self.batch_size * self.max_seq_len
+
+    def twin(self) -> "KVCache":
+        """The same K, V and table with lengths of its own: for a drafter, whose rows are then written again."""
+        twin = copy.copy(self)
+        twin._buffers = self._buffers | {"lengths": torch.zeros_like(self.lengths)}
+        torch._dynamo.mark_static_address(twin.lengths)
+        return twin
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, [slots, Hkv, S, D] each."""

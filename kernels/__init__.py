@@ -1,23 +1,29 @@
 """The public operators: what the model calls, whatever the device."""
 
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
+from kernels._random import gumbel_ref as gumbel
+from kernels._random import token_positions
+from kernels.accept import accept
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.head import advance, head
-from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
+from kernels.lookup import lookup
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
+    "accept",
     "advance",
     "choose",
     "flash_decode",
     "gumbel",
     "head",
     "linear",
+    "lookup",
     "pdl_disabled",
     "pdl_supported",
     "qkv_rope_append",
     "runs_kernels",
+    "token_positions",
 ]
