@@ -26,7 +26,7 @@ from kernels.formats import GROUP_SIZES, PackedFormat, Weight
 from model import DecodeStep, Scale, Transformer
 
 MAX_DRAFTS = 15  # flash_decode takes 16 query tokens
-CATCH_UP = 16  # plain steps between two looks at a drafter that is switched off: its last tokens of one forward
+CATCH_UP = 16  # tokens of the forward in which a drafter that was switched off sees what it missed
 MEMORY = 0.95  # weight of a trial in the estimate of acceptance, after one more: about 20 trials count
 PRIOR = (2.8, 4.0)  # drafts kept, of drafts tried, before any was: 0.7
 
@@ -187,8 +187,6 @@ class Speculator:
         B, device = session.batch_size, session.x.device
         self.history = torch.zeros(B, session.max_seq_len + session.spare, dtype=torch.int32, device=device)
         self.tally = torch.zeros(B, 2, max(k, 1) + 1, dtype=torch.int32, device=device)  # see kernels.accept
-        # A drafter that is switched off catches up in one forward of this many tokens; rows beyond the kernels' cost more.
-        self.catch_up = max(2, min(CATCH_UP, kernels.MAX_ROWS // B))
         self.choices = [k >> i for i in range(k.bit_length())] if adaptive else [k]
         self.acceptance = Acceptance()
         self.work: dict[tuple, Callable[[], None]] = {}  # by (k, kind, logprobs): what a launch does
@@ -230,10 +228,13 @@ class Speculator:
         self.verify(self.drafter.propose(k, kind, missed), kind, logprobs)
 
     def plain(self, kind: str, logprobs: bool) -> None:
-        """Plain steps, as many as the drafter can catch up with, then a look at whether it has become better: one draft."""
-        for _ in range(self.catch_up - 1):
+        """As many plain steps as the drafter can catch up with, and a round with one draft, to see if it has become better.
+
+        The draft that the round before may have kept was not fed to the drafter either: one step less than it has tokens.
+        """
+        for _ in range(CATCH_UP - 2):
             self.verify(self.session.ring[:, :0].contiguous(), kind, logprobs)
-        self.round(1, kind, logprobs, missed=self.catch_up - 1)
+        self.round(1, kind, logprobs, missed=CATCH_UP - 1)
 
     # -- what the host does
 
@@ -262,7 +263,7 @@ class Speculator:
         times = {}
         for k, work in works.items():
             self.work[k, kind, logprobs] = work = self._ready(work)
-            times[k] = self._time_ms(work) / (1 if k else self.catch_up)
+            times[k] = self._time_ms(work) / (1 if k else CATCH_UP - 1)
             if k:
                 self.draft_ms[k] = self._time_ms(self._ready(lambda k=k: self.drafter.propose(k, kind)))
         none = self.session.ring[:, :0].contiguous()
@@ -305,7 +306,7 @@ class Speculator:
         if tally.is_cuda:
             tally = torch.empty(tally.shape, dtype=tally.dtype, pin_memory=True).copy_(tally, non_blocking=True)
         self.pending.append((max(k, 1), tally))
-        return k + 1 if k else self.catch_up + 1
+        return k + 1 if k else CATCH_UP
 
     def observe(self) -> None:
         """Learns from the oldest launch that has not been looked at; the caller knows that it is over."""
@@ -332,7 +333,7 @@ class Speculator:
             "acceptance_length": 1 + sum(kept[1:]) / rounds if rounds else None,
             "acceptance_by_position": [share(a, b) for a, b in zip(kept[1:], drafted[1:], strict=True)],
             "launches_by_k": dict(sorted(self.launches.items())),
-            "switched_off": self.launches[0] * self.catch_up > rounds,
+            "switched_off": steps - rounds > rounds,
             "draft_ms": draft_ms,
             "verify_ms": {k: self.round_ms[kind][k] - ms for k, ms in draft_ms.items()},
             "plain_ms": self.plain_ms,
