@@ -262,16 +262,16 @@ class Speculator:
             works[0] = lambda: self.plain(kind, logprobs)
         times = {}
         for k, work in works.items():
-            self.work[k, kind, logprobs] = work = self._ready(work)
+            self.work[k, kind, logprobs] = work = self.ready(work)
             times[k] = self._time_ms(work) / (1 if k else CATCH_UP - 1)
             if k:
-                self.draft_ms[k] = self._time_ms(self._ready(lambda k=k: self.drafter.propose(k, kind)))
+                self.draft_ms[k] = self._time_ms(self.ready(lambda k=k: self.drafter.propose(k, kind)))
         none = self.session.ring[:, :0].contiguous()
-        self.plain_ms = self._time_ms(self._ready(lambda: self.verify(none, kind, logprobs)))
+        self.plain_ms = self._time_ms(self.ready(lambda: self.verify(none, kind, logprobs)))
         self.round_ms[kind] = times
         self.capture_sec += time.perf_counter() - started
 
-    def _ready(self, work: Callable[[], None]) -> Callable[[], None]:
+    def ready(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work`, captured where that is the mode, after one run for what happens once. All graphs share one pool."""
         if self.mode == "eager":
             return work
