@@ -4,12 +4,14 @@ Owns the built-in forms, the sandbox and its limits. Knows nothing of tokenizers
 
 A checkpoint's template is code from a stranger and so is the text that a user types. Two defences:
 - The template runs in jinja2's immutable sandbox, in a child process (this file as a program) that is killed when its time is
-  up and cannot take more than MEMORY_LIMIT_BYTES. A thread or a signal handler would wait for `{{ 9**(9**9) }}` to end.
+  up, cannot take more than MEMORY_LIMIT_BYTES, and can open neither file nor socket, whatever gets out of the sandbox.
+  A thread or a signal handler would wait for `{{ 9**(9**9) }}` to end.
 - Whatever comes from the conversation is guarded: a mark, a character that occurs nowhere else, follows each character that
   could begin a control token. So only the template itself can write one, however it trims, splits or joins what it is given,
   and the text comes out whole once the marks are removed.
 """
 
+import codecs
 import contextlib
 import functools
 import json
@@ -20,12 +22,15 @@ import threading
 import weakref
 from datetime import datetime
 
+import jinja2.constants  # these two jinja2 itself would only import when it needs them, and then it cannot
+import jinja2.debug  # noqa: F401
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 TIME_LIMIT_SEC = 5.0  # the child's start, 0.1 s, included; a template takes about a millisecond
 MEMORY_LIMIT_BYTES = 2**30  # the child needs 30 MB
+MAX_ANSWER = 2**24  # characters of JSON: ten times what fills a context of 128k tokens
 
 # ---------------------------------------------------------------- the built-in forms
 
@@ -178,12 +183,24 @@ def render(source: str, variables: dict, named_tokens: dict[str, str], control_t
     return text.replace(json.dumps(mark)[1:-1], mark), mark  # tojson(ensure_ascii=true) has escaped the marks
 
 
-def _serve():
-    """One JSON request a line in, one JSON answer a line out, until the input ends."""
+def restrict():
+    """From here on this process takes little memory, and opens and writes nothing new."""
+    datetime.now().strftime("%c")  # reads the time zone; what else reads a file at its first use follows
+    for encoding in ("unicode_escape", "idna", "latin-1", "utf-16", "utf-32"):
+        codecs.lookup(encoding)
+    with contextlib.suppress(Exception):  # also what an error looks up
+        _compile("{% for a in b %}{{ a['\\n'] | tojson | trim }}{% endfor %}", ("<s>",))[0].render(b=[{}, 1])
     if sys.platform == "linux":
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # of new ones; those that are open stay
+
+
+def _serve():
+    """One JSON request a line in, one JSON answer a line out, until the input ends."""
+    restrict()
     for line in sys.stdin:
         try:
             answer = json.dumps({"rendered": render(**json.loads(line))})
@@ -233,7 +250,7 @@ class ChatTemplate:
                 with contextlib.suppress(BrokenPipeError):  # the child has died: said below
                     self._child.stdin.write(request + "\n")
                     self._child.stdin.flush()
-                line = self._child.stdout.readline()
+                line = self._child.stdout.readline(MAX_ANSWER)
             finally:
                 timer.cancel()
                 timer.join()
@@ -243,6 +260,7 @@ class ChatTemplate:
                     self._child = None
         if not answered:
             found = f"no end after {self.time_limit_sec:g} s" if late.is_set() else "that its process died"
+            found = f"more than {MAX_ANSWER} characters" if len(line) == MAX_ANSWER else found
             raise ValueError(f"{self.name}: found {found}, expected a template that renders")
         return json.loads(line)
 

@@ -13,10 +13,13 @@ saving. Knows no other layout (convert_hf_checkpoint.py does) and no command lin
 import contextlib
 import dataclasses
 import fcntl
+import gc
 import json
 import math
 import os
+import re
 import shutil
+import stat
 import sys
 import threading
 import time
@@ -35,7 +38,8 @@ from model import ModelConfig
 FORMAT_VERSION = 1
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-MAX_LAYERS = 10_000
+MAX_DIMENSIONS = 8
+MAX_NAME = 500  # characters of a tensor's name
 STAGING_BYTES = 16 * 2**20  # of one reader; pinned where the destination is a GPU
 READERS = 4  # threads: while some copy to the device, others read
 COMPANIONS = (  # copied along with the weights where present
@@ -69,6 +73,10 @@ class TensorInfo(NamedTuple):
     shape: tuple[int, ...]
     start: int  # of its bytes in the file
 
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
+
 
 class Piece(NamedTuple):
     """A stored tensor and the part of one of ours that it fills."""
@@ -76,6 +84,7 @@ class Piece(NamedTuple):
     name: str  # in its own layout
     stored: TensorInfo | Tensor
     view: Callable[[Tensor], Tensor]  # our tensor -> that part, shaped as `stored`; contiguous where that is a TensorInfo
+    unpack: Callable[[Tensor], Tensor] | None = None  # what is stored -> what goes there; None: as it is
 
 
 @dataclass
@@ -105,18 +114,29 @@ Loaded = tuple[ModelConfig, dict[str, Tensor], LoadReport]
 
 def read_json(path: Path) -> dict:
     """A JSON object. ValueError names the file."""
-    refuse_placeholder(path)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
+        if str(error).startswith(str(path)):
+            raise
         raise ValueError(f"{path}: invalid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
     return value
 
 
+def read_small(path: Path) -> bytes:
+    """Any file but one with weights. ValueError: it is no regular file, a placeholder, or larger than such files are."""
+    refuse_placeholder(path)
+    if (size := path.stat().st_size) > MAX_HEADER_BYTES:
+        raise ValueError(f"{path}: found {size} bytes, expected at most {MAX_HEADER_BYTES}")
+    return path.read_bytes()
+
+
 def refuse_placeholder(path: Path) -> None:
-    """Downloads that went wrong leave a small text under the right name."""
+    """Downloads that went wrong leave a small text under the right name; a pipe or a device would be read for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError(f"{path}: found a directory, pipe or device, expected a regular file")
     with open(path, "rb") as file:
         head = file.read(512)
     if head.startswith(b"version https://git-lfs"):
@@ -157,12 +177,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def _parse_entry(path: Path, name: str, entry) -> tuple[int, int, str, torch.dtype, tuple[int, ...]]:
+    check_name(path, name)
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]}:
-            if dtype in STORED_DTYPES and all(type(n) is int and n >= 0 for n in (*shape, start, stop)):
+            is_sane = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and 0 <= n < 2**63 for n in (*shape, start, stop))
+            if dtype in STORED_DTYPES and is_sane:
                 return start, stop, name, STORED_DTYPES[dtype], tuple(shape)
     known = f"dtype (one of {', '.join(STORED_DTYPES)}), shape and data_offsets (integers)"
-    raise ValueError(f"{path}: tensor {name}: found {str(entry)[:200]}, expected {known}")
+    raise ValueError(f"{path}: tensor {name}: found {entry!r:.200}, expected {known}")
+
+
+def check_name(path: Path, name) -> None:
+    """A tensor's name will stand in messages."""
+    if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
+        raise ValueError(f"{path}: tensor {name!r:.100}: expected a name of printable characters, at most {MAX_NAME}")
 
 
 def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -172,7 +200,7 @@ def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
     if index.exists():
         weight_map = read_json(index).get("weight_map")
         files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        if not all(isinstance(file, str) and Path(file).name == file and file.endswith(".safetensors") for file in files):
+        if not all(isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files):
             raise ValueError(f"{index}: weight_map: expected an object of tensor: name of a .safetensors file beside the index")
         files = set(files)
         if missing := sorted(file for file in files if not (directory / file).exists()):
@@ -186,6 +214,7 @@ def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
 
     headers = {file: read_header(directory / file) for file in sorted(files)}
     for name, file in weight_map.items():
+        check_name(index, name)
         if name not in headers[file]:
             where = next((other for other in headers if name in headers[other]), "no shard")
             raise ValueError(f"{index}: {name}: mapped to {file}, found in {where}")
@@ -226,9 +255,9 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict]:
     raw = read_json(path)
     ours = raw.get("rooflama")
     if not isinstance(ours, dict):
-        raise ValueError(f"{path}: rooflama: found {ours!r}, expected an object (convert_hf_checkpoint.py makes one)")
+        raise ValueError(f"{path}: rooflama: found {ours!r:.200}, expected an object (convert_hf_checkpoint.py makes one)")
     if (version := ours.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(f"{path}: rooflama.format_version: found {version!r}, supported: {FORMAT_VERSION}")
+        raise ValueError(f"{path}: rooflama.format_version: found {version!r:.200}, supported: {FORMAT_VERSION}")
     config = ModelConfig.from_dict(raw, str(path))
     if (quantization := ours.get("quantization")) is not None:
         config = _with_formats(config, quantization, f"{path}: rooflama.quantization")
@@ -237,7 +266,7 @@ def read_config(directory: str | Path) -> tuple[ModelConfig, dict]:
 
 def _with_formats(config: ModelConfig, quantization: dict, where: str) -> ModelConfig:
     if not isinstance(quantization, dict) or not {"layers", "head"} <= quantization.keys():
-        raise ValueError(f"{where}: found {str(quantization)[:200]}, supported: null, or an object with layers and head")
+        raise ValueError(f"{where}: found {quantization!r:.200}, supported: null, or an object with layers and head")
     formats = {}
     for name in ("layers", "head"):
         try:
@@ -256,8 +285,6 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def tensor_specs(config: ModelConfig) -> dict[str, TensorSpec]:
     """Names, dtypes and shapes of model.Transformer's state dict, in the order in which they are saved."""
-    if config.num_layers > MAX_LAYERS:  # a hostile config must not make us list them
-        raise ValueError(f"config: num_hidden_layers: found {config.num_layers}, expected at most {MAX_LAYERS}")
     hidden, inner, qkv = config.hidden_size, config.intermediate_size, config.q_size + 2 * config.kv_size
 
     def plain(*shape):
@@ -300,11 +327,11 @@ def default_generation(directory: str | Path) -> dict:
     for name, value in out.items():
         kind, low, high = GENERATION_FIELDS[name]
         if type(value) not in (kind, int if kind is float else kind) or not low <= value <= high:
-            raise ValueError(f"{path}: {name}: found {value!r}, expected a {kind.__name__} in [{low}, {high}]")
+            raise ValueError(f"{path}: {name}: found {value!r:.200}, expected a {kind.__name__} in [{low}, {high}]")
     if (eos := raw.get("eos_token_id")) is not None:
         out["eos_token_id"] = eos if isinstance(eos, list) else [eos]
-        if not all(type(token) is int and token >= 0 for token in out["eos_token_id"]):
-            raise ValueError(f"{path}: eos_token_id: found {eos!r}, expected a token id or a list of them")
+        if not all(type(token) is int and 0 <= token < 2**31 for token in out["eos_token_id"]):
+            raise ValueError(f"{path}: eos_token_id: found {eos!r:.200}, expected a token id or a list of them")
     return out
 
 
@@ -338,30 +365,62 @@ def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, 
     began = time.perf_counter()
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     specs = tensor_specs(config)
-    state = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+    state = None
+    try:
+        state = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    if state is None:  # what was allocated is free again
+        needed, free = _num_bytes(specs) / 2**30, free_bytes(torch.device(device)) / 2**30
+        raise MemoryError(f"{source.directory}: the weights need {needed:.2f} GiB, free on {device}: {free:.2f} GiB")
     num_bytes = fill(source, state, progress)
     seconds = time.perf_counter() - began
     return config, state, LoadReport(num_bytes, seconds, num_bytes / 1e9 / seconds, source.notes)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or in a computer's memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of the device that nobody holds."""
+    if device.type == "cpu":
+        fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
+
+
 def fill(source: Source, tensors: dict[str, Tensor], progress: bool = True) -> int:
     """Fill tensors of ours, any dtype, any device, from a source; each stored byte is read once. Returns their number."""
-    shards: dict[Path, list[tuple[int, torch.dtype, Tensor]]] = {}
-    total = 0
+    shards: dict[Path, list[tuple[Piece, Tensor]]] = {}
     for name, out in tensors.items():
-        for _, stored, view in source.pieces[name]:
-            total += stored.dtype.itemsize * math.prod(stored.shape)
-            if isinstance(stored, TensorInfo):
-                shards.setdefault(stored.path, []).append((stored.start, stored.dtype, view(out).view(-1)))
+        for piece in source.pieces[name]:
+            if isinstance(piece.stored, TensorInfo):
+                shards.setdefault(piece.stored.path, []).append((piece, piece.view(out)))
             else:
-                view(out).copy_(stored)
-    for number, (path, jobs) in enumerate(sorted(shards.items()), 1):
-        shard_bytes = sum(dtype.itemsize * out.numel() for _, dtype, out in jobs)
+                piece.view(out).copy_(piece.stored)
+    for number, (path, parts) in enumerate(sorted(shards.items()), 1):
+        shard_bytes = sum(piece.stored.nbytes for piece, _ in parts)
         with progress_line(f"load {number}/{len(shards)} {path.name}", shard_bytes, progress) as add:
-            _read_shard(path, jobs, add)
+            direct = [(p.stored.start, p.stored.dtype, part.view(-1)) for p, part in parts if p.unpack is None]
+            _read_shard(path, direct, add)
+            for piece, part in parts:  # one at a time: each needs its stored form in memory as well
+                if piece.unpack is not None:
+                    part.copy_(piece.unpack(read_tensor(piece.stored, part.device, add)))
     for device in {out.device for out in tensors.values() if out.is_cuda}:
         torch.cuda.synchronize(device)  # the last copies are still under way
-    return total
+    return sum(piece.stored.nbytes for name in tensors for piece in source.pieces[name])
+
+
+def read_tensor(info: TensorInfo, device="cpu", add: Callable[[int], None] = lambda num_bytes: None) -> Tensor:
+    """One tensor as it is stored. `add` is called with the bytes just read."""
+    out = torch.empty(info.shape, dtype=info.dtype, device=device)
+    _read_shard(info.path, [(info.start, info.dtype, out.view(-1))], add)
+    return out
 
 
 def _read_shard(path: Path, jobs: list[tuple[int, torch.dtype, Tensor]], add: Callable[[int], None]) -> None:
@@ -451,7 +510,7 @@ def save_checkpoint(
         _write_json(temporary / "config.json", config.to_dict() | {"rooflama": about})
         for path in [Path(companions) / name for name in COMPANIONS] if companions else ():
             if path.is_file():
-                _write_file(temporary / path.name, [path.read_bytes()])
+                _write_file(temporary / path.name, [read_small(path)])
     return total
 
 

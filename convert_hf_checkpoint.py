@@ -1,6 +1,7 @@
-"""Any checkpoint, read as ours: Hugging Face safetensors and Meta's consolidated.*.pth, from a directory or the hub.
+"""Any checkpoint, read as ours: Hugging Face safetensors, GPTQ, AWQ and FP8 among them, and Meta's consolidated.*.pth, from a
+directory or the hub.
 
-Owns the other layouts: their names, their order of weights, their configs. Knows nothing of inference.
+Owns the other layouts: their names, their order of weights, their packing, their configs. Knows nothing of inference.
 
     python convert_hf_checkpoint.py --checkpoint_dir IN --output_dir OUT [--dtype bfloat16]
     python convert_hf_checkpoint.py --checkpoint_dir IN --check
@@ -15,8 +16,10 @@ import re
 import resource
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,12 +35,13 @@ from checkpoint import (
     expected_tensors,
     find_tensors,
     read_json,
+    read_tensor,
     some,
     tensor_specs,
 )
+from kernels.formats import GROUP_SIZES, PackedFormat, pack_int4, unpack_int4
 from model import DTYPES, ModelConfig
 
-SUPPORTED_QUANT_METHODS = ()  # of quantization_config.quant_method
 IGNORED = re.compile(r".*rotary_emb\.(inv_freq|cos_cached|sin_cached)|rope\.freqs")  # computed, yet stored by old checkpoints
 
 HF_NAMES = {  # ours -> theirs; several are stacked row-wise
@@ -53,6 +57,7 @@ HF_NAMES = {  # ours -> theirs; several are stacked row-wise
     "norm": ("model.norm",),
     "output": ("lm_head",),
 }
+LINEARS = ("attention.wqkv.weight", "attention.wo.weight", "feed_forward.w13.weight", "feed_forward.w2.weight")  # of a layer
 META_NAMES = {  # Meta's other names are ours
     "attention.wqkv": ("attention.wq", "attention.wk", "attention.wv"),
     "feed_forward.w13": ("feed_forward.w1", "feed_forward.w3"),
@@ -70,8 +75,11 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, 
 def open_source(directory: str | Path) -> Source:
     """Check a directory of any layout and say where each of our tensors comes from. ValueError or OSError names the fault."""
     directory = Path(directory)
-    if not (directory / "config.json").exists() and (directory / "params.json").exists():
-        return _open_meta(directory)
+    if not (directory / "config.json").exists():
+        if (directory / "params.json").exists():
+            return _open_meta(directory)
+        if files := sorted(path.name for path in directory.glob("*.gguf")):
+            raise ValueError(f"{directory}: found {some(files)}, supported: safetensors (GGUF is not read)")
     raw = read_json(directory / "config.json")
     return checkpoint.open_checkpoint(directory) if "rooflama" in raw else _open_hf(directory, raw)
 
@@ -98,10 +106,8 @@ def _stored_parts(config: ModelConfig, names: dict[str, tuple[str, ...]], layer_
 
 def _open_hf(directory: Path, raw: dict) -> Source:
     path = directory / "config.json"
-    if (quantization := raw.get("quantization_config")) is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        supported = ", ".join(SUPPORTED_QUANT_METHODS) or "none"
-        raise ValueError(f"{path}: quantization_config.quant_method: found {method!r}, supported: {supported}")
+    quantization = raw.get("quantization_config")
+    packing = None if quantization is None else _read_packing(quantization, f"{path}: quantization_config")
     config = ModelConfig.from_dict(raw, str(path))
     if not any(directory.glob("*.safetensors")) and (pickles := sorted(f.name for f in directory.glob("pytorch_model*.bin"))):
         raise ValueError(f"{directory}: found {some(pickles)}, expected safetensors (pickled weights are not read)")
@@ -125,13 +131,29 @@ def _open_hf(directory: Path, raw: dict) -> Source:
             notes.append(f"{path}: dtype is {config.dtype}, the weights are stored as {embedding.dtype}")
 
     parts, shapes = _stored_parts(config, HF_NAMES, "model.")
-    check_tensors(found, shapes, directory)
 
-    def piece(part, rows):
-        return Piece(part, found[part], lambda out: out[rows])
+    def pieces(stored, suffix="", unpack=None):
+        for part, rows in stored:
+            part = part.removesuffix(".weight") + suffix if suffix else part
+            yield Piece(part, found[part], lambda out, rows=rows: out[rows], unpack)
 
-    pieces = {name: [piece(*part) for part in stored] for name, stored in parts.items()}
-    return Source(directory, "huggingface", config, pieces, notes)
+    if packing is None:
+        check_tensors(found, shapes, directory)
+        joined = {name: list(pieces(stored)) for name, stored in parts.items()}
+        return Source(directory, "huggingface", config, joined, notes)
+
+    linears = {name for name in parts if name.endswith(LINEARS)}
+    packed = {part.removesuffix(".weight"): shapes[part] for name in linears for part, _ in parts[name]}
+    packing = _check_packed(packing, found, packed, shapes, directory, notes)
+    joined = {}
+    for name, stored in parts.items():
+        if name in linears:
+            for part, (suffix, unpack) in packing.parts.items():
+                joined[f"{name.removesuffix('weight')}{part}"] = list(pieces(stored, f".{suffix}", unpack))
+        else:
+            joined[name] = list(pieces(stored))
+    config = dataclasses.replace(config, layer_format=packing.format)
+    return Source(directory, f"huggingface ({packing.method})", config, joined, notes, {"method": packing.method})
 
 
 def _same_data(a: TensorInfo, b: TensorInfo) -> bool:
@@ -144,6 +166,184 @@ def _same_data(a: TensorInfo, b: TensorInfo) -> bool:
         while left > 0 and file_a.read(min(step, left)) == file_b.read(min(step, left)):
             left -= step
     return left <= 0
+
+
+# ---------------------------------------------------------------- packed by others
+# Formats of ours take theirs without loss, or the checkpoint is refused: every weight keeps its code, scale and zero point.
+# Letters: N rows (output features), K columns (input features), G groups of columns that share a scale.
+
+IGNORED_SCALES = re.compile(r".*\.([a-z]+_)?(input|output|activation|k|v)_scale(_ub)?")  # of activations and cache
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How another project stores a quantised linear."""
+
+    method: str
+    format: PackedFormat  # ours
+    shapes: Callable[[int, int], dict[str, tuple[int, ...]]]  # N, K -> shape of each stored tensor, by the end of its name
+    parts: dict[str, tuple[str, Callable[[Tensor], Tensor] | None]]  # tensor of ours: (its stored one, how it is unpacked)
+    dtypes: dict[str, torch.dtype]  # of the stored tensors that are not plain floating point
+    symmetric_words: tuple[int, ...] = ()  # GPTQ: what the words of qzeros may be, where all zero points are the same
+
+
+def _read_packing(quantization, where: str) -> Packing:
+    """What config.json says of it. ValueError names the field that is not supported."""
+    readers = {"gptq": _gptq, "awq": _awq, "fp8": _fp8, "fbgemm_fp8": _fp8, "compressed-tensors": _compressed_tensors}
+    return readers[_field(quantization, where, "quant_method", tuple(readers))](quantization, where)
+
+
+def _field(fields, where: str, name: str, supported: tuple, default=None):
+    found = fields.get(name, default) if isinstance(fields, dict) else fields
+    if not isinstance(fields, dict) or found not in supported:
+        raise ValueError(f"{where}.{name}: found {found!r}, supported: {', '.join(map(str, supported))}")
+    return found
+
+
+def _gptq(quantization: dict, where: str) -> Packing:
+    """AutoGPTQ's and GPTQModel's: qweight int32 [K / p, N], p codes a word, the first in the lowest bits; qzeros [G, N / p]."""
+    bits = _field(quantization, where, "bits", (4, 8))
+    symmetric = bool(_field(quantization, where, "sym", (True, False) if bits == 4 else (True,), True))
+    group_size = _field(quantization, where, "group_size", GROUP_SIZES["int4"] if bits == 4 else (-1,))
+    _field(quantization, where, "desc_act", (False,), False)
+    _field(quantization, where, "is_marlin_format", (False,), False)
+    _field(quantization, where, "pack_dtype", ("int32",), "int32")
+    _field(quantization, where, "dynamic", (None, {}))
+    name = "checkpoint_format" if quantization.get("checkpoint_format") else "format"
+    is_v1 = _field(quantization, where, name, ("gptq", "gptq_v2"), "gptq") == "gptq"
+    codes = 32 // bits  # of a word
+
+    def shapes(rows, columns):
+        groups = columns // group_size if bits == 4 else 1
+        return {"qweight": (columns // codes, rows), "qzeros": (groups, rows // codes), "scales": (groups, rows)}
+
+    def weight(qweight):  # a word's bytes are what our packing has: nothing but their order changes
+        packed = qweight.unsqueeze(-1).view(torch.uint8).transpose(0, 1).flatten(1)
+        return packed if bits == 4 else (packed ^ 128).view(torch.int8)
+
+    def zero(qzeros):  # "gptq" was written less one in every code, as one subtraction of words: GPTQModel adds it so, too
+        words = qzeros + 0x11111111 if is_v1 else qzeros
+        return unpack_int4(words.view(torch.uint8)).T
+
+    parts = {"weight": ("qweight", weight), "scale": ("scales", lambda scales: scales.T)}
+    if symmetric:  # some write the second form under the first's name; both are the middle code
+        words = (0x77777777, 0x88888888 - 2**32) if bits == 4 else (0x7F7F7F7F, 0x80808080 - 2**32)
+    else:
+        parts["zero"], words = ("qzeros", zero), ()
+    fmt = PackedFormat("int4", group_size, symmetric) if bits == 4 else PackedFormat("int8")
+    return Packing("gptq", fmt, shapes, parts, dict.fromkeys(("qweight", "qzeros"), torch.int32), words)
+
+
+def _awq(quantization: dict, where: str) -> Packing:
+    """AutoAWQ's GEMM layout: qweight int32 [K, N / 8], qzeros [G, N / 8], a word's outputs in the order 0 2 4 6 1 3 5 7."""
+    _field(quantization, where, "bits", (4,))
+    _field(quantization, where, "zero_point", (True,), True)
+    group_size = _field(quantization, where, "group_size", GROUP_SIZES["int4"])
+    name = "version" if quantization.get("version") else "format"
+    _field({name: str(quantization.get(name, "gemm")).lower()}, where, name, ("gemm",))
+
+    def shapes(rows, columns):
+        groups = columns // group_size
+        return {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
+
+    def codes(words):
+        return unpack_int4(words.view(torch.uint8)).unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1).T
+
+    parts = {"weight": ("qweight", lambda words: pack_int4(codes(words))), "scale": ("scales", lambda scales: scales.T)}
+    fmt = PackedFormat("int4", group_size, symmetric=False)
+    return Packing("awq", fmt, shapes, parts | {"zero": ("qzeros", codes)}, dict.fromkeys(("qweight", "qzeros"), torch.int32))
+
+
+def _fp8(quantization: dict, where: str) -> Packing:
+    """Weights in e4m3 [N, K] beside a scale a row, or one of the whole tensor, which becomes that of each row."""
+    _field(quantization, where, "weight_block_size", (None,))
+    parts = {"weight": ("weight", None), "scale": ("weight_scale", lambda scale: scale.float().reshape(-1, 1))}
+    shapes = lambda rows, columns: {"weight": (rows, columns), "weight_scale": (rows, 1)}
+    return Packing(quantization["quant_method"], PackedFormat("fp8"), shapes, parts, {"weight": torch.float8_e4m3fn})
+
+
+def _compressed_tensors(quantization: dict, where: str) -> Packing:
+    """llm-compressor's: float-quantized, as `_fp8`; pack-quantized, int32 [N, K / 8], signed codes plus 8, the first lowest."""
+    is_fp8 = _field(quantization, where, "format", ("float-quantized", "pack-quantized")) == "float-quantized"
+    _field(quantization.get("sparsity_config") or {}, f"{where}.sparsity_config", "format", ("dense",), "dense")
+    supported = {"num_bits": (8,), "type": ("float",), "symmetric": (True,), "strategy": ("channel", "tensor")}
+    if not is_fp8:
+        supported = {"num_bits": (4,), "type": ("int",), "symmetric": (True, False), "strategy": ("group",)}
+        supported |= {"group_size": GROUP_SIZES["int4"], "actorder": (None, "static", "weight")}
+    groups, schemes = quantization.get("config_groups"), []
+    for name, group in groups.items() if isinstance(groups, dict) else ():
+        weights, place = group.get("weights") if isinstance(group, dict) else group, f"{where}.config_groups.{name}.weights"
+        schemes.append(
+            {field: _field(weights, place, field, values) for field, values in supported.items()} | {"actorder": None}
+        )
+    if not schemes or any(scheme != schemes[0] for scheme in schemes):
+        raise ValueError(f"{where}.config_groups: found {schemes}, expected groups whose weights are quantised in one way")
+    if is_fp8:
+        return _fp8(quantization, where)
+    symmetric, group_size = bool(schemes[0]["symmetric"]), schemes[0]["group_size"]
+
+    def shapes(rows, columns):
+        out = {"weight_packed": (rows, columns // 8), "weight_scale": (rows, columns // group_size)}
+        return out if symmetric else out | {"weight_zero_point": (rows // 8, columns // group_size)}
+
+    parts = {"weight": ("weight_packed", lambda words: words.view(torch.uint8)), "scale": ("weight_scale", None)}
+    if not symmetric:  # eight rows a word
+        parts["zero"] = ("weight_zero_point", lambda words: unpack_int4(words.T.contiguous().view(torch.uint8)).T)
+    dtypes = dict.fromkeys(("weight_packed", "weight_zero_point"), torch.int32)
+    return Packing("compressed-tensors", PackedFormat("int4", group_size, symmetric), shapes, parts, dtypes)
+
+
+def _check_packed(packing: Packing, found: dict, packed: dict, shapes: dict, directory: Path, notes: list[str]) -> Packing:
+    """Check every tensor of a quantised checkpoint; returns the packing with what only they say of it: their scales' dtype.
+
+    found: all tensors, from which those that mean nothing here are taken; packed: shape [N, K] of each quantised linear;
+    shapes: of all tensors, were the checkpoint plain.
+    """
+    if plain := [name for name in packed if f"{name}.weight" in found and found[f"{name}.weight"].dtype in DTYPES.values()]:
+        raise ValueError(f"{directory}: {len(plain)} of {len(packed)} linears of the layers are not quantised: {some(plain)}")
+    if ignored := [name for name in found if IGNORED_SCALES.fullmatch(name)]:
+        notes.append(f"ignored {len(ignored)} scales of activations and cache: those are not quantised")
+    for name in ignored:
+        del found[name]
+    expected = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in packed}
+    dtypes, scale_dtypes, scale = {}, set(), packing.parts["scale"][0]
+    for name, (rows, columns) in packed.items():
+        stored = packing.shapes(rows, columns)
+        _drop_needless(packing, found, name, columns, shapes)
+        info = found.get(f"{name}.weight_scale") if packing.format.format == "fp8" else None
+        if info and info.shape in ((), (1,), (1, 1), (rows,)):
+            stored["weight_scale"] = info.shape
+        expected |= {f"{name}.{suffix}": shape for suffix, shape in stored.items()}
+        dtypes |= {f"{name}.{suffix}": dtype for suffix, dtype in packing.dtypes.items()}
+        if info := found.get(f"{name}.{scale}"):
+            scale_dtypes.add(info.dtype)
+    check_tensors(found, expected, directory, dtypes)
+    for name in packed if packing.symmetric_words else ():
+        words, info = packing.symmetric_words, found[f"{name}.qzeros"]
+        if not torch.isin(read_tensor(info), torch.tensor(words, dtype=torch.int32)).all():
+            raise ValueError(
+                f"{info.path}: tensor {name}.qzeros: found other zero points than the middle code, but sym is true"
+            )
+    if packing.format.format != "int4":
+        return packing
+    scale_dtype = scale_dtypes.pop() if len(scale_dtypes) == 1 else torch.float32  # which holds all others
+    return dataclasses.replace(packing, format=dataclasses.replace(packing.format, scale_dtype=scale_dtype))
+
+
+def _drop_needless(packing: Packing, found: dict, name: str, columns: int, shapes: dict) -> None:
+    """Take from `found` what some writers store beside a quantised linear although it says nothing; refuse it where it does."""
+    if f"{name}.weight_scale_inv" in found:  # the same by another name
+        found[f"{name}.weight_scale"] = found.pop(f"{name}.weight_scale_inv")
+    if (info := found.pop(f"{name}.g_idx", None)) is not None:
+        groups = torch.arange(columns) // (packing.format.group_size or columns)
+        if info.shape != (columns,) or not torch.equal(read_tensor(info).long(), groups):
+            raise ValueError(f"{info.path}: tensor {name}.g_idx: found columns out of order (desc_act), expected them in order")
+    found.pop(f"{name}.weight_shape", None)  # which the config says, too
+    bias = f"{name}.bias"
+    if bias in found and bias not in shapes:
+        info = found.pop(bias)
+        if read_tensor(info).any():
+            raise ValueError(f"{info.path}: tensor {bias}: found a bias, expected none, or zeros")
 
 
 # ---------------------------------------------------------------- Meta
@@ -204,18 +404,32 @@ def _meta_piece(name: str, tensor: Tensor, rows: slice, dim: int, index: int, he
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
-    """A .pth file, mapped, not read. Only tensors are unpickled."""
+    """A .pth file, mapped, not read. Only tensors are unpickled, and only such as lie in the file as they are."""
     checkpoint.refuse_placeholder(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        raise ValueError(f"{path}: truncated, or not a .pth file: {error}") from None
+    size = path.stat().st_size
+    if claimed > size:  # compressed: a megabyte can become gigabytes
+        raise ValueError(f"{path}: found members of {claimed} bytes in a file of {size}, expected no compression")
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {culprit[1]}" if culprit else str(error).splitlines()[0]
+        what = f"it asks for {culprit[1]!r:.200}" if culprit else f"{str(error)!r:.200}"
         raise ValueError(f"{path}: refused: {what}; expected a pickle of nothing but tensors") from None
     except Exception as error:  # the reader of a broken file may stumble anywhere
-        raise ValueError(f"{path}: truncated, or not a .pth file: {error}") from error
+        raise ValueError(f"{path}: truncated, or not a .pth file: {error!r:.200}") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: found a pickled {type(tensors).__name__}, expected a dict of tensors")
+    for name, tensor in tensors.items():
+        checkpoint.check_name(path, name)
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            raise ValueError(f"{path}: tensor {name}: found a sparse, strided or empty one, expected all of its values")
+    if (claimed := sum(tensor.nbytes for tensor in tensors.values())) > 2 * size:  # tied embeddings count twice
+        raise ValueError(f"{path}: found tensors of {claimed} bytes in a file of {size}, expected at most as many")
     return {name: tensor for name, tensor in tensors.items() if not IGNORED.fullmatch(name)}
 
 
@@ -224,12 +438,15 @@ def _meta_config(path: Path, shards: list[dict[str, Tensor]]) -> tuple[ModelConf
     params, first = read_json(path), shards[0]
     for name in ("dim", "n_layers", "n_heads", "norm_eps"):
         if not isinstance(params.get(name), int | float):
-            raise ValueError(f"{path}: {name}: found {params.get(name)!r}, expected a number")
+            raise ValueError(f"{path}: {name}: found {params.get(name)!r:.200}, expected a number")
+    if not isinstance(params.get("rope_scaling_factor"), int | float | None):
+        raise ValueError(f"{path}: rope_scaling_factor: found {params['rope_scaling_factor']!r:.200}, expected a number")
     for name in ("quantization_args", "lora_args"):
         if params.get(name) is not None:
-            raise ValueError(f"{path}: {name}: found {params[name]!r}, supported: none")
-    if missing := [name for name in ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight") if name not in first]:
-        raise ValueError(f"{path.parent}: tensors are missing: {some(missing)}")
+            raise ValueError(f"{path}: {name}: found {params[name]!r:.200}, supported: none")
+    needed = ("tok_embeddings.weight", "layers.0.feed_forward.w1.weight")
+    if missing := [name for name in needed if name not in first or first[name].dim() != 2]:
+        raise ValueError(f"{path.parent}: tensors are missing, or no matrices: {some(missing)}")
 
     embedding, dim = first["tok_embeddings.weight"], params["dim"]
     is_tied = "output.weight" not in first or all(torch.equal(s["output.weight"], s["tok_embeddings.weight"]) for s in shards)
@@ -387,14 +604,19 @@ def report_errors(work: Callable[[], None], debug: bool) -> int:
     """The exit status: 0, or 1 after one line on stderr; a traceback only to debug."""
     try:
         work()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, MemoryError) as error:
         if debug:
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)  # one line, whoever raised it
+        print("error:", one_line(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def one_line(error: BaseException | str) -> str:
+    """What an error says, whoever raised it: one line, in which no file can command the terminal."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(error).split()))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,42 +1,89 @@
 """The decode loop's device side: the state of running sequences, one step of it, and the graphs that repeat it.
 
-Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `prefill` and `decode_one_token`, and
-how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows neither
-text nor prompts nor when a run is over.
+Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `choose_token` and `decode_one_token`,
+and how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows
+neither text nor prompts nor when a run is over.
+
+Prompts come before: `prefill.Prefiller(model, session.cache, ...)`, one for a session, takes any number of them at once:
+
+    hidden = prefiller.run([Piece(slot, ids_or_embeddings, start), ...])  # [P, H]: each one's last token, in their order
+    session.admit(...)                                                    # lengths and table: `run` leaves them alone
+    choose_token(model, session, hidden, rows, kind)
+
+A prompt may come in parts (`start`: rows that its slot already has); the hidden states of all but the last are of no use.
 Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring, L log-probabilities kept of a token.
 """
 
+import struct
 import time
 from collections import deque
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 import kernels
 from kv_cache import KVCache
-from model import DecodeStep, PrefillStep, Transformer, fused
-from sampling import KINDS, MAX_LOGPROBS, SamplingParams, SamplingState, choose, penalize
+from model import DecodeStep, Transformer, fused
+from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingParams, SamplingState, choose, penalize, sampling_fields
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
 MAX_STOP_IDS = 16
+INVARIANT_SPLIT = 256  # cache rows that attention takes at a time where a sequence must not notice the others
 STEPS_PER_GRAPH = 8  # steps of one hand-captured graph: its launch costs the host about 10 us + 0.5 us a kernel node
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # leading rows of a session that a step may be captured for
+
+# What an admission sets of a row. All of it lies in one piece of memory, so that one scatter sets it.
+ADMITTED = ("cursor", "done", "nan", "limit", "stop_ids", "lengths", "table", *SAMPLING_FIELDS)
+LETTERS = {torch.int32: "i", torch.float32: "f", torch.int64: "q"}  # struct's
 
 # ---------------------------------------------------------------- device state
 
 
-class Session(nn.Module):
-    """The cache and every other buffer that decode steps of `batch_size` sequences read and write.
+@dataclass
+class Admission:
+    """A sequence whose prompt is in the cache, and the row of the session that shall go on with it."""
 
-    `cached[row]` is the host's note of whose K and V the cache holds: the ids of rows 0, 1, ... of sequence `row`. `cache`: one
-    that is there; `spare`: else, rows of the cache beyond max_seq_len.
+    row: int
+    slot: int  # of the cache
+    length: int  # tokens that the cache holds
+    params: SamplingParams
+    stop_ids: set[int]
+    sample: int = 0  # tells the draws of one prompt's samples apart
+
+
+def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Python numbers as a tensor on the device; the host does not wait for what runs there."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
+class Session(nn.Module):
+    """The cache and every other buffer that decode steps of up to `batch_size` sequences read and write.
+
+    A row is a sequence's place in the buffers, a slot its place in the cache: `cache.table` says which slot a row has, so that
+    a sequence may change its row and its K and V stay. Steps may run over the leading rows only. `spare`: as in KVCache;
+    `cache`: one that is there, for a drafter that shares it.
+    `cached[slot]` is the host's note of whose K and V a slot holds: the ids of its rows 0, 1, ...
     """
 
-    def __init__(self, model: Transformer, batch_size: int, max_seq_len: int, spare: int = 0, cache: KVCache | None = None):
+    def __init__(
+        self,
+        model: Transformer,
+        batch_size: int,
+        max_seq_len: int,
+        cache_dtype: torch.dtype | None = None,
+        batch_invariant=False,
+        spare: int = 0,
+        cache: KVCache | None = None,
+    ):
         super().__init__()
+        self.batch_invariant = batch_invariant  # what a sequence computes is the same, bit for bit, whatever the others are
         config, weight = model.config, model.norm.weight
         device = weight.device
         self.batch_size, self.max_seq_len, self.num_layers, self.spare = batch_size, max_seq_len, config.num_layers, spare
-        self.cache = cache or KVCache(config, batch_size, max_seq_len, device, weight.dtype, spare)
+        split_size = INVARIANT_SPLIT if batch_invariant else None
+        dtype = cache_dtype or weight.dtype
+        self.cache = cache or KVCache(config, batch_size, max_seq_len, device, dtype, split_size, spare)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
         buffers = {
@@ -51,6 +98,8 @@ class Session(nn.Module):
         }
         for name, buffer in buffers.items():
             self.register_buffer(name, buffer)
+        self._lay_out()
+        for buffer in self.buffers():
             torch._dynamo.mark_static_address(buffer)
         self.register_buffer("logprob_ids", None)  # [B, R, L] int32, beside the ring: the chosen token, then the likeliest
         self.register_buffer("logprobs", None)  # [B, R, L] float32, theirs
@@ -64,47 +113,85 @@ class Session(nn.Module):
             torch._dynamo.mark_static_address(self.logprob_ids)
             torch._dynamo.mark_static_address(self.logprobs)
 
-    def admit(self, row: int, length: int, params: SamplingParams, stop_ids: set[int], sample: int) -> None:
-        """Sequence `row`, whose `length` tokens are in the cache, may choose its next one. Once idle, or a new session."""
-        self.stop_ids[row] = torch.tensor(sorted(stop_ids) + [-1] * (MAX_STOP_IDS - len(stop_ids)), dtype=torch.int32)
-        self.sampling.set(row, params, sample)
-        self.limit[row] = min(length + params.max_new_tokens, self.max_seq_len) - 1
-        self.cursor[row] = 0
-        self.nan[row] = 0
-        self.cache.lengths[row] = length
-        self.done[row] = 0
+    def _owner(self, name: str) -> nn.Module:
+        """The module whose buffer has this name, of ADMITTED."""
+        return next(module for module in (self, self.cache, self.sampling) if name in module._buffers)
+
+    def _lay_out(self) -> None:
+        """Gives the buffers of ADMITTED their places in one piece of memory.
+
+        To torch they are strangers, each with a storage of its own (DLPack's doing): torch.compile refuses to write to views of
+        one storage that differ in dtype.
+        """
+        owners = {name: self._owner(name) for name in ADMITTED}
+        words = [-(-owner.get_buffer(name).nbytes // 256) * 64 for name, owner in owners.items()]  # aligned as allocations are
+        self.memory = torch.zeros(sum(words), dtype=torch.int32, device=self.x.device)
+        self.places: dict[str, tuple[int, str]] = {}  # of each buffer: its first word, and one row's struct
+        first = 0
+        for (name, owner), num_words in zip(owners.items(), words, strict=True):
+            old = owner.get_buffer(name)
+            new = self.memory[first : first + old.nbytes // 4].view(old.dtype).view(old.shape)
+            setattr(owner, name, torch.from_dlpack(new).copy_(old))
+            self.places[name] = first, f"{old[0].numel()}{LETTERS[old.dtype]}"
+            first += num_words
+
+    def admit(self, admissions: list[Admission]) -> None:
+        """These sequences may choose their next token: one upload, one scatter, however many they are."""
+        index, words = [], []
+        for a in admissions:
+            limit = min(a.length + a.params.max_new_tokens, self.max_seq_len) - 1
+            fields = {"cursor": 0, "done": 0, "nan": 0, "limit": limit, "lengths": a.length, "table": a.slot}
+            fields |= sampling_fields(a.params, a.sample)
+            for name, (first, letters) in self.places.items():
+                stops = [*a.stop_ids, *[-1] * (MAX_STOP_IDS - len(a.stop_ids))]
+                packed = struct.pack(f"={letters}", *(stops if name == "stop_ids" else [fields[name]]))
+                num_words = len(packed) // 4
+                index += range(first + a.row * num_words, first + (a.row + 1) * num_words)
+                words += struct.unpack(f"={num_words}i", packed)
+        index, words = upload([index, words], torch.int64, self.memory.device)
+        self.memory.index_copy_(0, index, words.int())
+
+    def move(self, moves: list[tuple[int, int]]) -> None:
+        """The sequence in row `source` goes on in row `target`, for each (source, target). Its K and V stay where they are."""
+        source, target = upload(list(zip(*moves, strict=True)), torch.int64, self.x.device)
+        of_steps = [self.x, self.token, self.ring, self.sampling.seen, self.logprob_ids, self.logprobs]
+        for buffer in (*of_steps, *(self._owner(name).get_buffer(name) for name in ADMITTED)):
+            if buffer is not None:
+                buffer.index_copy_(0, target, buffer[source])
+        self.cache.lengths.index_fill_(0, source, 0)
+        self.done.index_fill_(0, source, 1)
 
     def retire(self, row: int | slice = slice(None)) -> None:
-        """Sequence `row`, or every one, takes no further part in steps."""
+        """The sequence in `row`, or every one, takes no further part in steps."""
         self.cache.lengths[row] = 0
         self.done[row] = 1
 
-    def copy_rows(self, source: int, target: int, length: int) -> None:
-        """Gives sequence `target` the first `length` cache rows of another."""
+    def clear(self) -> None:
+        """Every row is free, and row i has slot i."""
+        self.retire()
+        torch.arange(self.batch_size, out=self.cache.table[:, 0])
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Gives one slot of the cache the first `length` rows of another."""
         for layer in range(self.num_layers):
             for cached in self.cache.layer(layer):
                 cached[target, :, :length] = cached[source, :, :length]
 
-    def status(self, logprobs: bool = False) -> torch.Tensor:
-        """[B, R + 3] int32: what the host reads of a step: the ring, cursor, done and nan; then [R L] logprob_ids and [R L]
+    def status(self, rows: int, logprobs: bool = False) -> torch.Tensor:
+        """[rows, R + 3] int32: what the host reads of a step: the ring, cursor, done and nan; then [R L] logprob_ids and [R L]
         logprobs, as the same bits, if asked for."""
         parts = [self.ring, self.cursor[:, None], self.done[:, None], self.nan[:, None]]
         if logprobs:
             parts += [self.logprob_ids.flatten(1), self.logprobs.view(torch.int32).flatten(1)]
-        return torch.cat(parts, dim=1)
+        return torch.cat([part[:rows] for part in parts], dim=1)
 
 
 # ---------------------------------------------------------------- stages
 
 
-def prefill(model: Transformer, session: Session, row: int, x: torch.Tensor, start: int = 0) -> torch.Tensor:
-    """Embedded tokens x [n, H] of sequence `row` from position `start` on -> the last one's hidden state [1, H]."""
-    return model(x, PrefillStep(x.shape[0], session.cache, row, start))[-1:]
-
-
 def candidates(model: Transformer, session: Session, hidden, rows: slice, kind: str) -> tuple[torch.Tensor, ...]:
-    """Hidden states [B * T, H] of the last T tokens of sequences `rows` -> logits [B * T, V], and the candidates (value, id),
-    [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` as for choose_token."""
+    """Hidden states [B * T, H] of the last T tokens of the sequences in `rows` -> logits [B * T, V], and the candidates (value,
+    id), [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` as for choose_token."""
     lengths = session.cache.lengths[rows]
     settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
@@ -121,14 +208,21 @@ def candidates(model: Transformer, session: Session, hidden, rows: slice, kind: 
             best, token = kernels.choose(penalized, penalized.amax(dim=-1, keepdim=True), lengths=lengths, **settings)
     else:
         logits = model.logits(hidden)
-        sequence, position = kernels.token_positions(lengths, hidden.shape[0])
-        settings = {name: setting[sequence] for name, setting in settings.items()}
-        best, token = choose(penalize(logits, **history) if history else logits, position, **settings)
+        penalized = penalize(logits, **history) if history else logits
+        if settings and kernels.runs_kernels(logits):
+            settings = {name: getattr(session.sampling, name)[rows] for name in KINDS["truncate"]}
+        if len(hidden) > len(lengths):  # T tokens each
+            sequence, position = kernels.token_positions(lengths, len(hidden))
+            lengths, settings = position.int(), {name: setting[sequence] for name, setting in settings.items()}
+        if settings and kernels.runs_kernels(logits):
+            best, token = choose_in_kernels(penalized, settings | {"lengths": lengths})
+        else:
+            best, token = choose(penalized, lengths, **settings)
     return logits, best, token
 
 
 def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:
-    """Hidden states of sequences `rows` -> their next tokens, and everything that follows from them, in the session.
+    """Hidden states of the sequences in `rows` -> their next tokens, and everything that follows from them, in the session.
 
     The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
     the most general among the sequences; `logprobs`: note them beside the ring. Returns the logits [B, V].
@@ -149,6 +243,17 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
     return logits
 
 
+def choose_in_kernels(logits, settings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.choose` of however many logits [B, V], with its settings [B] -> each one's (value, id), [B, 1] both."""
+    chosen = []
+    for begin in range(0, logits.shape[0], kernels.MAX_ROWS):
+        part = slice(begin, begin + kernels.MAX_ROWS)
+        maxima = logits[part].amax(dim=-1, keepdim=True)
+        chosen.append(kernels.choose(logits[part], maxima, **{name: t[part] for name, t in settings.items()}))
+    best, token = zip(*chosen, strict=True)
+    return torch.cat(best), torch.cat(token)
+
+
 def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slots: torch.Tensor) -> None:
     """Entries `slots` [B, T] of each ring: the log-probabilities of the token there and of the likeliest, from its logits
     [B * T, V] as they are: before penalty, temperature and cuts."""
@@ -160,10 +265,13 @@ def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slots: to
     session.logprob_ids[rows].scatter_(1, entry, torch.cat([token, top.indices.int()], dim=2))
 
 
-def decode_one_token(model: Transformer, session: Session, kind: str, logprobs: bool = False) -> torch.Tensor:
-    """One step of every sequence of the session, in its buffers; returns the logits [B, V] that the tokens were chosen from."""
-    hidden = model(session.x, DecodeStep(session.cache))
-    return choose_token(model, session, hidden, slice(None), kind, logprobs)
+def decode_one_token(
+    model: Transformer, session: Session, kind: str, logprobs: bool = False, rows: int | None = None
+) -> torch.Tensor:
+    """One step of the sequences in the session's leading `rows` (None: in all), in its buffers; returns the logits [rows, V]
+    that the tokens were chosen from."""
+    hidden = model(session.x[:rows], DecodeStep(session.cache, rows=rows))
+    return choose_token(model, session, hidden, slice(rows), kind, logprobs)
 
 
 def check_mode(mode: str, device: torch.device) -> str:
@@ -188,22 +296,55 @@ class Decoder:
 
     def __init__(self, model: Transformer, session: Session, mode: str):
         self.model, self.session = model, session
-        self.in_kernels = fused(session.x, model.head, *(layer.attention.wqkv for layer in model.layers))
+        weights = [model.head, *(w for layer in model.layers for w in (layer.attention.wqkv, layer.feed_forward.w13))]
+        self.plain = session.x.is_cuda and all(weight.packed is None for weight in weights)
         self.mode = mode = check_mode(mode, session.x.device)
         self.step = decode_one_token
         torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one
         if mode in ("compile", "reduce-overhead"):
             self.step = torch.compile(decode_one_token, fullgraph=True, mode=None if mode == "compile" else mode)
-        elif mode == "graph" and not self.in_kernels:
-            self.step = torch.compile(decode_one_token, fullgraph=True)
-        self.graphs: dict[tuple[int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
-        self.logits: torch.Tensor | None = None  # [B, V] of the step launched last
-        self.pool = None
+        elif mode == "graph":
+            self.step = torch.compile(decode_one_token, fullgraph=True, dynamic=False)
+        self.graphs: dict[tuple[int, int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.logits: torch.Tensor | None = None  # [rows, V] of the step launched last
+        self.pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # memory of all graphs, of prefill's too
         self.capture_sec = 0.0
+        heads = model.config.head_dim in kernels.HEAD_SIZES
+        if session.batch_invariant and not (heads and self.in_kernels(session.batch_size)):
+            found = f"{session.batch_size} sequences of {session.x.dtype} on {session.x.device}"
+            raise ValueError(f"batch_invariant: found {found}, expected at most {kernels.MAX_ROWS}, and a model in our kernels")
+
+    def choose_token(self, *arguments) -> torch.Tensor:
+        """The stage `choose_token` of this decoder's model and session."""
+        with kernels.batch_invariant(self.session.batch_invariant):
+            return choose_token(self.model, self.session, *arguments)
+
+    def in_kernels(self, rows: int) -> bool:
+        """Whether every linear of a step of so many rows is one of our kernels."""
+        return fused(self.session.x[:rows], self.model.head, *(layer.attention.wqkv for layer in self.model.layers))
+
+    def serves(self, batch_size: int) -> bool:
+        """Whether so many sequences can run in this session, at their own cost."""
+        fixed = self.mode in ("compile", "reduce-overhead")
+        return batch_size == self.session.batch_size if fixed else batch_size <= self.session.batch_size
+
+    def rows_for(self, needed: int) -> int:
+        """The leading rows that a step works on, where the first `needed` have sequences: as many, but graphs are captured for
+        the sizes of BUCKETS, and what torch.compile compiles has one size."""
+        if self.mode in ("compile", "reduce-overhead"):
+            return self.session.batch_size
+        if self.mode == "graph":
+            needed = next((b for b in BUCKETS if b >= needed), needed)
+        return min(needed, self.session.batch_size)
+
+    def is_ready(self, rows: int, kind: str, logprobs: bool) -> bool:
+        """Whether such steps run without a graph to be captured first."""
+        return self.mode != "graph" or (STEPS_PER_GRAPH, rows, kind, logprobs) in self.graphs
 
     @property
     def path(self) -> str:
-        work = "Rooflama's kernels" if self.in_kernels else "plain PyTorch"
+        in_kernels = self.in_kernels(self.session.batch_size)
+        work = "Rooflama's kernels" if in_kernels else "cuBLAS and Rooflama's kernels" if self.plain else "plain PyTorch"
         head_dim = self.model.config.head_dim
         if self.session.x.is_cuda and head_dim not in kernels.HEAD_SIZES:
             work += f" (attention in plain PyTorch, slow: head size {head_dim}, the kernel has {kernels.HEAD_SIZES})"
@@ -212,38 +353,45 @@ class Decoder:
             "compile": "compiled by torch.compile",
             "reduce-overhead": "compiled by torch.compile, Inductor's CUDA graphs",
             "graph": f"CUDA graphs of {STEPS_PER_GRAPH} steps, captured by hand"
-            + (" (nothing between the kernels to compile)" if self.in_kernels else " from the compiled step"),
+            + (" (nothing between the kernels to compile)" if in_kernels or self.plain else " from the compiled step"),
         }[self.mode]
         return f"{self.mode}: {work}, {reason}"
 
-    def run(self, steps: int, kind: str = "greedy", logprobs: bool = False) -> None:
-        """Launches `steps` decode steps, as `decode_one_token` does them; returns before they have run."""
+    def run(self, steps: int, kind: str = "greedy", logprobs: bool = False, rows: int | None = None) -> None:
+        """Launches `steps` decode steps, as `decode_one_token` does them; returns before they have run. `rows`: as `rows_for`
+        has it; None is the whole session."""
+        with kernels.batch_invariant(self.session.batch_invariant):
+            self._run(steps, kind, logprobs, rows)
+
+    def _run(self, steps: int, kind: str, logprobs: bool, rows: int | None) -> None:
         if self.mode != "graph":
+            whole = rows is None or rows == self.session.batch_size
             for _ in range(steps):
-                self.logits = self.step(self.model, self.session, kind, logprobs)
+                self.logits = self.step(self.model, self.session, kind, logprobs, None if whole else rows)
             return
         while steps:
             n = STEPS_PER_GRAPH if steps >= STEPS_PER_GRAPH else 1
-            graph, self.logits = self._graph(n, kind, logprobs)
+            graph, self.logits = self._graph(n, rows or self.session.batch_size, kind, logprobs)
             graph.replay()
             steps -= n
 
-    def _graph(self, steps: int, kind: str, logprobs: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _graph(self, steps: int, rows: int, kind: str, logprobs: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The captured graph of so many steps and its last step's logits, made when first asked for. All share one pool."""
-        key = (steps, kind, logprobs)
+        key = (steps, rows, kind, logprobs)
         if key not in self.graphs:
             started = time.perf_counter()
-            self._warm_up(kind, logprobs)
+            step = decode_one_token if self.plain or self.in_kernels(rows) else self.step
+            arguments = (self.model, self.session, kind, logprobs, rows)
+            self._warm_up(step, arguments)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 for _ in range(steps):
-                    logits = self.step(self.model, self.session, kind, logprobs)
-            self.pool = graph.pool()
+                    logits = step(*arguments)
             self.graphs[key] = graph, logits
             self.capture_sec += time.perf_counter() - started
         return self.graphs[key]
 
-    def _warm_up(self, kind: str, logprobs: bool) -> None:
+    def _warm_up(self, step, arguments) -> None:
         """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
         session = self.session
         state = [session.cache.lengths, session.done, session.x]
@@ -254,7 +402,7 @@ class Decoder:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self.step(self.model, session, kind, logprobs)
+            step(*arguments)
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
@@ -263,26 +411,25 @@ class Decoder:
 class StatusReader:
     """Brings `Session.status` to the host without making it wait for the steps launched last."""
 
-    def __init__(self, session: Session, logprobs: bool = False):
-        self.session, self.on_gpu, self.logprobs = session, session.x.is_cuda, logprobs
+    def __init__(self, session: Session):
+        self.session, self.on_gpu = session, session.x.is_cuda
         self.pending: deque = deque()
 
-    def request(self, steps: int) -> None:
-        """Asks for the status as it will be after everything launched so far, `steps` of it since the last request."""
-        status, event = self.session.status(self.logprobs), None
+    def request(self, rows: int, logprobs: bool, note) -> None:
+        """Asks for the status of the leading rows as it will be after everything launched so far; `note` comes back with it."""
+        status, event = self.session.status(rows, logprobs), None
         if self.on_gpu:
             status = torch.empty(status.shape, dtype=status.dtype, pin_memory=True).copy_(status, non_blocking=True)
             event = torch.cuda.Event(enable_timing=True)
             event.record()
-        self.pending.append((status, event, steps, time.perf_counter()))
+        self.pending.append((status, event or time.perf_counter(), note))
 
-    def oldest(self) -> tuple[torch.Tensor, object, int]:
-        """(status, timestamp, steps) of the oldest request; waits for it."""
-        status, event, steps, now = self.pending.popleft()
-        if event is None:
-            return status, now, steps
-        event.synchronize()
-        return status, event, steps
+    def oldest(self) -> tuple:
+        """(status, timestamp, note) of the oldest request; waits for it."""
+        status, stamp, note = self.pending.popleft()
+        if self.on_gpu:
+            stamp.synchronize()
+        return status, stamp, note
 
 
 def elapsed_sec(earlier, later) -> float:

@@ -5,6 +5,9 @@ Letters: B sequences, S rows a sequence may have, Hkv key/value heads, D head si
 
 The static cache is the paged cache with one page a sequence: `table[b, 0]` is the slot of sequence b, so that a slot can change
 hands without a row being moved. Rows at or past a sequence's length are never read.
+
+Rows are kept in the model's dtype, or in fp8: e4m3 without a scale, half the bytes of bf16. Three bits of mantissa err by up to
+6% of a value, below 2**-6 by up to 2**-10; what exceeds 448 saturates. Whoever reads a row widens it.
 """
 
 import copy
@@ -12,17 +15,23 @@ import copy
 import torch
 from torch import nn
 
+CACHE_DTYPES = {"auto": None, "fp8": torch.float8_e4m3fn}  # by the names of `--kv_cache_dtype`; None: the model's
+
 
 class KVCache(nn.Module):
     """Buffers with fixed addresses: compiled graphs and captured CUDA graphs hold on to them.
 
-    k, v: one tensor a layer, [slots, Hkv, S, D], S = max_seq_len + spare: a round of speculation may write `spare` rows past a
-    sequence's end, which nobody reads. lengths [B] int32: rows of sequence b that are valid once the running step has
-    appended its own; 0 = no sequence here. table [B, 1] int32: the slot of sequence b.
+    k, v: one tensor a layer, [slots, Hkv, S, D]. lengths [B] int32: rows of sequence b that are valid once the running step has
+    appended its own; 0 = no sequence here. table [B, 1] int32: the slot of sequence b. split_size: rows that attention takes
+    at a time, where a sequence's result must not depend on the others. spare: rows beyond max_seq_len, which a round of
+    speculation may write and nobody reads.
     """
 
-    def __init__(self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, spare: int = 0):
+    def __init__(
+        self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, split_size: int | None = None, spare: int = 0
+    ):
         super().__init__()
+        self.split_size = split_size
         if not 1 <= max_seq_len <= config.max_position_embeddings:
             raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's {config.max_position_embeddings}")
         if batch_size < 1:
@@ -45,10 +54,9 @@ class KVCache(nn.Module):
         return self.bytes_per_row * self.batch_size * self.max_seq_len
 
     def twin(self) -> "KVCache":
-        """The same K, V and table with lengths of its own: for a drafter, whose rows are then written again."""
+        """The same K and V with lengths and a table of its own: for a drafter, whose rows are then written again."""
         twin = copy.copy(self)
-        twin._buffers = self._buffers | {"lengths": torch.zeros_like(self.lengths)}
-        torch._dynamo.mark_static_address(twin.lengths)
+        twin._buffers = self._buffers | {name: self._buffers[name].clone() for name in ("lengths", "table")}
         return twin
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -56,9 +64,13 @@ class KVCache(nn.Module):
         return getattr(self, f"k{index}"), getattr(self, f"v{index}")
 
 
-def append(cache: torch.Tensor, rows: torch.Tensor, slot: int, start: int) -> None:
-    """Writes rows [n, Hkv, D] of one sequence into its slot of a layer's K or V, from position `start` on."""
-    cache[slot].narrow(1, start, rows.shape[0]).copy_(rows.transpose(0, 1))
+def as_rows(cache: torch.Tensor) -> torch.Tensor:
+    """A layer's K or V [slots, Hkv, S, D] as a strided view [rows, Hkv, D]: slot s has rows s * Hkv * S .. s * Hkv * S + S.
+
+    The head's stride is S rows, so a token's heads stand Hkv times apart, and rows between two slots' are those of other heads.
+    """
+    slots, heads, rows, size = cache.shape
+    return cache.as_strided((((slots - 1) * heads + 1) * rows, heads, size), (size, rows * size, 1))
 
 
 def bytes_per_row(config, dtype=None) -> int:

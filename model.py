@@ -5,6 +5,7 @@ Runs Llama 2, 3, 3.1, 3.2, 3.3, Mistral 7B, Qwen2.5 and Qwen3 (dense): they diff
 """
 
 import dataclasses
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from torch import nn
 
 import kernels
 import kv_cache
-from kernels.formats import PackedFormat, Weight
+from kernels.formats import PackedFormat, Weight, saturated
 from kv_cache import KVCache
 
 WORLD_SIZE = 1  # devices that share one model's weights
@@ -22,6 +23,10 @@ WORLD_SIZE = 1  # devices that share one model's weights
 # ---------------------------------------------------------------- configuration
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MAX_LAYERS = 10_000  # a hostile config must not make us list more
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e30  # of a real parameter: beyond any use, and float32 holds it
+MAX_ROPE_BYTES = 2**29  # of cos and sin: a context of 2**20 at head size 128
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -117,15 +122,22 @@ class ModelConfig:
 
 def _parse_config(hf: dict, source: str) -> ModelConfig:
     def fail(field, found, expected):
-        raise ValueError(f"{source}: {field}: found {found!r}, expected {expected}")
+        raise ValueError(f"{source}: {field}: found {found!r:.200}, expected {expected}")
 
-    def number(field, kind=int, default=None, low=1):
+    def number(field, kind=int, default=None, low=1, high=MAX_INTEGER):
         value = hf.get(field)
         value = default if value is None else value
-        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if not real or value != kind(value) or value < low:
-            fail(field, value, f"{'an integer' if kind is int else 'a number'} of at least {low}")
+        real = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+        if not real or value != kind(value):
+            fail(field, value, f"{'an integer' if kind is int else 'a number'} from {low} to {high}")
         return kind(value)
+
+    def ids(field):
+        value = hf.get(field)
+        value = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(i) is int and 0 <= i <= MAX_INTEGER for i in value):
+            fail(field, hf[field], "a token id or a list of them")
+        return tuple(value)
 
     def flag(field, default=False):
         value = default if hf.get(field) is None else hf[field]
@@ -152,23 +164,18 @@ def _parse_config(hf: dict, source: str) -> ModelConfig:
         fail("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads, {num_heads}")
     if hf.get("head_dim") is None and hidden_size % num_heads:
         fail("hidden_size", hidden_size, f"a multiple of num_attention_heads, {num_heads}, or an explicit head_dim")
-    head_dim = number("head_dim", default=hidden_size // num_heads)
+    head_dim = number("head_dim", default=hidden_size // num_heads, high=2**16)
     if head_dim % 2:
         fail("head_dim", head_dim, "an even number")
-    num_layers, vocab_size = number("num_hidden_layers"), number("vocab_size")
+    num_layers, vocab_size = number("num_hidden_layers", high=MAX_LAYERS), number("vocab_size")
     max_positions = number("max_position_embeddings")
 
     dtype_name = str(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype_name not in DTYPES:
         fail("dtype", dtype_name, f"one of {', '.join(DTYPES)}")
-    eos = hf.get("eos_token_id")
-    eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(i, int) and not isinstance(i, bool) for i in eos):
-        fail("eos_token_id", eos, "an integer or a list of integers")
-
     theta, scaling = _parse_rope(hf, model_type, vocab_size, max_positions, fail)
     window, layers = _parse_window(hf, model_type, num_layers, number, flag, fail)
-    return ModelConfig(
+    config = ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -186,10 +193,17 @@ def _parse_config(hf: dict, source: str) -> ModelConfig:
         qk_norm=model_type == "qwen3",
         sliding_window=window,
         sliding_layers=layers,
-        bos_token_id=hf.get("bos_token_id"),
-        eos_token_ids=tuple(eos),
+        bos_token_id=next(iter(ids("bos_token_id")), None),
+        eos_token_ids=ids("eos_token_id"),
         dtype=DTYPES[dtype_name],
     )
+    try:
+        is_finite = all(table.isfinite().all() for table in rope_tables(config, 2, "cpu"))
+    except (ArithmeticError, ValueError):
+        is_finite = False
+    if not is_finite:
+        fail("rope_parameters", {"rope_theta": theta, "scaling": scaling}, "numbers that give finite angles")
+    return config
 
 
 def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float, RopeScaling | None]:
@@ -201,7 +215,7 @@ def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float,
     theta = rope.get("rope_theta", hf.get("rope_theta"))
     if theta is None and model_type == "llama" and vocab_size == 32000:
         theta = 10000.0  # Llama 2's config.json may predate the key
-    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta < math.inf:
+    if isinstance(theta, bool) or not isinstance(theta, (int, float)) or not 0 < theta <= MAX_NUMBER:
         fail("rope_theta", theta, "a positive number (it is never guessed)")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -212,7 +226,7 @@ def _parse_rope(hf, model_type, vocab_size, max_positions, fail) -> tuple[float,
     def number(field, default=None):
         value = rope.get(field)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= MAX_NUMBER:
             fail(f"{name}.{field}", value, "a positive number")
         return value
 
@@ -240,8 +254,9 @@ def _parse_window(hf, model_type, num_layers, number, flag, fail) -> tuple[int |
     window = number("sliding_window")
     types = hf.get("layer_types")
     if types is not None:
-        if not isinstance(types, list) or len(types) != num_layers or set(types) - {"full_attention", "sliding_attention"}:
-            fail("layer_types", types, f"{num_layers} of full_attention, sliding_attention")
+        known = ("full_attention", "sliding_attention")
+        if not isinstance(types, list) or len(types) != num_layers or any(t not in known for t in types):
+            fail("layer_types", types, f"{num_layers} of {', '.join(known)}")
         return window, tuple(t == "sliding_attention" for t in types)
     if model_type == "mistral":
         return window, (True,) * num_layers
@@ -323,19 +338,27 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 # ---------------------------------------------------------------- operations on rows
-# Few rows (a decode step): one fused kernel a linear layer. Many rows, or no GPU: plain PyTorch, for cuBLAS and Inductor.
+# Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products. No GPU: plain
+# PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 
 
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
     """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
     that the kernels read."""
-    few = x.shape[0] <= kernels.MAX_ROWS and kernels.runs_kernels(x) and x.dtype != torch.float32 and x.shape[1] % 64 == 0
+    few = kernels.runs_kernels(x) and x.shape[0] <= kernels.MAX_ROWS and x.dtype != torch.float32 and x.shape[1] % 64 == 0
     return few and all(weight.in_kernels for weight in weights)
+
+
+def many(x: torch.Tensor) -> bool:
+    """True where cuBLAS multiplies the rows of x [N, K], with kernels between its products."""
+    return kernels.runs_kernels(x) and x.shape[0] > kernels.MAX_ROWS
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm over the last dimension: statistics and product in float32, one rounding to x's dtype."""
+    if kernels.runs_kernels(x):
+        return kernels.rms_norm(x, weight, eps)
     wide = x.float()
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
@@ -343,15 +366,20 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None, ahead=None) -> torch.Tensor:
     """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual.
 
-    `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits.
+    `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits. `residual`, of many
+    rows, is overwritten with the result.
     """
     if fused(x, weight):
         ahead = ahead if ahead is None or ahead.in_kernels else None
         return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, ahead=ahead)
     if norm is not None:
         x = rms_norm(x, norm, eps)
+    if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
+        return residual.addmm_(x, weight.dequantized().T)
     y = F.linear(x, weight.dequantized(), weight.bias)
     if activation == "silu_mul":
+        if kernels.runs_kernels(x):
+            return kernels.silu_mul(y)
         gate, up = y.chunk(2, dim=-1)
         y = F.silu(gate) * up
     return y if residual is None else residual + y
@@ -362,34 +390,25 @@ def all_reduce(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-def attend_prefill(q, k, v, start: int, window: int | None, scale: float) -> torch.Tensor:
-    """Causal attention of q [N, Hq, D], positions start.., over k and v [Hkv, start + N, D] -> [N, Hq, D]."""
-    q, k, v = q.transpose(0, 1)[None], k[None], v[None]
-    options = {"scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
-    if window is None and start == 0:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
-    else:
-        i = torch.arange(start, k.shape[2], device=q.device)[:, None]  # a query's position
-        j = torch.arange(k.shape[2], device=q.device)[None]
-        seen = (j <= i) if window is None else (j <= i) & (j > i - window)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, **options)
-    return out[0].transpose(0, 1)
-
-
 # ---------------------------------------------------------------- steps: which rows a forward works on
 
 
-@dataclass(frozen=True)
 class DecodeStep:
     """T new tokens for each of the cache's B sequences; everything is read from the cache's buffers on the device."""
 
-    cache: KVCache
-    tokens_each: int = 1  # T
+    def __init__(self, cache: KVCache, tokens_each: int = 1, rows: int | None = None):
+        self.cache, self.tokens_each = cache, tokens_each  # tokens_each: T
+        self.lengths, self.table = cache.lengths[:rows], cache.table[:rows]  # rows: only the first so many sequences
+        self._place = None
 
-    def positions(self) -> torch.Tensor:
-        """Position of each row [B * T]; negative where a sequence is absent."""
-        t = torch.arange(self.tokens_each, dtype=torch.int32, device=self.cache.lengths.device) - self.tokens_each
-        return (self.cache.lengths[:, None] + t).flatten()
+    def place(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position and cache slot of each row, int32 [B * T] both; the position is negative where a sequence is absent."""
+        if self._place is None:
+            t = torch.arange(self.tokens_each, dtype=torch.int32, device=self.lengths.device) - self.tokens_each
+            position = (self.lengths[:, None] + t).flatten()
+            slot = self.table[:, 0].repeat_interleave(self.tokens_each, output_size=len(position))
+            self._place = position, slot
+        return self._place
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """k, v [N, Hkv, D] into the cache.
@@ -397,47 +416,93 @@ class DecodeStep:
         A row without a position repeats the write of one that has one, so that no two writes to one place differ; where no row
         has one, what was there is written again.
         """
-        position = self.positions()
-        slot = self.cache.table[:, 0].repeat_interleave(self.tokens_each, output_size=position.shape[0])
+        position, slot = self.place()
         present = position >= 0
-        source = torch.where(present, torch.arange(position.shape[0], device=position.device), present.int().argmax())
+        source = torch.where(present, torch.arange(len(present), device=present.device), present.int().argmax())
         slot, row = slot[source], position[source].clamp(min=0)
         for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
-            cached[slot, :, row] = torch.where(present.any(), new[source].to(cached.dtype), cached[slot, :, row])
+            rows = torch.where(present.any(), new[source], cached[slot, :, row].to(new.dtype))
+            cached[slot, :, row] = saturated(rows, cached.dtype)
 
-    def attend(self, layer: int, q: torch.Tensor, window: int | None, scale: float) -> torch.Tensor:
-        """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]."""
+    def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
+        """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]; the new rows' k and v are among them."""
         k, v = self.cache.layer(layer)
         q = q.view(-1, self.tokens_each, *q.shape[1:])
-        return kernels.flash_decode(q, k, v, self.cache.lengths, self.cache.table, scale=scale, window=window).flatten(0, 1)
+        options = {"scale": scale, "window": window, "split_size": self.cache.split_size}
+        return kernels.flash_decode(q, k, v, self.lengths, self.table, **options).flatten(0, 1)
+
+
+class PackStep:
+    """Pieces of P prompts, packed: the rows of a forward are one piece's tokens, then the next's, without padding between.
+
+    slot, start [P] int32: the cache slot that a piece goes to, and the position of its first token; offsets [P + 1] int32: its
+    first row, the next one's being its end. Rows behind the last piece are computed and go nowhere. longest: the tokens of a
+    piece, or more. fresh: every start is 0, there are no older rows to attend to.
+    """
+
+    def __init__(self, cache: KVCache, slot, start, offsets, *, num_rows: int, longest: int, fresh: bool):
+        self.cache, self.longest, self.offsets = cache, longest, offsets
+        row = torch.arange(num_rows, dtype=torch.int32, device=offsets.device)
+        piece = (torch.searchsorted(offsets, row, right=True, out_int32=True) - 1).clamp(max=len(start) - 1)
+        position = torch.where(row < offsets[-1], row - offsets[piece] + start[piece], -1)
+        self._place = position, slot[piece]
+        self.k_first, self.k_lengths = offsets, None
+        self.widened = slot if cache.k0.dtype.itemsize == 1 else None  # slots whose rows attention cannot read as they are
+        if not fresh:  # where in kv_cache.as_rows a slot begins, and how many rows it has now
+            first = slot if self.widened is None else torch.arange(len(slot), dtype=torch.int32, device=slot.device)
+            first = first * math.prod(cache.k0.shape[1:3])
+            self.k_first = torch.cat([first, first[:1]])
+            self.k_lengths = start + offsets.diff()
+
+    @classmethod
+    def of(cls, cache: KVCache, pieces: list[tuple[int, int, int]]) -> "PackStep":
+        """From (slot, number of tokens, start) of each piece, on the host."""
+        slots, counts, starts = zip(*pieces, strict=True)
+        parts = slots, starts, [0, *itertools.accumulate(counts)]
+        slot, start, offsets = (torch.tensor(p, dtype=torch.int32, device=cache.lengths.device) for p in parts)
+        return cls(cache, slot, start, offsets, num_rows=sum(counts), longest=max(counts), fresh=not any(starts))
+
+    def place(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position and cache slot of each row, int32 [N] both; the position is -1 where a row is padding."""
+        return self._place
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v [N, Hkv, D] into the cache. Without padding: the kernels' `rope_append` takes that."""
+        position, slot = self.place()
+        for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
+            cached[slot, :, position] = saturated(new, cached.dtype)
+
+    def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
+        """q [N, Hq, D] -> [N, Hq, D]; k and v [N, Hkv, D] are the new rows'."""
+        if self.k_lengths is not None:
+            k, v = self.cache.layer(layer)
+            if self.widened is not None:
+                k, v = k[self.widened].to(q.dtype), v[self.widened].to(q.dtype)
+            k, v = kv_cache.as_rows(k), kv_cache.as_rows(v)
+        ends = self.offsets, self.k_first, self.k_lengths
+        return kernels.flash_prefill(q, k, v, *ends, longest=self.longest, scale=scale, window=window)
 
 
 @dataclass(frozen=True)
 class PrefillStep:
-    """A run of new tokens of one sequence, from position `start` on; without a cache only they exist."""
+    """A whole text in one forward, without a cache: what calibration and evaluation run."""
 
     num_tokens: int
-    cache: KVCache | None = None
-    slot: int = 0
-    start: int = 0
 
-    def positions(self) -> torch.Tensor | slice:
-        return slice(self.start, self.start + self.num_tokens)
+    def place(self) -> tuple[slice, None]:
+        """The positions, and no slot."""
+        return slice(0, self.num_tokens), None
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        if self.cache is not None:
-            for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
-                kv_cache.append(cached, new, self.slot, self.start)
+        """Nothing to keep."""
 
     def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
-        if self.start == 0:
-            k, v = k.transpose(0, 1), v.transpose(0, 1)
-        else:
-            k, v = (c[self.slot, :, : self.start + self.num_tokens] for c in self.cache.layer(layer))
-        return attend_prefill(q, k, v, self.start, window, scale)
+        """q [N, Hq, D], k and v [N, Hkv, D] -> [N, Hq, D]."""
+        ends = torch.arange(0, 2 * self.num_tokens, self.num_tokens, dtype=torch.int32, device=q.device)
+        return kernels.flash_prefill(q, k, v, ends, ends, longest=self.num_tokens, scale=scale, window=window)
 
 
-Step = DecodeStep | PrefillStep
+Step = DecodeStep | PackStep | PrefillStep
 
 # ---------------------------------------------------------------- the transformer
 
@@ -463,16 +528,24 @@ class Attention(nn.Module):
             q = kernels.qkv_rope_append(
                 x, self.wqkv, norm=norm, eps=c.norm_eps, qk_eps=c.norm_eps,
                 q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight,
-                cos=rope[0], sin=rope[1], lengths=step.cache.lengths, table=step.cache.table, k_cache=k_cache, v_cache=v_cache,
+                cos=rope[0], sin=rope[1], lengths=step.lengths, table=step.table, k_cache=k_cache, v_cache=v_cache,
                 page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
                 ahead=self.wo,
             )  # fmt: skip
-            attended = step.attend(self.layer, q, self.window, self.scale)
+            k = v = None
+        elif kernels.runs_kernels(x) and not isinstance(step, PrefillStep):
+            qkv = linear(x, self.wqkv, norm=norm, eps=c.norm_eps)
+            (position, slot), (k_cache, v_cache) = step.place(), step.cache.layer(self.layer)
+            q, k = kernels.rope_append(
+                qkv, cos=rope[0], sin=rope[1], position=position, slot=slot, k_cache=k_cache, v_cache=v_cache,
+                q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight, eps=c.norm_eps,
+                num_heads=c.num_heads,
+            )  # fmt: skip
+            v = qkv[:, c.q_size + c.kv_size :].unflatten(1, (-1, c.head_dim))
         else:
-            q, k, v = self._project(x, norm, rope, step.positions())
+            q, k, v = self._project(x, norm, rope, step.place()[0])
             step.append(self.layer, k, v)
-            fresh = () if isinstance(step, DecodeStep) else (k, v)
-            attended = step.attend(self.layer, q, *fresh, self.window, self.scale)
+        attended = step.attend(self.layer, q, k, v, self.window, self.scale)
         return add_projection(x, attended.flatten(1), self.wo, ahead)
 
     def _project(self, x, norm, rope, positions):
@@ -553,7 +626,9 @@ class Transformer(nn.Module):
         return self.tok_embeddings if self.config.tie_word_embeddings else self.output
 
     def setup_rope(self, length: int) -> None:
-        """Builds the RoPE tables for positions below `length`. Call once, before the first forward."""
+        """Builds the RoPE tables for positions below `length`. Call once, before the first forward. ValueError: too many."""
+        if length > (most := MAX_ROPE_BYTES // (self.config.head_dim * 4)):
+            raise ValueError(f"max_seq_len: found {length}, expected at most {most} (RoPE tables of 0.5 GiB)")
         self.cos, self.sin = rope_tables(self.config, length, self.norm.weight.device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -562,6 +637,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm."""
+        x = x.clone() if many(x) else x  # products will be added to it in place
         following = [*(layer.attention.wqkv for layer in self.layers[1:]), self.head]
         for layer, ahead in zip(self.layers, following, strict=True):
             x = layer(x, (self.cos, self.sin), step, ahead)

@@ -139,11 +139,11 @@ def stage_input(layer: Layer, stage: str, x: Tensor, rope) -> Tensor:
     attention, eps, step = layer.attention, layer.feed_forward.eps, PrefillStep(x.shape[0])
     if stage == "attention.wqkv":
         return rms_norm(x, layer.attention_norm.weight, eps)
-    q, k, v = attention._project(x, layer.attention_norm.weight, rope, step.positions())
+    q, k, v = attention._project(x, layer.attention_norm.weight, rope, step.place()[0])
     attended = step.attend(attention.layer, q, k, v, attention.window, attention.scale).flatten(1)
     if stage == "attention.wo":
         return attended
-    x = rooflama.linear(attended, attention.wo, residual=x)
+    x = rooflama.linear(attended, attention.wo, residual=x.clone())  # which may be overwritten
     if stage == "feed_forward.w13":
         return rms_norm(x, layer.ffn_norm.weight, eps)
     return rooflama.linear(x, layer.feed_forward.w13, layer.ffn_norm.weight, eps, "silu_mul")

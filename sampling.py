@@ -77,34 +77,34 @@ class SamplingParams:
         return "truncate" if self.top_k > 0 or self.top_p < 1 or self.min_p > 0 else "draw"
 
 
+SAMPLING_FIELDS = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32,
+                   "repetition_penalty": torch.float32, "seed": torch.int64, "sample": torch.int32}  # fmt: skip
+
+
+def sampling_fields(params: SamplingParams, sample: int = 0) -> dict[str, float]:
+    """What the buffers of SamplingState hold for one sequence; `sample` tells the draws of one prompt's samples apart."""
+    fields = {name: getattr(params, name) for name in SAMPLING_FIELDS if name != "sample"}
+    return fields | {"sample": sample, "temperature": params.temperature if params.temperature >= MIN_TEMPERATURE else 0}
+
+
 class SamplingState(nn.Module):
-    """`SamplingParams` of B sequences as device buffers with fixed addresses, and the tokens that each has seen."""
+    """`sampling_fields` of B sequences as device buffers with fixed addresses, and the tokens that each has seen."""
 
     def __init__(self, batch_size: int, vocab_size: int, device=None):
         super().__init__()
         self.batch_size, self.vocab_size = batch_size, vocab_size
-        fields = {"temperature": torch.float32, "top_k": torch.int32, "top_p": torch.float32, "min_p": torch.float32,
-                  "repetition_penalty": torch.float32, "seed": torch.int64, "sample": torch.int32}  # fmt: skip
-        for name, dtype in fields.items():
+        for name, dtype in SAMPLING_FIELDS.items():
             self.register_buffer(name, torch.zeros(batch_size, dtype=dtype, device=device))
             torch._dynamo.mark_static_address(getattr(self, name))
         self.register_buffer("seen", None)  # [B, V] bool
 
-    def set(self, row: int, params: SamplingParams, sample: int = 0) -> None:
-        """Gives sequence `row` its parameters; `sample` tells the draws of one prompt's samples apart."""
-        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"):
-            getattr(self, name)[row] = getattr(params, name)
-        if params.temperature < MIN_TEMPERATURE:
-            self.temperature[row] = 0
-        self.sample[row] = sample
-
-    def see(self, row: int, tokens: list[int]) -> None:
-        """Sequence `row` has seen these tokens and no others. Makes `seen`, which only the kind "penalize" reads."""
+    def see(self, row: int, tokens: torch.Tensor) -> None:
+        """Sequence `row` has seen these tokens [n] int64 and no others. Makes `seen`, which only the kind "penalize" reads."""
         if self.seen is None:
             self.seen = torch.zeros(self.batch_size, self.vocab_size, dtype=torch.bool, device=self.seed.device)
             torch._dynamo.mark_static_address(self.seen)
         self.seen[row] = False
-        self.seen[row, torch.tensor(tokens, dtype=torch.int64, device=self.seen.device)] = True
+        self.seen[row].index_fill_(0, tokens, True)
 
 
 def penalize(logits: torch.Tensor, seen: torch.Tensor, repetition_penalty: torch.Tensor) -> torch.Tensor:

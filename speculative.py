@@ -21,9 +21,11 @@ from collections.abc import Callable
 import torch
 
 import kernels
-from decoding import RING, Session, candidates, choose_token, decode_one_token, note_logprobs, prefill
+from decoding import RING, Session, candidates, choose_token, decode_one_token, note_logprobs
 from kernels.formats import GROUP_SIZES, PackedFormat, Weight
 from model import DecodeStep, Scale, Transformer
+from prefill import Piece, Prefiller
+from timing import Timing
 
 MAX_DRAFTS = 15  # flash_decode takes 16 query tokens
 CATCH_UP = 16  # tokens of the forward in which a drafter that was switched off sees what it missed
@@ -74,13 +76,13 @@ class ModelDrafter(Drafter):
         self.session = Session(self.model, target.batch_size, target.max_seq_len, **self.cache_options(target))
         self.session.sampling = target.sampling  # the same noise
         self.session.limit.fill_(2**30)  # it neither stops nor ends
+        self.prefiller = Prefiller(self.model, self.session.cache)
 
     def cache_options(self, target: Session) -> dict:
         return {"spare": target.spare}
 
     def admit(self, row, prompt):
-        ids = torch.tensor(prompt, device=self.history.device)
-        prefill(self.model, self.session, row, self.model.embed(ids))
+        self.prefiller.run([Piece(row, prompt)])
 
     def propose(self, k, kind, missed=1):
         """The first forward takes the last token and those missed: of a round that kept every draft, the last was not fed."""
@@ -104,6 +106,10 @@ class SelfDrafter(ModelDrafter):
 
     def __init__(self, target: Transformer):
         super().__init__(quantized_copy(target), "self (int4)")
+
+    def bind(self, target, history):
+        super().bind(target, history)
+        self.session.cache.table = target.cache.table  # the target moves sequences between slots
 
     def cache_options(self, target):
         return {"cache": target.cache.twin()}
@@ -196,7 +202,6 @@ class Speculator:
         self.pool = None
         self.capture_sec = 0.0
         drafter.bind(session, self.history)
-        self.begin()
 
     @property
     def path(self) -> str:
@@ -238,8 +243,10 @@ class Speculator:
 
     # -- what the host does
 
-    def begin(self) -> None:
-        """A new run: counts from zero. What is known of acceptance stays."""
+    def begin(self, kind: str, logprobs: bool) -> None:
+        """A new run, whose choices take `kind`: counts from zero. What is known of acceptance stays."""
+        self.prepare(kind, logprobs)
+        self.what = kind, logprobs
         self.tally.zero_()
         self.seen = torch.zeros(self.tally.shape[1:], dtype=torch.int32)
         self.launches: Counter[int] = Counter()
@@ -257,6 +264,11 @@ class Speculator:
             return
         started = time.perf_counter()
         self.session.retire()
+        with kernels.batch_invariant(self.session.batch_invariant):
+            self._capture(kind, logprobs)
+        self.capture_sec += time.perf_counter() - started
+
+    def _capture(self, kind: str, logprobs: bool) -> None:
         works = {k: lambda k=k: self.round(k, kind, logprobs) for k in self.choices}
         if self.adaptive:
             works[0] = lambda: self.plain(kind, logprobs)
@@ -269,7 +281,6 @@ class Speculator:
         none = self.session.ring[:, :0].contiguous()
         self.plain_ms = self._time_ms(self.ready(lambda: self.verify(none, kind, logprobs)))
         self.round_ms[kind] = times
-        self.capture_sec += time.perf_counter() - started
 
     def ready(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work`, captured where that is the mode, after one run for what happens once. All graphs share one pool."""
@@ -297,10 +308,11 @@ class Speculator:
             times.append(time.perf_counter() - started)
         return min(times[1:]) * 1e3
 
-    def launch(self, kind: str, logprobs: bool) -> int:
+    def launch(self) -> int:
         """Launches the round that should pay most; returns before it has run. Gives the most tokens that a sequence may get."""
-        k = best_k(self.acceptance.alpha, self.round_ms[kind]) if self.adaptive else self.k
-        self.work[k, kind, logprobs]()
+        k = best_k(self.acceptance.alpha, self.round_ms[self.what[0]]) if self.adaptive else self.k
+        with kernels.batch_invariant(self.session.batch_invariant):
+            self.work[k, *self.what]()
         self.launches[k] += 1
         tally = self.tally.sum(dim=0, dtype=torch.int32)
         if tally.is_cuda:
@@ -315,8 +327,9 @@ class Speculator:
         tried = new[0, 1] + new[1, 1:k].sum()
         self.acceptance.add(int(new[1, 1:].sum()), int(tried))
 
-    def statistics(self, kind: str) -> dict:
-        """What the rounds of this run came to. Times are of the rounds as they were timed once, with empty caches."""
+    def statistics(self, timing: Timing, steps_without: int) -> dict:
+        """What the rounds of this run came to. Times are of the rounds as they were timed once, with empty caches; so is the
+        plain step, of which the run would have taken `steps_without`."""
         drafted, kept = self.seen.tolist()
         rounds, steps = drafted[1], drafted[0]
         share = lambda a, b: a / b if b else None
@@ -335,6 +348,7 @@ class Speculator:
             "launches_by_k": dict(sorted(self.launches.items())),
             "switched_off": steps - rounds > rounds,
             "draft_ms": draft_ms,
-            "verify_ms": {k: self.round_ms[kind][k] - ms for k, ms in draft_ms.items()},
+            "verify_ms": {k: self.round_ms[self.what[0]][k] - ms for k, ms in draft_ms.items()},
             "plain_ms": self.plain_ms,
+            "speedup": share(steps_without * self.plain_ms / 1e3, timing.decode_sec),
         }

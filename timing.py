@@ -22,6 +22,7 @@ class Timing:
     """When things happened in one run of `Engine.generate`; seconds."""
 
     ttft_sec: float = 0.0  # until the first token of every sequence was chosen
+    compile_sec: float = 0.0  # of that, not counted: capturing graphs that this run was the first to need
     prefill_tokens: int = 0  # run through the model
     kept_tokens: int = 0  # of the prompts, not run: the cache had them
     decode_sec: float = 0.0  # from then to the last step that the host read
@@ -31,6 +32,8 @@ class Timing:
     context_sum: int = 0  # cached rows read, summed over steps and sequences
     steps: int = 0
     speculation: dict | None = None  # Speculator.statistics, where it drafted; step_ms is then of a token, steps are rounds
+    queued_slot_steps: int = 0  # while prompts waited for a slot: slots, summed over steps
+    queued_busy_steps: int = 0  # of these, slots whose sequence went on
 
 
 def weight_bytes_per_step(model: Transformer) -> int:
@@ -41,7 +44,7 @@ def weight_bytes_per_step(model: Transformer) -> int:
 
 def floor_ms(engine, batch_size: int, context: float, bandwidth: float) -> float:
     """Time that a step's bytes take: all weights once, the cached rows of every sequence once."""
-    kv = batch_size * context * bytes_per_row(engine.model.config, engine.model.norm.weight.dtype)
+    kv = batch_size * context * bytes_per_row(engine.model.config, engine.cache_dtype)
     return (weight_bytes_per_step(engine.model) + kv) / bandwidth * 1e3
 
 
@@ -51,13 +54,14 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
     quantile = lambda q: steps_ms[min(len(steps_ms) - 1, int(q * len(steps_ms)))] if steps_ms else None
     out = {
         "load_sec": engine.load_sec,
-        "compile_sec": compile_sec,
+        "compile_sec": compile_sec + timing.compile_sec,
         "ttft_sec": timing.ttft_sec,
         "prefill_tok_per_sec": timing.prefill_tokens / timing.ttft_sec,
         "decode_tok_per_sec": timing.decode_tokens / timing.decode_sec if timing.decode_sec else None,
         "tpot_ms": {"p50": quantile(0.5), "p90": quantile(0.9), "p99": quantile(0.99)},
         "host_ms_per_step": timing.host_sec / timing.steps * 1e3 if timing.steps else None,
         "path": (engine.speculator or engine.decoder).path,
+        "prefill_path": engine.prefiller.path,
     }
     if engine.device.type == "cuda":
         out["peak_memory_bytes"] = torch.cuda.max_memory_allocated(engine.device)
@@ -67,8 +71,7 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
     if timing.speculation:  # of the bytes of a round, many are a drafter's
         out["speculation"] = timing.speculation
     elif timing.steps:
-        config = engine.model.config
-        kv_bytes = timing.context_sum / timing.steps * bytes_per_row(config, engine.model.norm.weight.dtype)
+        kv_bytes = timing.context_sum / timing.steps * bytes_per_row(engine.model.config, engine.cache_dtype)
         out["bytes_per_step"] = weight_bytes_per_step(engine.model) + kv_bytes
         rate = out["bytes_per_step"] / (statistics.median(steps_ms) / 1e3)
         out["bandwidth_gbps"] = rate / 1e9
@@ -85,7 +88,7 @@ def report(m: dict, timing: Timing) -> None:
     """The metrics of one run for a person, on stderr."""
     out = sys.stderr
     ms = m["tpot_ms"]
-    print(f"path: {m['path']}", file=out)
+    print(f"path: {m['path']}\nprefill: {m['prefill_path']}", file=out)
     print(
         f"load {m['load_sec']:.2f} s, compile {m['compile_sec']:.2f} s, time to first token {m['ttft_sec'] * 1e3:.1f} ms "
         f"({timing.prefill_tokens} prompt tokens, {m['prefill_tok_per_sec']:.0f} tok/s)",
@@ -121,4 +124,4 @@ def describe_speculation(s: dict) -> str:
     )
     rounds = ", ".join(f"k {k}: {ms:.3f} + {s['verify_ms'][k]:.3f}" for k, ms in s["draft_ms"].items())
     line += f"; draft + verify ms {rounds}, plain {s['plain_ms']:.3f}"
-    return line + (f"; {s['speedup']:.2f} times plain decoding" if "speedup" in s else "")
+    return line + (f"; {s['speedup']:.2f} times plain decoding" if s["speedup"] else "")

@@ -7,8 +7,10 @@ never from text, unless the caller says so; in a chat, only from the template (c
 
 import base64
 import codecs
+import contextlib
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ import tiktoken
 import tokenizers
 
 import chat_template
+from checkpoint import read_json, read_small
 
 # Tokens that end an answer wherever they exist: Llama 3, ChatML (Qwen), Llama 2 and Mistral
 END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|endoftext|>", "</s>")
@@ -48,6 +51,8 @@ class Tokenizer:
     ):
         """Settles what the kinds share. `text_size`: one past the largest id that ordinary text may get; `prefix`: the ids that
         the file itself puts before a text, None where it does not say."""
+        if wrong := [name for name, i in special.items() if i < 0]:
+            raise ValueError(f"{self.path}: token {wrong[0]!r:.100}: found id {special[wrong[0]]}, expected at least 0")
         if vocab_size is not None and text_size > vocab_size:
             raise ValueError(f"{self.path}: found {text_size} tokens, expected at most the model's vocabulary, {vocab_size}")
         self.special_tokens = {name: i for name, i in special.items() if name and (vocab_size is None or i < vocab_size)}
@@ -210,29 +215,38 @@ class SentencePieceTokenizer(Tokenizer):
         self.path = path
         self._pieces = _load_sentencepiece(data, path)
         self._inner_pieces = self._pieces  # for text after a control token: with a space before it as well, as Meta has it
-        self.drops_first_space = self._pieces.encode_as_pieces("a")[0].startswith("▁")
+        self._tokens, first = self._read_pieces()
+        self.drops_first_space = first.startswith("▁")
         if config.get("legacy") is False and self.drops_first_space:
             self._inner_pieces = _load_sentencepiece(data, path)
             self._inner_pieces.override_normalizer_spec(add_dummy_prefix=False)
-        size, sp = self._pieces.vocab_size(), self._pieces
-        special = {sp.id_to_piece(i): i for i in range(size) if sp.is_control(i) or sp.is_unknown(i)}
-        self._finish(size, special | _added_tokens(path.parent, config), config, vocab_size)
+        sp = self._pieces
+        special = {sp.id_to_piece(i): i for i in range(len(self._tokens)) if sp.is_control(i) or sp.is_unknown(i)}
+        self._finish(len(self._tokens), special | _added_tokens(path.parent, config), config, vocab_size)
+
+    def _read_pieces(self) -> tuple[list[bytes], str]:
+        """The bytes of every token, and the piece that a text's first letter becomes."""
+        sp, tokens = self._pieces, []
+        try:
+            for i in range(sp.vocab_size()):
+                piece = sp.id_to_piece(i)
+                tokens.append(bytes([int(piece[1:-1], 16)]) if sp.is_byte(i) else piece.replace("▁", " ").encode())
+            return tokens, sp.encode_as_pieces("a")[0]
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{self.path}: piece {len(tokens)}: {error!r:.100}, expected pieces of UTF-8 or bytes") from None
 
     def _encode_text(self, text, at_start):
         return (self._pieces if at_start else self._inner_pieces).encode(text)
 
     def _text_bytes(self, token_id):
-        if token_id >= self._pieces.vocab_size():
-            return None
-        piece = self._pieces.id_to_piece(token_id)
-        return bytes([int(piece[1:-1], 16)]) if self._pieces.is_byte(token_id) else piece.replace("▁", " ").encode()
+        return self._tokens[token_id] if token_id < len(self._tokens) else None
 
 
 def _load_sentencepiece(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         pieces.load_from_serialized_proto(data)
-    except RuntimeError:
+    except (RuntimeError, UnicodeDecodeError):  # the latter where it quotes a broken piece
         raise ValueError(f"{path}: found {data[:40]!r}, expected Llama 3's tiktoken ranks or a SentencePiece model") from None
     return pieces
 
@@ -252,14 +266,15 @@ class JsonTokenizer(Tokenizer):
         special = {token.content: i for i, token in added.items() if token.special}
         self._added = {i: token.content.encode() for i, token in added.items() if not token.special}
         text_ids = set(self._tokenizer.get_vocab().values()) - set(special.values())
+        self._check_growth()
         self._read_decoder()
-        self._finish(max(text_ids, default=-1) + 1, special, config, vocab_size, prefix=self._tokenizer.encode("").ids)
+        with self._naming_the_file():
+            prefix = self._tokenizer.encode("").ids
+        self._finish(max(text_ids, default=-1) + 1, special, config, vocab_size, prefix)
 
     def _load(self, data: bytes) -> tokenizers.Tokenizer:
-        try:
+        with self._naming_the_file(data[:40]):
             tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"{self.path}: found {data[:40]!r} ({error}), expected the tokenizers library's JSON") from None
         known = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
         named = [name for name in self._named.values() if name not in known and tokenizer.token_to_id(name) is not None]
         tokenizer.add_special_tokens(named)  # an eos_token is a control token even where the file forgot to mark it
@@ -267,6 +282,25 @@ class JsonTokenizer(Tokenizer):
         tokenizer.no_padding()
         tokenizer.encode_special_tokens = True  # as text, that is: control tokens are ours to find
         return tokenizer
+
+    @contextlib.contextmanager
+    def _naming_the_file(self, found: bytes = b"a step"):
+        """For calls of the library: it raises nothing narrower than Exception, and where it stumbles over itself, wider."""
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException as error:
+            found = f"{found!r} ({str(error)!r:.200})"
+            raise ValueError(f"{self.path}: found {found}, expected the tokenizers library's JSON") from None
+
+    def _check_growth(self):
+        """Thirty steps that each double a text would make gigabytes of one letter."""
+        parts = [part for part in (self._tokenizer.normalizer, self._tokenizer.pre_tokenizer) if part]
+        growth = sum(math.log2(times) for part in parts for times in _growth(json.loads(part.__getstate__())))
+        if growth > math.log2(MAX_GROWTH):
+            found = f"steps that make a text 2**{growth:.0f} times longer"
+            raise ValueError(f"{self.path}: normalizer, pre_tokenizer: found {found}, expected at most {MAX_GROWTH} times")
 
     def _read_decoder(self):
         decoder = json.loads(self._tokenizer.decoder.__getstate__()) if self._tokenizer.decoder else {}
@@ -286,7 +320,8 @@ class JsonTokenizer(Tokenizer):
         return self._tokenizer if inner == before else self._load(inner.encode())
 
     def _encode_text(self, text, at_start):
-        return (self._tokenizer if at_start else self._inner).encode(text, add_special_tokens=False).ids
+        with self._naming_the_file():
+            return (self._tokenizer if at_start else self._inner).encode(text, add_special_tokens=False).ids
 
     def _text_bytes(self, token_id):
         token = self._tokenizer.id_to_token(token_id)
@@ -297,6 +332,23 @@ class JsonTokenizer(Tokenizer):
         if self._byte_fallback and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return bytes([int(token[1:-1], 16)])
         return token.replace("▁", " ").encode()
+
+
+MAX_GROWTH = 64  # of a text before it is cut into tokens; SentencePiece's form has 2, bytes as letters 2
+
+
+def _growth(step: dict) -> Iterator[int]:
+    """How many times longer each step of a normalizer or pre_tokenizer can make a text."""
+    kind = step.get("type")
+    if kind == "Sequence":
+        for inner in step.get("normalizers") or step.get("pretokenizers") or ():
+            yield from _growth(inner)
+    elif kind in ("Replace", "Prepend"):
+        yield 1 + len(step.get("prepend") or "") if kind == "Prepend" else max(1, len(step.get("content") or ""))
+    elif kind in ("ByteLevel", "Metaspace"):
+        yield 2
+    elif kind == "Precompiled":
+        yield 8
 
 
 def _byte_alphabet() -> dict[str, bytes]:
@@ -319,13 +371,13 @@ def load_tokenizer(directory: str | Path, vocab_size: int | None = None, model_t
     """
     directory = Path(directory)
     config_path = directory / "tokenizer_config.json"
-    config = _parse_json(config_path.read_bytes(), config_path) if config_path.exists() else {}
+    config = read_json(config_path) if config_path.exists() else {}
     path = directory / "tokenizer.json"
     if not path.exists():
         path = directory / "tokenizer.model"
     if not path.exists():
         return None
-    data = path.read_bytes()
+    data = read_small(path)
     if path.suffix == ".json":
         kind = JsonTokenizer
     else:
@@ -343,7 +395,7 @@ def _checkpoint_template(directory: Path, config: dict) -> tuple[str, str] | Non
     """(name, source) of the checkpoint's own template. tokenizer_config.json may hold several, by name."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return str(path), path.read_text("utf-8")
+        return str(path), _utf8(path)
     path, template = directory / "tokenizer_config.json", config.get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
@@ -367,14 +419,11 @@ def _added_tokens(directory: Path, config: dict) -> dict[str, int]:
         raise ValueError(f"{path}: added_tokens_decoder: expected an object of ids, each with its content") from None
 
 
-def _parse_json(data: bytes, path: Path) -> dict:
+def _utf8(path: Path) -> str:
     try:
-        parsed = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: found {data[:40]!r} ({error}), expected JSON") from None
-    if not isinstance(parsed, dict):
-        raise ValueError(f"{path}: found {type(parsed).__name__}, expected a JSON object")
-    return parsed
+        return read_small(path).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: byte {error.start}: {error.reason}, expected UTF-8") from None
 
 
 def _check_unicode(text: str):

@@ -6,17 +6,23 @@ from kernels._random import token_positions
 from kernels.accept import accept
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
+from kernels.flash_prefill import flash_prefill, flash_runs
 from kernels.head import advance, head
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
 from kernels.lookup import lookup
+from kernels.rows import rms_norm, rope_append, silu_mul
+from kernels.tiles import batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
     "accept",
     "advance",
+    "batch_invariant",
     "choose",
     "flash_decode",
+    "flash_prefill",
+    "flash_runs",
     "gumbel",
     "head",
     "linear",
@@ -24,6 +30,9 @@ __all__ = [
     "pdl_disabled",
     "pdl_supported",
     "qkv_rope_append",
+    "rms_norm",
+    "rope_append",
     "runs_kernels",
+    "silu_mul",
     "token_positions",
 ]

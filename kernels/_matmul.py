@@ -276,11 +276,18 @@ def merge(
 def dot(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
     MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    SLICES: tl.constexpr, NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP]."""
+    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP].
+
+    SLICES > 1: each warp multiplies a slice of the chunk's columns for all rows: tiles of 16 rows are too small to be shared.
+    """
     SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
-    sums = tl.zeros([R, MP], tl.float32)
+    if SLICES > 1:
+        sums = tl.zeros([SLICES, R, MP], tl.float32)
+    else:
+        sums = tl.zeros([R, MP], tl.float32)
     squares = tl.zeros([MP, SQUARES], tl.float32)
     xs = ()
     for c in tl.static_range(PRELOAD):  # all in flight at once: no load may pass the barriers that a dot brings
@@ -300,15 +307,23 @@ def dot(
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
         sums = _dot(tile, x, sums)
+    if SLICES > 1:
+        sums = tl.sum(sums, 0)
     return sums, tl.sum(squares, 1)[None, :]
 
 
 @triton.jit
 def _dot(w, x, sums):
-    """sums + w @ x.T"""
+    """sums + w @ x.T; with sums of slices, [SLICES, R, MP], those of each slice of the columns."""
     if INTERPRETED:  # where bit patterns of bfloat16 would be multiplied
         w, x = w.to(tl.float32), x.to(tl.float32)
-    return tl.dot(w, tl.trans(x), sums)
+    if len(sums.shape) == 3:
+        SLICE: tl.constexpr = w.shape[1] // sums.shape[0]
+        w = w.reshape([w.shape[0], sums.shape[0], SLICE]).permute(1, 0, 2)
+        x = x.reshape([x.shape[0], sums.shape[0], SLICE]).permute(1, 2, 0)
+    else:
+        x = tl.trans(x)
+    return tl.dot(w, x, sums)
 
 
 @triton.jit
@@ -348,9 +363,9 @@ def members(sums, PAIRS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr):
 def multiply(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M, addend,
     PAIRS: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
-    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """By tl.dot or by FMA: the sums as `members` gives them; the sums of x^2 [1, MP]; x for `fma_again`.
 
@@ -359,7 +374,7 @@ def multiply(
     if DOT:
         sums, squares = dot(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
-            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
         )  # fmt: skip
         widened = ()
     else:
@@ -423,12 +438,13 @@ def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
         "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
         "DOT": tile.dot,
         "M_FMA": 0 if tile.dot else M,
-        "MP": max(16, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
+        "MP": max(tile.padded, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
         "R": tile.rows,
         "CHUNK": chunk,
         "CHUNKS": chunks,
         "PRELOAD": chunks if tile.grid else min(tile.preload, chunks),
         "STAGES": tile.stages,
+        "SLICES": tile.slices,
         "MASK_N": N % tile.rows != 0,
         "MASK_K": chunk * chunks * tile.split != columns,
         "LATE": tile.late,

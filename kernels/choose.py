@@ -12,10 +12,11 @@ transformers' order, after the temperature:
     min-p   u is kept where exp(-distance / temperature) >= min_p.
 What is 64 or more below the largest is kept by a row that nothing cuts, and has no mass.
 
-1. `_histogram_kernel` counts tokens and mass in bins of 2^-6.
-2. `_candidates_kernel` finds the bins that the cuts go through. Better ones are kept for certain: the best token among those is
-   found (logit / temperature + Gumbel noise, as in head.py). Tokens in those bins go to a list.
-3. `_resolve_kernel` is done if no token of the list beats that best one. If one does, it finds the exact cut within the list.
+1. `_count_kernel` counts tokens in bins of distance / temperature, 2^-5 wide, and adds up their mass.
+2. `_candidates_kernel` finds the bins that the cuts go through: k's from the counts; as the tokens of a bin differ by up to 3%
+   in mass, p's is in one of a few bins. What is better is kept for certain. A block gives its best certain token (logit /
+   temperature + Gumbel noise, as in head.py), its best token in those bins, and a list of all that are in them.
+3. `_resolve_kernel` is done if a certain token is the best. If not, it finds the exact cut within the lists.
 A cut seldom goes through a bin that matters, so that the third is short nearly always, and exact always.
 """
 
@@ -26,17 +27,18 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels, zeroed_workspace
+from kernels._common import hold, launch_options, pdl_trigger, pdl_wait, runs_kernels, zeroed_workspace
 from kernels._matmul import INTERPRETED, MAX_ROWS
 from kernels._random import gumbel_ids, gumbel_ref, gumbel_tile, token_positions
 
 UNIT = tl.constexpr(1 << 20)  # units in a distance of 1.0
 LIMIT = tl.constexpr((64 << 20) - 1)  # units; farther is as far
-BIN = tl.constexpr(1 << 14)  # units in a bin
-BINS = tl.constexpr(1 << 12)
 MASS = tl.constexpr(1 << 40)  # of the largest token; V < 2^22 of these fit int64
-LIST = tl.constexpr(2048)  # ids in the list; a longer one is not kept: step 3 then looks through the whole vocabulary
-BLOCK = tl.constexpr(1024)  # ids a program
+BINS = tl.constexpr(512)  # the last one holds all that is too far for the others
+WIDTH = tl.constexpr(2**-5)  # of a bin, in distance / temperature
+SLACK = tl.constexpr(1e-4)  # of the whole mass: more than float32 loses on the way to a bin's bounds
+NEVER = tl.constexpr(0x7FFFFFFF)
+TILE = 2048  # listed tokens that the third kernel holds in registers
 
 
 # ---------------------------------------------------------------- reference
@@ -107,121 +109,160 @@ def _draws(temperature, largest):
     return (temperature > 0) & (largest < float("inf")) & (largest > float("-inf"))
 
 
+@triton.jit
+def _bin(u, temperature):
+    """Never smaller for a larger u."""
+    return tl.minimum(u.to(tl.float32) * (1 / (WIDTH * UNIT) / temperature), BINS - 1).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=["T"])
-def _histogram_kernel(
-    logits_ptr, max_ptr, temperature_ptr, top_k_ptr, top_p_ptr, count_ptr, mass_ptr, listed_ptr, T, V, P,
-    P_BLOCK: tl.constexpr, PDL: tl.constexpr,
+def _count_kernel(
+    logits_ptr, max_ptr, temperature_ptr, top_k_ptr, top_p_ptr, count_ptr, total_ptr, largest_ptr, T, V, P,
+    P_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Adds a block's tokens and mass to the row's bins, which are zero before; empties the row's list."""
-    pdl_trigger(PDL)
+    """Adds a block's tokens to the row's bins, and its mass in the last bin and in the others to two sums. All are zero before.
+
+    The next kernel is let in after the wait, when the logits are final: it reads them without waiting.
+    """
     row, block = tl.program_id(1), tl.program_id(0)
     temperature = tl.load(temperature_ptr + row // T)
     top_k, top_p = tl.load(top_k_ptr + row // T), tl.load(top_p_ptr + row // T)
     pdl_wait(PDL)
+    pdl_trigger(PDL)
 
     ids = block * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
     largest = _largest(max_ptr, row, P, P_BLOCK)
     if block == 0:
-        tl.store(listed_ptr + row, 0)
+        tl.store(largest_ptr + row, largest)
     if _draws(temperature, largest) & ((top_k > 0) | (top_p < 1)):
         u = _units(logits, largest)
-        mass, bins, near = _mass(u, temperature), u // BIN, u < LIMIT
-        first, last = tl.min(tl.where(near, bins, BINS), 0), tl.max(tl.where(near, bins, -1), 0)
-        if first == last:  # equal logits would queue for one address
-            tl.atomic_add(count_ptr + row * BINS + first, tl.sum(near.to(tl.int32), 0), sem="relaxed")
-            tl.atomic_add(mass_ptr + row * BINS + first, tl.sum(mass, 0), sem="relaxed")
-        else:
-            tl.atomic_add(count_ptr + row * BINS + bins, 1, mask=near, sem="relaxed")
-            tl.atomic_add(mass_ptr + row * BINS + bins, mass, mask=near, sem="relaxed")
+        bins, mass = _bin(u, temperature), _mass(u, temperature)
+        near = bins < BINS - 1
+        masses = tl.sum(tl.join(tl.where(near, mass, 0), tl.where(near, 0, mass)), 0)  # one reduction: each costs two barriers
+        tl.atomic_add(total_ptr + row * 2 + tl.arange(0, 2), masses, sem="relaxed")
+        counts = tl.histogram(bins, BINS, mask=u < LIMIT)
+        tl.atomic_add(count_ptr + row * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
 
 
 @triton.jit
-def _combine_before(n_a, count_a, mass_a, upto_a, n_b, count_b, mass_b, upto_b):
-    return n_a + n_b, tl.maximum(count_a, count_b), tl.maximum(mass_a, mass_b), tl.minimum(upto_a, upto_b)
+def _combine_before(n_a, count_a, floor_a, upto_a, whole_a, n_b, count_b, floor_b, upto_b, whole_b):
+    return (
+        n_a + n_b, tl.maximum(count_a, count_b), tl.maximum(floor_a, floor_b), tl.minimum(upto_a, upto_b),
+        tl.maximum(whole_a, whole_b),
+    )  # fmt: skip
 
 
 @triton.jit
-def _bins_before(before, counts, masses):
-    """Of the bins before a cut: their number, the tokens and the mass in them; and the mass with the next one's.
+def _bins_before(before, counts, floors):
+    """Of the bins before a cut: their number, and the last of `counts` and `floors`; the next one's floor; and the very last.
 
-    `counts` and `masses` are cumulative. One reduction, because each costs two barriers.
+    `counts` and `floors` are cumulative. One reduction, because each costs two barriers.
     """
-    n, most = before.to(tl.int32), tl.where(before, 0x7FFFFFFFFFFFFFFF, masses)
-    counts, masses = tl.where(before, counts, 0), tl.where(before, masses, 0)
+    n, upto = before.to(tl.int32), tl.where(before, float("inf"), floors)
+    counts, before_floors = tl.where(before, counts, 0), tl.where(before, floors, 0.0)
     if INTERPRETED:  # the interpreter reduces a tuple one element at a time
-        result = tl.sum(n, 0), tl.max(counts, 0), tl.max(masses, 0), tl.min(most, 0)
+        result = tl.sum(n, 0), tl.max(counts, 0), tl.max(before_floors, 0), tl.min(upto, 0), tl.max(floors, 0)
     else:
-        result = tl.reduce((n, counts, masses, most), 0, _combine_before)
+        result = tl.reduce((n, counts, before_floors, upto, floors), 0, _combine_before)
     return result
 
 
 @triton.jit
-def _find_cuts(counts, masses, top_k, top_p):
-    """Where the cuts of top-k and top-p go through, from the bins' counts and masses; BINS for none:
+def _mass_bounds(floor, whole_floor, near):
+    """The least and the most mass of the first bins, whose tokens have at least `floor`, those of all near bins `whole_floor`.
 
-    k's bin, k less the tokens before it, the mass before it; first and last bin that p's cut may be in, the mass before them.
-    Until k's cut is known exactly, so is only within its bin the mass that top-p takes its share of.
+    A token has less than exp(WIDTH) times its bin's floor; and what all near bins hold, `near`, is known.
     """
-    counts, masses = tl.cumsum(counts, 0), tl.cumsum(masses, 0)
-    k = tl.where(top_k > 0, top_k, 0x7FFFFFFF)
-    k_bin, k_count, k_mass, most_mass = _bins_before(counts < k, counts, masses)
-    p_first, _, p_mass, _ = _bins_before(masses < _needed(k_mass, top_p), counts, masses)
-    p_last = tl.sum((masses < _needed(tl.where(k_bin < BINS, most_mass, k_mass), top_p)).to(tl.int32), 0)
-    p_first, p_last = tl.where(top_p < 1, p_first, BINS), tl.where(top_p < 1, p_last, BINS)
-    return k_bin, k - k_count, k_mass, p_first, p_last, p_mass
+    rest = whole_floor - floor
+    ratio: tl.constexpr = 1.0317434074991028  # exp(WIDTH)
+    return tl.maximum(floor, near - rest * ratio), tl.minimum(floor * ratio, near - rest)
+
+
+@triton.jit
+def _find_cuts(counts, near, far, top_k, top_p):
+    """Where the cuts of top-k and top-p go through, from the bins' counts and the mass in the last bin and in the others:
+
+    k's bin, k less the tokens before it; first and last bin that p's cut may be in. BINS where there is no cut.
+    """
+    b = tl.arange(0, BINS)
+    floors = tl.where(
+        b < BINS - 1, counts.to(tl.float32) * tl.exp2((b + 1).to(tl.float32) * (-1.4426950408889634 * WIDTH)), 0.0
+    )
+    counts, floors = tl.cumsum(counts, 0), tl.cumsum(floors, 0)
+    k = tl.where(top_k > 0, top_k, NEVER)
+    k_bin, k_count, floor, upto, whole_floor = _bins_before(counts < k, counts, floors)
+
+    near, far = near.to(tl.float32) * (1 / MASS), far.to(tl.float32) * (1 / MASS)
+    whole = near + far
+    least, most = whole, whole  # of the tokens that top-k keeps
+    if k_bin < BINS:
+        least, _ = _mass_bounds(floor, whole_floor, near)
+        if k_bin < BINS - 1:
+            _, most = _mass_bounds(upto, whole_floor, near)
+    at_least, at_most = _mass_bounds(floors, whole_floor, near)
+    surely_before = at_most < top_p * least - SLACK * whole
+    maybe_before = at_least < top_p * most + SLACK * whole
+    both = tl.sum(surely_before.to(tl.int32) + maybe_before.to(tl.int32) * (2 * BINS), 0)
+    p_first = tl.where(top_p < 1, tl.minimum(both % (2 * BINS), BINS - 1), BINS)
+    p_last = tl.where(top_p < 1, tl.minimum(both // (2 * BINS), tl.minimum(k_bin, BINS - 1)), BINS)
+    return k_bin, k - k_count, p_first, p_last
 
 
 @triton.jit(do_not_specialize=["T"])
 def _candidates_kernel(
-    logits_ptr, max_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, mass_ptr, listed_ptr, list_ptr, cuts_ptr, best_ptr, best_id_ptr, T, V, P,
-    P_BLOCK: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, sums_ptr, list_ptr, T, V,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A block's best token among those kept for certain; those in a cut's bin go to the list. Block 0 stores the cuts."""
+    """A block's best token among those kept for certain, and among those in a cut's bin, which it lists; its mass before
+    k's and p's cut, with the list's length beside each. Block 0 stores the cuts."""
     pdl_trigger(PDL)
     row, block = tl.program_id(1), tl.program_id(0)
+    slot = row * tl.num_programs(0) + block
     sequence = row // T
     temperature, min_p = tl.load(temperature_ptr + sequence), tl.load(min_p_ptr + sequence)
     top_k, top_p = tl.load(top_k_ptr + sequence), tl.load(top_p_ptr + sequence)
     seed, sample = tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
     position = tl.load(lengths_ptr + sequence) - T + row % T + 1
+    ids = block * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))  # final: see _count_kernel
+    m = tl.arange(0, 1)
+    noise = hold(gumbel_tile(seed + m, sample + m, position + m, block * BLOCK, BLOCK, 1).reshape([BLOCK]))  # or it moves below
     pdl_wait(PDL)
 
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
-    b = tl.arange(0, BINS)
-    counts, masses = tl.load(count_ptr + row * BINS + b), tl.load(mass_ptr + row * BINS + b)
-    largest = _largest(max_ptr, row, P, P_BLOCK)
-    value, kept = logits, ids < V
+    counts = tl.load(count_ptr + row * BINS + tl.arange(0, BINS))
+    near, far = tl.load(total_ptr + row * 2), tl.load(total_ptr + row * 2 + 1)
+    largest = tl.load(largest_ptr + row)
+    value, kept, maybe = logits, ids < V, ids < 0
     if _draws(temperature, largest):
-        m = tl.arange(0, 1)
-        noise = gumbel_tile(seed + m, sample + m, position + m, block * BLOCK, BLOCK, 1).reshape([BLOCK])
         value = logits / temperature + noise
         u = _units(logits, largest)
-        kept &= u <= _min_p_units(min_p, temperature)
         if (top_k > 0) | (top_p < 1):
-            k_bin, k_left, k_mass, p_first, p_last, p_mass = _find_cuts(counts, masses, top_k, top_p)
-            bins = u // BIN
-            kept &= (bins < k_bin) & (bins < p_first)
+            k_bin, k_left, p_first, p_last = _find_cuts(counts, near, far, top_k, top_p)
+            bins, mass = _bin(u, temperature), _mass(u, temperature)
             listed = (u < LIMIT) & ((bins == k_bin) | ((bins >= p_first) & (bins <= p_last)))
-            number = tl.sum(listed.to(tl.int32), 0)
-            if number > 0:
-                at = tl.atomic_add(listed_ptr + row, number, sem="relaxed") + tl.cumsum(listed.to(tl.int32), 0) - 1
-                tl.store(list_ptr + row * LIST + at, ids, mask=listed & (at < LIST))
+            before = tl.join(tl.where(bins < k_bin, mass, 0), tl.where(bins < p_first, mass, 0))
+            numbers = tl.join(listed, listed).to(tl.int64)
+            pair = tl.arange(0, 2)
+            tl.store(sums_ptr + slot * 4 + pair[:, None] * 2 + pair[None, :], tl.sum(tl.join(before, numbers), 0))
+            rank = tl.cumsum(listed.to(tl.int32), 0)
+            tl.store(list_ptr + row.to(tl.int64) * V + block * BLOCK + rank - 1, ids, mask=listed)
+            kept &= (u == 0) | ((bins < k_bin) & (bins < p_first))
+            maybe = listed & (bins <= p_last) & (u > 0)
             if block == 0:
-                cuts = cuts_ptr + row * 6
-                tl.store(cuts, k_bin.to(tl.int64))
-                tl.store(cuts + 1, k_left.to(tl.int64))
-                tl.store(cuts + 2, k_mass)
-                tl.store(cuts + 3, p_first.to(tl.int64))
-                tl.store(cuts + 4, p_last.to(tl.int64))
-                tl.store(cuts + 5, p_mass)
+                tl.store(cuts_ptr + row * 4, k_bin)
+                tl.store(cuts_ptr + row * 4 + 1, k_left)
+                tl.store(cuts_ptr + row * 4 + 2, p_first)
+                tl.store(cuts_ptr + row * 4 + 3, p_last)
+        within = u <= _min_p_units(min_p, temperature)
+        kept &= within
+        maybe &= within
     value = tl.where(value == value, value, float("inf"))
-    value = tl.where(kept, value, float("-inf"))
-    best, index = tl.max(value, 0, return_indices=True)
-    tl.store(best_ptr + row * tl.num_programs(0) + block, best)
-    tl.store(best_id_ptr + row * tl.num_programs(0) + block, block * BLOCK + index)
+    both = tl.join(tl.where(kept, value, float("-inf")), tl.where(maybe, value, float("-inf")))
+    best, index = tl.max(both, 0, return_indices=True)
+    tl.store(best_ptr + slot * 2 + tl.arange(0, 2), best)
+    tl.store(best_id_ptr + slot * 2 + tl.arange(0, 2), block * BLOCK + index)
 
 
 @triton.jit
@@ -230,60 +271,69 @@ def _min_p_units(min_p, temperature):
 
 
 @triton.jit
-def _read_list(the_list, start):
-    """BLOCK tokens of a row's list from `start` on, or of the vocabulary where the list is too long: ids, logits, u."""
-    logits_ptr, list_ptr, row, number, V, largest, _ = the_list
-    i = start + tl.arange(0, BLOCK)
-    ids = i
-    if number <= LIST:
-        ids = tl.load(list_ptr + row * LIST + i, mask=i < number, other=V)
-    logits = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
+def _read_lists(lists, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """COLUMNS tokens of each block's list from `start` on: ids, logits, u; LIMIT where there is none."""
+    logits_ptr, list_ptr, numbers, largest, _ = lists
+    column = start + tl.arange(0, COLUMNS)[None, :]
+    there = column < numbers[:, None]
+    ids = tl.load(list_ptr + tl.arange(0, numbers.shape[0])[:, None] * BLOCK + column, mask=there, other=0)
+    logits = tl.load(logits_ptr + ids, mask=there, other=float("-inf"))
     return ids, logits, _units(logits, largest)
 
 
 @triton.jit
-def _list_length(the_list):
-    return tl.where(the_list[3] <= LIST, the_list[3], the_list[4])
+def _combine_sums(count_a, mass_a, least_a, most_a, count_b, mass_b, least_b, most_b):
+    return count_a + count_b, mass_a + mass_b, tl.minimum(least_a, least_b), tl.maximum(most_a, most_b)
 
 
 @triton.jit
-def _sum_list(the_list, first_bin, last_bin, most):
-    """Of the listed tokens in these bins with u <= most: their number, their mass, the smallest and the largest u."""
-    count, mass = 0, tl.zeros([], tl.int64)
-    least_u, most_u = LIMIT, 0
-    for start in tl.range(0, _list_length(the_list), BLOCK):
-        _, _, u = _read_list(the_list, start)
-        inside = (u < LIMIT) & (u // BIN >= first_bin) & (u // BIN <= last_bin) & (u <= most)
-        count += tl.sum(inside.to(tl.int32), 0)
-        mass += tl.sum(tl.where(inside, _mass(u, the_list[6]), 0), 0)
-        least_u = tl.minimum(least_u, tl.min(tl.where(inside, u, LIMIT), 0))
-        most_u = tl.maximum(most_u, tl.max(tl.where(inside, u, 0), 0))
+def _sum_tile(u, first_bin, last_bin, most, temperature):
+    """Of the tokens in these bins with u <= most: their number, their mass, the smallest and the largest u."""
+    bins, u = _bin(u, temperature).ravel(), u.ravel()
+    inside = (u < LIMIT) & (bins >= first_bin) & (bins <= last_bin) & (u <= most)
+    count, mass = inside.to(tl.int32), tl.where(inside, _mass(u, temperature), 0)
+    least_u, most_u = tl.where(inside, u, LIMIT), tl.where(inside, u, 0)
+    if INTERPRETED:
+        result = tl.sum(count, 0), tl.sum(mass, 0), tl.min(least_u, 0), tl.max(most_u, 0)
+    else:
+        result = tl.reduce((count, mass, least_u, most_u), 0, _combine_sums)
+    return result
+
+
+@triton.jit
+def _sum_lists(lists, first_u, first_bin, last_bin, most, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """`_sum_tile` of the whole lists, the first tile of which is in registers."""
+    count, mass, least_u, most_u = _sum_tile(first_u, first_bin, last_bin, most, lists[4])
+    for start in tl.range(COLUMNS, tl.max(lists[2], 0), COLUMNS):
+        _, _, u = _read_lists(lists, start, COLUMNS, BLOCK)
+        more = _sum_tile(u, first_bin, last_bin, most, lists[4])
+        count, mass = count + more[0], mass + more[1]
+        least_u, most_u = tl.minimum(least_u, more[2]), tl.maximum(most_u, more[3])
     return count, mass, least_u, most_u
 
 
 @triton.jit
-def _cut_list(the_list, first_bin, last_bin, number, mass):
-    """The smallest u of the listed tokens in these bins that `number` of them, and `mass` of theirs, reach."""
-    _count, _mass, low, high = _sum_list(the_list, first_bin, last_bin, LIMIT)
+def _cut_lists(lists, first_u, first_bin, last_bin, number, mass, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The smallest u of the listed tokens in these bins that `number` and `mass` of theirs reach, and the mass up to it."""
+    _count, upto, low, high = _sum_lists(lists, first_u, first_bin, last_bin, LIMIT, COLUMNS, BLOCK)
     while low < high:
         middle = (low + high) // 2
-        count, reached, _least, _most = _sum_list(the_list, first_bin, last_bin, middle)
+        count, reached, _least, _most = _sum_lists(lists, first_u, first_bin, last_bin, middle, COLUMNS, BLOCK)
         enough = (count >= number) & (reached >= mass)
-        low, high = tl.where(enough, low, middle + 1), tl.where(enough, middle, high)
-    return low
+        low, high, upto = tl.where(enough, low, middle + 1), tl.where(enough, middle, high), tl.where(enough, reached, upto)
+    return low, upto
 
 
 @triton.jit
-def _best_listed(the_list, seed, sample, position, k_bin, p_first, p_last, most):
+def _best_listed(lists, seed, sample, position, most, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """Of the listed tokens with u <= most: the largest value, and the lowest id that has it."""
-    best, best_id = float("-inf"), 0x7FFFFFFF
-    for start in tl.range(0, _list_length(the_list), BLOCK):
-        ids, logits, u = _read_list(the_list, start)
-        bins = u // BIN
-        inside = (u < LIMIT) & ((bins == k_bin) | ((bins >= p_first) & (bins <= p_last))) & (u <= most)
-        value = tl.where(inside, logits / the_list[6] + gumbel_ids(seed, sample, position, ids), float("-inf"))
+    best, best_id = float("-inf"), NEVER
+    for start in tl.range(0, tl.max(lists[2], 0), COLUMNS):
+        ids, logits, u = _read_lists(lists, start, COLUMNS, BLOCK)
+        value = logits / lists[4] + gumbel_ids(seed, sample, position, ids)
+        value = tl.where((u < LIMIT) & (u <= most), value, float("-inf")).ravel()
         here = tl.max(value, 0)
-        here_id = tl.min(tl.where(inside & (value == here), ids, 0x7FFFFFFF), 0)
+        here_id = tl.min(tl.where(value == here, ids.ravel(), NEVER), 0)
         best, best_id = _better(best, best_id, here, here_id)
     return best, best_id
 
@@ -297,54 +347,58 @@ def _better(value_a, id_a, value_b, id_b):
 
 @triton.jit(do_not_specialize=["T", "blocks"])
 def _resolve_kernel(
-    logits_ptr, max_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, mass_ptr, listed_ptr, list_ptr, cuts_ptr, best_ptr, best_id_ptr, value_ptr, id_ptr, T, V, P, blocks,
-    P_BLOCK: tl.constexpr, BLOCKS: tl.constexpr, PDL: tl.constexpr,
+    logits_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_p_ptr, min_p_ptr,
+    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, sums_ptr, list_ptr,
+    value_ptr, id_ptr, T, V, blocks,
+    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The row's candidate: the best of all blocks, unless a token of the list beats it and lies within the cuts."""
+    """The row's candidate: the best certain one, unless a listed token beats it and lies within the cuts. Empties the bins."""
     pdl_trigger(PDL)
     row = tl.program_id(0)
     sequence = row // T
-    temperature, min_p, top_p = (
-        tl.load(temperature_ptr + sequence),
-        tl.load(min_p_ptr + sequence),
-        tl.load(top_p_ptr + sequence),
-    )
-    seed, sample = tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
+    temperature, min_p = tl.load(temperature_ptr + sequence), tl.load(min_p_ptr + sequence)
+    top_p, seed, sample = tl.load(top_p_ptr + sequence), tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
     position = tl.load(lengths_ptr + sequence) - T + row % T + 1
+    i = tl.arange(0, BLOCKS)
+    slot, mask = row * blocks + i, i < blocks
     pdl_wait(PDL)
 
-    number = tl.load(listed_ptr + row)
-    i = tl.arange(0, BLOCKS)
-    value = tl.load(best_ptr + row * blocks + i, mask=i < blocks, other=float("-inf"))
-    ids = tl.load(best_id_ptr + row * blocks + i, mask=i < blocks, other=0x7FFFFFFF)
+    value = tl.load(best_ptr + slot * 2, mask=mask, other=float("-inf"))
+    listed = tl.max(tl.load(best_ptr + slot * 2 + 1, mask=mask, other=float("-inf")), 0)
+    ids = tl.load(best_id_ptr + slot * 2, mask=mask, other=NEVER)
+    tl.store(count_ptr + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))  # for the next step
+    tl.store(total_ptr + row * 2 + tl.arange(0, 2), tl.zeros([2], tl.int64))
     best = tl.max(value, 0)
-    best_id = tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0)
-    b = tl.arange(0, BINS)  # for the next step's histogram
-    tl.store(count_ptr + row * BINS + b, tl.zeros([BINS], tl.int32))
-    tl.store(mass_ptr + row * BINS + b, tl.zeros([BINS], tl.int64))
-    if number > 0:
-        cuts = cuts_ptr + row * 6
-        k_bin, k_left, mass = tl.load(cuts).to(tl.int32), tl.load(cuts + 1).to(tl.int32), tl.load(cuts + 2)
-        p_first, p_last, p_mass = tl.load(cuts + 3).to(tl.int32), tl.load(cuts + 4).to(tl.int32), tl.load(cuts + 5)
-        the_list = (logits_ptr, list_ptr, row, number, V, _largest(max_ptr, row, P, P_BLOCK), temperature)
+    best_id = tl.min(tl.where(value == best, ids, NEVER), 0)
+    if (listed >= best) & (listed > float("-inf")):
+        k_bin, k_left = tl.load(cuts_ptr + row * 4), tl.load(cuts_ptr + row * 4 + 1)
+        p_first, p_last = tl.load(cuts_ptr + row * 4 + 2), tl.load(cuts_ptr + row * 4 + 3)
+        mass = tl.sum(tl.load(sums_ptr + slot * 4, mask=mask, other=0), 0)
+        p_mass = tl.sum(tl.load(sums_ptr + slot * 4 + 2, mask=mask, other=0), 0)
+        numbers = tl.load(sums_ptr + slot * 4 + 1, mask=mask, other=0).to(tl.int32)
+        start = row.to(tl.int64) * V
+        lists = (logits_ptr + start, list_ptr + start, numbers, tl.load(largest_ptr + row), temperature)
+        _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, BLOCK)
         most = tl.minimum(_min_p_units(min_p, temperature), LIMIT).to(tl.int32)
-        listed, _ = _best_listed(the_list, seed, sample, position, k_bin, p_first, p_last, most)
-        if listed >= best:
-            if k_bin < BINS:
-                u_k = _cut_list(the_list, k_bin, k_bin, k_left, 0)
-                _, added, _, _ = _sum_list(the_list, k_bin, k_bin, u_k)
-                most = tl.minimum(most, u_k)
-                mass += added
-            if p_first < BINS:
-                most = tl.minimum(most, _cut_list(the_list, p_first, p_last, 0, _needed(mass, top_p) - p_mass))
-            listed, listed_id = _best_listed(the_list, seed, sample, position, k_bin, p_first, p_last, most)
-            best, best_id = _better(best, best_id, listed, listed_id)
+        for cut in tl.range(0, 2):  # top-k's, then top-p's
+            first, last = tl.where(cut == 0, k_bin, p_first), tl.where(cut == 0, k_bin, p_last)
+            if first < BINS:
+                number, needed = tl.where(cut == 0, k_left, 0), tl.where(cut == 0, 0, _needed(mass, top_p) - p_mass)
+                u, upto = _cut_lists(lists, first_u, first, last, number, needed, COLUMNS, BLOCK)
+                most = tl.minimum(most, u)
+                mass += upto  # of no use after the second
+        listed, listed_id = _best_listed(lists, seed, sample, position, most, COLUMNS, BLOCK)
+        best, best_id = _better(best, best_id, listed, listed_id)
     tl.store(value_ptr + row, best)
     tl.store(id_ptr + row, best_id)
 
 
 # ---------------------------------------------------------------- operator
+
+
+def block_size(rows: int) -> int:
+    """Ids a program. Many rows fill the card with fewer programs, each of which reads all of its row's maxima."""
+    return 1024 if rows <= 4 else 4096
 
 
 def _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p):
@@ -386,25 +440,28 @@ def _choose(
         value[:, 0], index[:, 0] = best, best_id
         return value, index
     (M, V), P = logits.shape, maxima.shape[1]
-    T, blocks = M // lengths.numel(), triton.cdiv(V, BLOCK.value)
+    T, block = M // lengths.numel(), block_size(M)
+    blocks = triton.cdiv(V, block)
+    count_blocks = triton.next_power_of_2(blocks)
     make = functools.partial(torch.empty, device=logits.device, dtype=torch.int32)
-    bins = MAX_ROWS * BINS.value
-    counts = zeroed_workspace(logits.device, "histogram's counts", bins)
-    masses = zeroed_workspace(logits.device, "histogram's masses", bins, torch.int64)
-    listed, ids = make(M), make(M * LIST.value)
-    best, best_id, cuts = make(M * blocks, dtype=torch.float32), make(M * blocks), make(M * 6, dtype=torch.int64)
-    options = {"P_BLOCK": triton.next_power_of_2(P), "num_warps": 8, **launch_options(logits)}
-    _histogram_kernel[(blocks, M)](
-        logits, maxima, temperature, top_k, top_p, counts, masses, listed, T, V, P, **options
+    counts = zeroed_workspace(logits.device, "counts of choose", MAX_ROWS * BINS.value)
+    totals = zeroed_workspace(logits.device, "masses of choose", MAX_ROWS * 2, torch.int64)
+    largest, cuts, lists = make(M, dtype=torch.float32), make(M, 4), make(M, V)
+    best, best_id = make(M, blocks, 2, dtype=torch.float32), make(M, blocks, 2)
+    sums = make(M, blocks, 2, 2, dtype=torch.int64)
+    options = {"BLOCK": block, "num_warps": 8, **launch_options(logits)}
+    _count_kernel[(blocks, M)](
+        logits, maxima, temperature, top_k, top_p, counts, totals, largest, T, V, P,
+        P_BLOCK=triton.next_power_of_2(P), **options,
     )  # fmt: skip
     _candidates_kernel[(blocks, M)](
-        logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p,
-        counts, masses, listed, ids, cuts, best, best_id, T, V, P, **options,
+        logits, temperature, seed, sample, lengths, top_k, top_p, min_p,
+        counts, totals, largest, cuts, best, best_id, sums, lists, T, V, **options,
     )  # fmt: skip
     _resolve_kernel[(M,)](
-        logits, maxima, temperature, seed, sample, lengths, top_p, min_p,
-        counts, masses, listed, ids, cuts, best, best_id, value, index, T, V, P, blocks,
-        BLOCKS=triton.next_power_of_2(blocks), **options,
+        logits, temperature, seed, sample, lengths, top_p, min_p,
+        counts, totals, largest, cuts, best, best_id, sums, lists, value, index, T, V, blocks,
+        BLOCKS=count_blocks, COLUMNS=max(1, TILE // count_blocks), **options,
     )  # fmt: skip
     return value, index
 

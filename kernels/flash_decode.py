@@ -49,8 +49,11 @@ def flash_decode_ref(q, k_cache, v_cache, lengths, table, *, scale, window=None,
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
-    if not q.is_cuda:  # reads only the pages in use; on a GPU that would make the host wait
-        table = table[:, : max(1, -(-int(lengths.max()) // page_size))]
+    if not q.is_cuda:  # reads only what is in use; on a GPU that would make the host wait
+        longest = max(1, int(lengths.max()))
+        table = table[:, : -(-longest // page_size)]
+        if table.shape[1] == 1:
+            k_cache, v_cache = k_cache[:, :, :longest], v_cache[:, :, :longest]
 
     def rows(cache, cache_scale):  # -> [B, Hkv, S, D]
         x = cache[table.long()].transpose(1, 2).reshape(B, Hkv, -1, D).to(dtype)
@@ -431,18 +434,20 @@ def choose_launch(
 ) -> Launch:
     """The launch for caches of `capacity` rows a sequence; `page_size` is None where a sequence has one page only.
 
-    With `split_size` nothing that decides the numbers depends on the batch.
+    With `split_size` nothing that decides the numbers depends on the batch, or on the capacity that its longest member needs.
     """
     rows = num_heads // num_kv_heads * tokens
     columns = triton.next_power_of_2(head_dim)
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
     pairs = batch * num_kv_heads
-    crowded = split_size is None and pairs >= 2 * sms  # work for every multiprocessor without splits
+    # Work for every multiprocessor with few splits or none: bytes in flight then count more than a short way to the first. By
+    # chunks of 128 rows one program fits a multiprocessor at head size 128, three fit at 64; by chunks of 64, two and four.
+    crowded = split_size is None and pairs >= (2 * sms if columns == 64 else sms // 2)
     # A short cache is best read whole before the wait (inside the 1B's step: 655 us, by 64 rows 668); in a long one the loop
     # does the work, and small chunks leave it registers (1 x 4096, head size 128: 10.3 us, by 128 rows 12.5).
-    chunk_rows = 64 if crowded or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128 else 128
-    max_registers = 128 if crowded and columns == 64 else None
+    small = crowded or split_size is not None or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128
+    chunk_rows = 64 if small else 128
     # Smaller parts pay for their merge: 1 x 1024 at head size 64 takes 5.6 us by 128 rows, 6.4 by 256; at 128, 6.7 and 10.0.
     min_rows = 128
     # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
@@ -468,10 +473,11 @@ def choose_launch(
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
-        merged=max(1, min(64, 16384 // (kept_rows * columns))),  # 64 KiB at a time: 128 registers of each of 128 threads
+        # All parts at a time, up to 64 KiB. It is the merge that sets the kernel's registers: by 64 parts 222 of each of 128
+        # threads at head size 64, by 4 parts 128, so that four programs fit a multiprocessor for two.
+        merged=max(1, min(triton.next_power_of_2(-(-items // pairs)), 64, 16384 // (kept_rows * columns))),
         warps=warps,
         stages=3 if page_size is None else 4,  # the page's number takes a stage of its own
-        max_registers=max_registers,
     )
 
 
@@ -623,7 +629,7 @@ def flash_decode(
 ) -> torch.Tensor:
     """Attention of this step's tokens over the cache, this step's rows included: q [B, T, Hq, D] -> [B, T, Hq, D].
 
-    k_cache, v_cache [pages, Hkv, page_size, D] in q's dtype, or float8_e4m3fn with k_scale, v_scale [Hkv] float32.
+    k_cache, v_cache [pages, Hkv, page_size, D] in q's dtype or float8_e4m3fn; k_scale, v_scale [Hkv] float32 where not 1.
     lengths [B] int32: valid rows of each sequence, this step's T included, so that token t stands at lengths - T + t and sees
     the rows up to its own (with `window`: the last `window` of them). Length 0, and tokens at negative positions, give zeros.
     table [B, P] int32: position p is row p % page_size of page table[b, p // page_size].

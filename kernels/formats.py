@@ -5,12 +5,13 @@ Letters: N rows (output features), K columns (input features), G groups of colum
 
     format            weight                          scale                     zero
     bf16 fp16 fp32    [N, K] in that dtype            -                         -
-    int8              int8 [N, K], -127 to 127        float32 [N, 1]            -
+    int8              int8 [N, K]                     float32 [N, 1]            -
     fp8               float8_e4m3fn [N, K]            float32 [N, 1]            -
     int4              uint8 [N, K / 2], two codes     [N, G], any plain dtype   uint8 [N, G], or none where symmetric: 8
 
-A weight is (code - zero) * scale, computed in float32 and rounded once to the model's dtype; int8 and fp8 have no zero. An int4
-code is 0 to 15; a byte holds column 2i in its low nibble and column 2i + 1 in its high one.
+A weight is (code - zero) * scale, computed in float32 and rounded once to the model's dtype; int8 and fp8 have no zero. Our
+quantisers leave int8's -128 out, converted checkpoints may have it. An int4 code is 0 to 15; a byte holds column 2i in its low
+nibble and column 2i + 1 in its high one.
 """
 
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ class PackedFormat:
         def check(field, expected: Iterable):
             if getattr(self, field) not in (expected := list(expected)):
                 names = ", ".join(map(str, expected))
-                raise ValueError(f"{field} of {self.format}: found {getattr(self, field)!r}, supported: {names}")
+                raise ValueError(f"{field} of {self.format!r:.50}: found {getattr(self, field)!r:.200}, supported: {names}")
 
         check("format", GROUP_SIZES)
         check("group_size", GROUP_SIZES[self.format])
@@ -58,10 +59,10 @@ class PackedFormat:
         """The inverse of `to_dict`. ValueError names the field that is missing, unknown or wrong."""
         names = ("format", "group_size", "symmetric", "scale_dtype")
         if not isinstance(fields, dict) or set(fields) != set(names):
-            raise ValueError(f"found {str(fields)[:200]}, supported: an object of {', '.join(names)}")
+            raise ValueError(f"found {fields!r:.200}, supported: an object of {', '.join(names)}")
         for name, kind in zip(names, (str, int, bool, str), strict=True):
             if type(fields[name]) is not kind:
-                raise ValueError(f"{name}: found {fields[name]!r}, supported: {kind.__name__}")
+                raise ValueError(f"{name}: found {fields[name]!r:.200}, supported: {kind.__name__}")
         scale_dtype = fields["scale_dtype"]
         return cls(**fields | {"scale_dtype": SCALE_DTYPES.get(scale_dtype, scale_dtype)})
 
@@ -111,11 +112,18 @@ def fit_scale(values: Tensor, fmt: PackedFormat, shrink: float = 1.0) -> tuple[T
     return scale, zero
 
 
+def saturated(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """values in dtype; what is beyond the range of e4m3 becomes its largest value, +-448, where PyTorch makes NaN of it."""
+    if dtype == torch.float8_e4m3fn:
+        values = values.clamp(-LARGEST["fp8"], LARGEST["fp8"])
+    return values.to(dtype)
+
+
 def encode(values: Tensor, scale: Tensor, zero: Tensor | None, fmt: PackedFormat) -> Tensor:
     """The nearest codes of values [..., columns] with scale and zero [...]; what the codes do not reach is clipped."""
     codes = values.float() / scale.float()[..., None]
     if fmt.format == "fp8":
-        return codes.clamp(-LARGEST["fp8"], LARGEST["fp8"]).to(torch.float8_e4m3fn)
+        return saturated(codes, torch.float8_e4m3fn)
     if fmt.format == "int8":
         return codes.round().clamp(-127, 127).to(torch.int8)
     return (codes.round() + (8 if zero is None else zero[..., None].float())).clamp(0, 15).to(torch.uint8)

@@ -99,9 +99,9 @@ def _head_kernel(
     M, T, N, K, columns, eps, vocab_size,
     PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
+    LOOPS: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits and best candidate of tile program_id, and of each num_programs-th tile after it where LOOPS."""
     if not LATE:
@@ -131,7 +131,7 @@ def _head_kernel(
 
     sums, squares, widened = multiply(
         tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, False, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, False, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
     logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import num_sms, pdl_trigger, pdl_wait
+from kernels._common import INTERPRET, num_sms, pdl_trigger, pdl_wait
 from kernels._matmul import (
     MAX_ROWS,
     arrive,
@@ -36,10 +36,12 @@ from kernels._matmul import (
     tile_of,
     uses_kernel,
 )
-from kernels.formats import Weight
+from kernels.formats import Weight, saturated
 from kernels.tiles import Tile
 
 __all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
+
+INTERPRETED = tl.constexpr(INTERPRET)
 
 
 # ---------------------------------------------------------------- reference
@@ -83,7 +85,7 @@ def qkv_rope_append_ref(
     page = table.long()[row // T, at // page_size]
     for cache, new in ((k_cache, k), (v_cache, v)):
         old = cache[page, :, at % page_size]
-        cache[page, :, at % page_size] = torch.where(writes.any(), new[row].to(cache.dtype), old)
+        cache[page, :, at % page_size] = saturated(torch.where(writes.any(), new[row], old.to(new.dtype)), cache.dtype)
     return q.contiguous()
 
 
@@ -145,9 +147,9 @@ def _linear_kernel(
     x_ptr, w_ptr, norm_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
     M, N, F, K, columns, eps,
     SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
-    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
-    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
+    SPLIT: tl.constexpr, GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
+    STREAM: tl.constexpr, X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual. `columns` is K in units of w_ptr and x_ptr."""
     if not LATE:
@@ -177,7 +179,7 @@ def _linear_kernel(
     ADD: tl.constexpr = residual_ptr is not None and MP == 1 and not (NORM or SILU_MUL or DOT) and SPLIT == 1 and CHUNKS <= 2
     sums, squares, widened = multiply(
         tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     if ADD:
         residual = 0.0
@@ -228,6 +230,17 @@ def _head_norm(a, b, weight_ptr, pair, eps, HALF: tl.constexpr):
 
 
 @triton.jit
+def _to_cache(values, cache_ptr):
+    """float32 values in the cache's dtype; what is beyond the range of e4m3 becomes its largest value."""
+    if cache_ptr.dtype.element_ty == tl.float8e4nv:
+        values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERPRETED:  # its cast halves what rounds up to a power of two: the rounding is done here, to 4 bits or 2**-9
+            wide = values * (2.0**20 + 1)
+            values = tl.where(tl.abs(values) < 2.0**-6, (values + 24576.0) - 24576.0, wide - (wide - values))
+    return values.to(cache_ptr.dtype.element_ty)
+
+
+@triton.jit
 def _qkv_epilogue(
     sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
     head, pair, m, M, page_size, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
@@ -254,11 +267,11 @@ def _qkv_epilogue(
         offset = row[None, :] * D + pair[:, None]
         mask = writes[None, :]
         if head < HQ + HKV:
-            tl.store(k_ptr + offset, rotated_a.to(k_ptr.dtype.element_ty), mask=mask)
-            tl.store(k_ptr + offset + HALF, rotated_b.to(k_ptr.dtype.element_ty), mask=mask)
+            tl.store(k_ptr + offset, _to_cache(rotated_a, k_ptr), mask=mask)
+            tl.store(k_ptr + offset + HALF, _to_cache(rotated_b, k_ptr), mask=mask)
         else:
-            tl.store(v_ptr + offset, a.to(v_ptr.dtype.element_ty), mask=mask)
-            tl.store(v_ptr + offset + HALF, b.to(v_ptr.dtype.element_ty), mask=mask)
+            tl.store(v_ptr + offset, _to_cache(a, v_ptr), mask=mask)
+            tl.store(v_ptr + offset + HALF, _to_cache(b, v_ptr), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "T", "P"])
@@ -268,9 +281,9 @@ def _qkv_kernel(
     M, T, P, N, K, columns, eps, qk_eps, page_size,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
-    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
+    SPLIT: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of pairs of one head. TILES tiles of a head and SPLIT parts of K form a group that its last arrival merges:
     TILES is 1, or with qk-norm, which needs the whole head, D / R."""
@@ -301,7 +314,7 @@ def _qkv_kernel(
 
     sums, squares, _ = multiply(
         tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
+        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
     )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES
@@ -546,7 +559,8 @@ def qkv_rope_append(
     RMSNorm, projection with `weight` [(Hq + 2 Hkv) D, K] and its bias, RMSNorm of each query and key head (q_norm, k_norm [D]
     or None), RoPE (rotate-half) with cos and sin [max_positions, D / 2] float32, append.
     Token t of sequence b is at position p = lengths[b] - T + t; it goes to row p % page_size of page table[b, p // page_size]
-    of k_cache and v_cache [pages, Hkv, page_size, D]. Nothing is written where p is below 0. lengths [B], table [B, P] int32.
+    of k_cache and v_cache [pages, Hkv, page_size, D], in their dtype: x's, or float8_e4m3fn, which saturates at +-448. Nothing
+    is written where p is below 0. lengths [B], table [B, P] int32.
     `ahead` as in `linear`. ValueError: a shape or dtype that does not fit.
     """
     return torch.ops.rooflama.qkv_rope_append(

@@ -5,8 +5,10 @@
     python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
     python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/benchmark_kernels.py sanitize
+    python scripts/benchmark_kernels.py choose --output choose.jsonl           # what top-k and top-p add to the greedy choice
 
-Bandwidth is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
+Bandwidth of attention is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
 """
 
 import argparse
@@ -35,7 +37,8 @@ sys.path.insert(0, str(ROOT))
 from benchmark import stamp
 
 from generate import DTYPES, add_flag
-from kernels import flash_decode, pdl_disabled
+from kernels import advance, choose, flash_decode, pdl_disabled
+from kernels.choose import choose_ref
 from kernels.flash_decode import Launch, choose_launch, flash_decode_ref, override_launch
 
 BATCH_AND_LENGTH = [
@@ -311,17 +314,29 @@ def run_for_ncu(points: list[Point]) -> None:
 # --------------------------------------------------------------------------------------------------------------------------
 
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
+# For batches, which need bytes in flight more than a short way to the first one. Four warps: as many programs on a
+# multiprocessor as registers (128: four) and shared memory (2 * stages * block_rows * head size * 2 bytes) allow.
+BATCH_SHAPES = [
+    *((64, 64, groups, 4, stages, None) for groups in (1, 4) for stages in (2, 3, 4)),
+    *((64, 64, groups, 4, stages, 128) for groups in (1, 4) for stages in (2, 3)),
+    *((64, 32, 1, 4, stages, registers) for stages in (2, 3, 4) for registers in (None, 128)),
+    *((64, 128, groups, 4, 2, None) for groups in (1, 4)),
+    *((128, 64, groups, 4, 3, None) for groups in (1, 4)),
+    *((32, 32, 2, 2, stages, None) for stages in (3, 4)),
+    *((64, 64, 1, 8, stages, None) for stages in (2, 3, 4)),
+    *((128, 128, groups, 8, stages, None) for groups in (1, 8) for stages in (2, 3)),
+]
 
 
-def shapes_to_try(head_dim: int, query_rows: int) -> list[dict]:
+def shapes_to_try(point: Point, query_rows: int) -> list[dict]:
     """Values of the fields that need a compilation, those that fit a multiprocessor."""
     four_warps = itertools.product((64, 128, 256), (64,), (4,), (4,), (3, 4), (None, 128, 168))
     eight_warps = itertools.product((128, 256, 512), (128,), (8,), (8,), (2, 3), (None, 128))
-    one_softmax = itertools.product((64, 128, 256), (64,), (1,), (4,), (3,), (None, 128))
+    one_softmax = itertools.product((64, 128, 256), (64,), (1,), (4,), (2, 3), (None, 128))
     found = []
-    for fields in (*four_warps, *eight_warps, *one_softmax):
+    for fields in BATCH_SHAPES if point.batch > 1 else (*four_warps, *eight_warps, *one_softmax):
         shape = dict(zip(COMPILED, fields, strict=True))
-        chunk_registers = shape["chunk_rows"] * head_dim * 4 // (shape["warps"] * 32 * 4)
+        chunk_registers = shape["chunk_rows"] * point.head_dim * 4 // (shape["warps"] * 32 * 4)
         if chunk_registers <= 128 and (query_rows == 16 or shape["row_groups"] == 1):
             found.append(shape)
     return found
@@ -330,10 +345,10 @@ def shapes_to_try(head_dim: int, query_rows: int) -> list[dict]:
 def splits_to_try(launch: Launch, pairs: int, capacity: int, sms: int) -> list[dict]:
     """Values of the fields that say how the rows are split."""
     found = {}
-    for min_rows, per_sm in itertools.product((128, 256, 512, 1024), (1, 2, 3, 4)):
+    for min_rows, per_sm in itertools.product((128, 256, 512, 1024), (1, 2, 3, 4, 6, 8)):
         if min_rows >= launch.chunk_rows:
             programs = min(pairs * max(1, capacity // min_rows), max(pairs, per_sm * sms))
-            found[min_rows, programs] = {"min_rows": min_rows, "programs": programs, "items": programs}
+            found[programs] = {"min_rows": min_rows, "programs": programs, "items": programs}
     return list(found.values())
 
 
@@ -408,10 +423,32 @@ def report(title: str, results: list[tuple[float, dict]], output: Path | None, r
                 file.write(json.dumps(record | {"us": us, "launch": fields}) + "\n")
 
 
+def report_shapes(found: dict[Point, list[tuple[float, dict]]]) -> None:
+    """For each head size and batch, the shapes that lose least over all lengths, with the split as it is now."""
+    for head_dim, batch in sorted({(p.head_dim, p.batch) for p in found}):
+        losses: dict[tuple, list[float]] = {}
+        for point, results in found.items():
+            if (point.head_dim, point.batch) == (head_dim, batch):
+                for us, fields in results:
+                    if "programs" not in fields:
+                        shape = tuple(fields.get(name) for name in COMPILED) if fields else ("present",)
+                        losses.setdefault(shape, []).append(us / results[0][0])
+        lengths = max(len(values) for values in losses.values())
+        means = sorted((statistics.geometric_mean(v), shape) for shape, v in losses.items() if len(v) == lengths)
+        print(f"head size {head_dim}, batch {batch}: time beside each length's best, over {lengths} lengths", flush=True)
+        for mean, shape in means:
+            if (mean, shape) in means[:4] or shape == ("present",):
+                print(
+                    f"    {mean:.3f}  "
+                    + (" ".join(f"{k}={v}" for k, v in zip(COMPILED, shape, strict=False)) if len(shape) > 1 else "present")
+                )
+
+
 def sweep_alone(points: list[Point], args) -> None:
     """The best launches of the kernel alone, without PDL: what the comparison times."""
-    shapes = compile_shapes(points, lambda p: shapes_to_try(p.head_dim, launch_of(p).query_rows), pdl=False)
+    shapes = compile_shapes(points, lambda p: shapes_to_try(p, launch_of(p).query_rows), pdl=False)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
+    found = {}
     for point in points:
         inputs = make_inputs(point, number_of_sets(point, not args.dont_flush_gpu_cache))
         run = functools.partial(ours, scale=point.scale)
@@ -425,9 +462,10 @@ def sweep_alone(points: list[Point], args) -> None:
         splits = lambda launch, p=point: splits_to_try(launch, p.batch * p.num_kv_heads, p.length, sms)
         deadline = time.perf_counter() + args.seconds / len(points)
         with pdl_disabled():
-            results = search(shapes[point], launch_of(point), splits, measure, deadline)
+            found[point] = search(shapes[point], launch_of(point), splits, measure, deadline)
         record = {"sweep": "alone", "head_size": point.head_dim, "batch_size": point.batch, "seq_n": point.length}
-        report(str(point), results, args.output, record)
+        report(str(point), found[point], args.output, record)
+    report_shapes(found)
 
 
 def sweep_in_step(args) -> None:
@@ -440,7 +478,7 @@ def sweep_in_step(args) -> None:
     points = [
         Point(c.head_dim, B, S, c.num_heads, c.num_kv_heads, DTYPES["bfloat16"]) for B in args.batch_size for S in args.context
     ]
-    shapes = compile_shapes(points, lambda p: shapes_to_try(p.head_dim, launch_of(p).query_rows), pdl=True)
+    shapes = compile_shapes(points, lambda p: shapes_to_try(p, launch_of(p).query_rows), pdl=True)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     for point in points:
         timer = StepTimer(args.in_step, point.batch, point.length)
@@ -457,6 +495,134 @@ def sweep_in_step(args) -> None:
         report(f"{args.in_step} batch {point.batch} at {point.length} tokens", results, args.output, record)
         del timer, measure
         torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# The choice of a token: what its cuts add to a step's end
+# --------------------------------------------------------------------------------------------------------------------------
+
+CUTS = {"top-k 200": {"top_k": 200}, "top-p 0.9": {"top_p": 0.9}, "both": {"top_k": 200, "top_p": 0.9}}
+LOGITS = {  # V -> one row's logits
+    "flat": lambda V: 0.1 * torch.randn(V),  # random weights', narrowed
+    "normal": torch.randn,
+    "peaked": lambda V: (2 * torch.randn(V)).index_fill_(0, torch.tensor([V // 2]), 25.0),
+    "zipf": lambda V: -1.1 * torch.log(1.0 + torch.randperm(V)) + 0.1 * torch.randn(V),  # natural text's
+}
+CANDIDATES = 4096  # of a row, as the head gives them
+
+
+def choice_arguments(kind: str, B: int, V: int, device: str) -> tuple[dict, dict]:
+    """The arguments of `advance`, and those of `choose` without its cuts, on rows of such logits."""
+    torch.manual_seed(0)
+    logits = torch.stack([LOGITS[kind](V) for _ in range(B)])
+    per_candidate = math.ceil(V / CANDIDATES)
+    padded = torch.nn.functional.pad(logits, (0, CANDIDATES * per_candidate - V), value=-math.inf)
+    best, index = padded.view(B, CANDIDATES, per_candidate).max(dim=-1)
+    index += torch.arange(CANDIDATES) * per_candidate
+    state = {name: torch.zeros(B, dtype=torch.int32) for name in ("token", "cursor", "done", "flag")}
+    advanced = {
+        "partial_max": best, "partial_id": index.int(), **state, "lengths": torch.full((B,), 9, dtype=torch.int32),
+        "limit": torch.full((B,), 2**30, dtype=torch.int32), "ring": torch.zeros(B, 256, dtype=torch.int32),
+        "stop_ids": torch.full((B, 16), -1, dtype=torch.int32),
+        "embedding": torch.zeros(V, 2048, dtype=torch.bfloat16), "x": torch.zeros(B, 2048, dtype=torch.bfloat16),
+    }  # fmt: skip
+    advanced = {name: t.to(device) for name, t in advanced.items()}
+    chosen = {
+        "logits": logits.to(device), "maxima": advanced["partial_max"], "lengths": advanced["lengths"],
+        "temperature": torch.full((B,), 0.8, device=device), "seed": torch.arange(B, device=device),
+        "sample": torch.zeros(B, dtype=torch.int32, device=device),
+    }  # fmt: skip
+    return advanced, chosen
+
+
+def cut_arguments(B: int, device: str, top_k: int = 0, top_p: float = 1.0) -> dict:
+    return {
+        "top_k": torch.full((B,), top_k, dtype=torch.int32, device=device),
+        "top_p": torch.full((B,), top_p, device=device),
+        "min_p": torch.zeros(B, device=device),
+    }
+
+
+def check_choice(name: str, chosen: dict, draws: int, device: str = "cuda") -> None:
+    """At so many positions: the reference's tokens, or others whose values are equal to float32's rounding."""
+    for position in range(1, draws + 1):
+        arguments = chosen | {"lengths": torch.full_like(chosen["lengths"], position)}
+        value, index = (t.to(arguments["logits"].device) for t in choose(**{key: t.to(device) for key, t in arguments.items()}))
+        reference = {key: t for key, t in arguments.items() if key != "maxima"}
+        want, want_index = choose_ref(**reference)
+        wrong = (index[:, 0] != want_index) & ((value[:, 0] - want).abs() > 1e-4)
+        if wrong.any():
+            raise ValueError(
+                f"choose, {name}, position {position}: {int(wrong.sum())} of {len(wrong)} tokens differ from choose_ref's"
+            )
+
+
+def choose_cost(args) -> None:
+    """The end of a step, greedy and with cuts: us from graphs with PDL, in which every draw has a position of its own."""
+    versions = stamp()
+    for B, kind in itertools.product(args.batch_size, LOGITS):
+        advanced, chosen = choice_arguments(kind, B, args.vocab_size, "cuda")
+        greedy = time_graph([functools.partial(advance, **advanced)] * 32)
+        parts = [f"batch {B:>2}  {kind:<6} greedy {greedy:6.2f} us"]
+        for name, cut in CUTS.items():
+            arguments = chosen | cut_arguments(B, "cuda", **cut)
+            check_choice(f"{kind}, {name}", arguments, 8 if B == 1 else 2)
+
+            def step(arguments=arguments, advanced=advanced):
+                value, index = choose(**arguments)
+                advance(**advanced | {"partial_max": value, "partial_id": index})
+
+            added = time_graph([step] * 32) - greedy
+            parts.append(f"{name} +{added:6.2f} us")
+            record = {
+                "benchmark": "choose",
+                "logits": kind,
+                "batch_size": B,
+                "cut": name,
+                "greedy_us": greedy,
+                "added_us": added,
+            }
+            if args.output:
+                with args.output.open("a") as file:
+                    file.write(json.dumps(record | {"vocab_size": args.vocab_size} | versions) + "\n")
+        print(" | ".join(parts), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------------
+# For compute-sanitizer
+# --------------------------------------------------------------------------------------------------------------------------
+
+
+def sanitize(device: str = "cuda") -> None:
+    """Small launches of attention and choice, without a graph: inputs and references on the CPU, so that little else runs.
+
+    Every way through the kernels: one part and many, merges, pages, a window, lists. Twice each, for the same result.
+    """
+    torch.manual_seed(0)
+    lengths = torch.tensor([700, 0, 1, 1100], dtype=torch.int32)
+    for head_dim, tokens, page_size, options in [
+        (64, 1, 1152, {}), (64, 1, 128, {}), (128, 1, 1152, {}), (96, 2, 128, {}), (64, 1, 128, {"window": 130}),
+        (128, 4, 1152, {"split_size": 128}), (64, 16, 1152, {}),
+    ]:  # fmt: skip
+        pages = 1152 // page_size
+        table = torch.randperm(4 * pages).view(4, pages).int()
+        q = torch.randn(4, tokens, 8, head_dim).bfloat16()
+        k, v = (torch.randn(4 * pages, 2, page_size, head_dim).bfloat16() for _ in range(2))
+        tensors = [q, k, v, lengths, table]
+        settings = {"scale": head_dim**-0.5, **options}
+        results = [flash_decode(*(t.to(device) for t in tensors), **settings).cpu() for _ in range(2)]
+        settings.pop("split_size", None)
+        exact = flash_decode_ref(*(t.double() if t.is_floating_point() else t for t in tensors), **settings)
+        name = f"flash_decode, head size {head_dim}, {tokens} tokens, pages of {page_size}, {options}"
+        error = ((results[0].double() - exact).norm() / exact.norm()).item()
+        if not error <= TOLERANCE[torch.bfloat16] or not torch.equal(*results):
+            raise ValueError(f"{name}: found a relative error of {error:.1e}, or two results that differ")
+        print(f"{name}: {error:.1e}", flush=True)
+    for B, kind, (cut_name, cut) in itertools.product((1, 5), LOGITS, CUTS.items()):
+        _, chosen = choice_arguments(kind, B, 9000, "cpu")
+        name = f"choose, batch {B}, {kind}, {cut_name}"
+        check_choice(name, chosen | cut_arguments(B, "cpu", **cut), 2, device)
+        print(f"{name}: right", flush=True)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -501,11 +667,16 @@ def main(argv=None) -> int:
     flag("seconds", type=float, default=120, help="of measuring, for a whole sweep")
     flag("in_step", metavar="MODEL", help="with --sweep: within this model's decode step, such as llama-3.2-1b")
     flag("context", type=int, nargs="+", default=[96, 512, 2048], help="with --in_step: cached tokens")
+    p = commands.add_parser("choose", help="top-k and top-p against the greedy choice")
+    flag("batch_size", type=int, nargs="+", default=[1, 16, 64])
+    flag("vocab_size", type=int, default=128256)
+    flag("output", type=Path, help="append a JSON line for each point")
+    commands.add_parser("sanitize", help="small launches of every kind, checked: to run under compute-sanitizer")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    attention(args)
+    {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
     return 0
 
 

@@ -2,10 +2,12 @@
 
     python scripts/evaluate.py --text FILE --checkpoint_path quantised1 quantised2 --reference original
     python scripts/evaluate.py --text FILE --reference original --quantize int8 fp8 int4-gptq --groupsize 64 128
+    python scripts/evaluate.py --text FILE --reference original --kv_cache_dtype fp8
 
 The text is cut into windows, each read from its start without what came before. The decode path reads them token by token, as
 if each had been generated: the same kernels and graphs, the true token in the place of the chosen one (teacher forcing).
-A table, then one JSON object as the last line of standard output.
+Models are compared token by token (paired), +- one standard error of the windows' mean differences; so are those of one format
+among each other. A table, then one JSON object as the last line of standard output.
 Letters: B windows of a batch, T tokens of a window, V vocabulary.
 """
 
@@ -28,7 +30,8 @@ sys.path.insert(0, str(ROOT))
 import quantize
 from convert_hf_checkpoint import report_errors, underscored
 from generate import DEMO, DTYPES, Engine, default_device, weight_bytes_per_step
-from kernels.formats import GROUP_SIZES
+from kernels.formats import GROUP_SIZES, PLAIN_FORMATS
+from kv_cache import CACHE_DTYPES
 from model import PrefillStep
 
 
@@ -41,14 +44,16 @@ class Score:
     kl: float = 0.0  # KL divergence, reference || model, nats
     same: int = 0  # tokens where both have the same largest logit
 
-    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> None:
-        """logits, reference [n, V]; targets [n]."""
+    def add(self, logits: Tensor, targets: Tensor, reference: Tensor) -> float:
+        """logits, reference [n, V]; targets [n]. Returns the mean negative log-likelihood of these."""
         ours, theirs = logits.double().log_softmax(-1), reference.double().log_softmax(-1)
         self.tokens += targets.numel()
-        self.nats += F.nll_loss(ours, targets, reduction="sum").item()
+        nats = F.nll_loss(ours, targets, reduction="sum").item()
+        self.nats += nats
         real = torch.isfinite(theirs)  # padding rows of the vocabulary are -inf in both
         self.kl += torch.where(real, theirs.exp() * (theirs - ours), 0.0).sum().item()
         self.same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        return nats / targets.numel()
 
     def means(self, num_bytes: int | None) -> dict:
         """Per scored token; num_bytes: of their text."""
@@ -87,34 +92,44 @@ def prefill_logits(engine: Engine, tokens: Tensor) -> Tensor:
 def decode_logits(engine: Engine, tokens: Tensor) -> Iterator[Tensor]:
     """tokens [B, T] -> T times the logits after one more token of each, [B, V], by decode steps."""
     engine.prepare(*tokens.shape)
-    session = engine.session
+    session, rows = engine.session, len(tokens)
     session.done.zero_()
     session.nan.zero_()
     session.stop_ids.fill_(-1)
     session.limit.fill_(session.max_seq_len + 1)
     for t in range(tokens.shape[1]):
         session.cache.lengths.fill_(t + 1)
-        session.x.copy_(engine.model.embed(tokens[:, t]))
-        engine.decoder.run(1)
+        session.x[:rows] = engine.model.embed(tokens[:, t])
+        engine.decoder.run(1, rows=rows)
         yield engine.decoder.logits
+
+
+def paired(nats: list[float], others: list[float]) -> dict:
+    """The relative change of the perplexity from `others` to `nats`, window by window, and its standard error."""
+    difference = torch.tensor(nats, dtype=torch.float64) - torch.tensor(others, dtype=torch.float64)
+    change = math.exp(difference.mean())
+    error = difference.std().item() / len(nats) ** 0.5 if len(nats) > 1 else math.nan
+    return {"change": change - 1, "stderr": change * error, "windows": len(nats)}
 
 
 def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int, batch_size: int) -> dict:
     """What a model makes of windows [n, T + 1], beside a reference's prefill."""
-    prefill, decode = Score(), Score()
+    prefill, decode, window_nats = Score(), Score(), []
     for batch in windows.split(batch_size):
         tokens, targets = batch[:, :-1], batch[:, 1:]
         expected = torch.stack([prefill_logits(reference, row) for row in tokens])
         for row, target, theirs in zip(tokens, targets, expected, strict=True):
-            prefill.add(prefill_logits(engine, row), target, theirs)
+            window_nats.append(prefill.add(prefill_logits(engine, row), target, theirs))
         for t, logits in enumerate(decode_logits(engine, tokens)):
             decode.add(logits, targets[:, t], expected[:, t])
     c = engine.model.config
     return {
         "layers": str(c.layer_format or engine.model.layers[0].attention.wqkv.format),
         "head": engine.model.head.format,
+        "cache": PLAIN_FORMATS.get(engine.cache_dtype, "fp8"),
         "bytes_per_step": weight_bytes_per_step(engine.model),
         "tokens": prefill.tokens,
+        "window_nats": window_nats,
         "prefill": prefill.means(num_bytes),
         "decode": decode.means(num_bytes),
     }
@@ -125,6 +140,8 @@ def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int,
 
 def engines(args: argparse.Namespace, options: dict) -> Iterator[tuple[str, Engine]]:
     """(name, engine) of everything to evaluate beside the reference, loaded one at a time."""
+    if options["kv_cache_dtype"] != "auto":
+        yield str(args.reference), Engine.load(args.reference, **options)
     for path in args.checkpoint_path or []:
         yield str(path), Engine.load(path, **options)
     for mode in args.quantize or []:
@@ -143,15 +160,16 @@ def engines(args: argparse.Namespace, options: dict) -> Iterator[tuple[str, Engi
 def table(rows: list[dict]) -> str:
     """One line a model; perplexities with their distance from the reference's prefill."""
     base = rows[0]["prefill"]["perplexity"]
-    head = ("model", "layers", "head", "MB a step", "perplexity", "bits/byte", "KL", "same top")
+    head = ("model", "layers", "head", "cache", "MB a step", "perplexity", "bits/byte", "KL", "same top")
     head += ("decode: perplexity", "KL", "same top")
     cells = [head]
     for row in rows:
-        line = [row["name"], row["layers"], row["head"], f"{row['bytes_per_step'] / 1e6:.3f}"]
+        line = [row["name"], row["layers"], row["head"], row["cache"], f"{row['bytes_per_step'] / 1e6:.3f}"]
         for path in ("prefill", "decode"):
             p = row[path]
             bits = [f"{p['bits_per_byte']:.4f}"] if path == "prefill" else []
-            change = f"{p['perplexity']:.4f} ({p['perplexity'] / base - 1:+.2%})"
+            error = f" ± {row['paired']['stderr']:.2%}" if path == "prefill" and "paired" in row else ""
+            change = f"{p['perplexity']:.4f} ({p['perplexity'] / base - 1:+.2%}{error})"
             line += [change, *bits, f"{p['kl']:.6f}", f"{p['same_top']:.2%}"]
         cells.append(line)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -174,6 +192,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--calibration_file", type=Path, default=quantize.CALIBRATION_FILE)
     flag("--calibration_limit", type=int, default=128)
     flag("--calibration_seq_length", type=int, default=2048)
+    flag("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of all but the first row; prefill reads no cache")
     flag("--window", type=int, default=512, help="tokens of a window")
     flag("--max_tokens", type=int, default=2**31, help="tokens scored at most")
     flag("--batch_size", type=int, default=8, help="windows at once in the decode path")
@@ -193,17 +212,31 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     options = {"device": args.device, "dtype": DTYPES.get(args.dtype), "decode_mode": "auto" if args.compile else "eager"}
     options["max_seq_len"] = args.window  # no more of the cache than is read
+    others = options | {"kv_cache_dtype": args.kv_cache_dtype}
     text = args.text.read_text(encoding="utf-8")
     reference = Engine.load(args.reference, **options)
     if reference.tokenizer is None:
         raise ValueError(f"{args.reference}: found no tokenizer, expected one")
     windows, num_bytes = cut_windows(reference, text[int(len(text) * args.skip) :], args.window, args.max_tokens)
     rows = []
-    for name, engine in itertools.chain([(str(args.reference), reference)], engines(args, options)):
+    for name, engine in itertools.chain([(str(args.reference), reference)], engines(args, others)):
         rows.append({"name": name} | evaluate(engine, reference, windows, num_bytes, args.batch_size))
         print(f"{name}: perplexity {rows[-1]['prefill']['perplexity']:.4f}", file=sys.stderr)
+    pairs = []
+    for a, b in itertools.combinations(rows, 2):
+        result = paired(b["window_nats"], a["window_nats"])
+        if a is rows[0]:
+            b["paired"] = result
+        elif a["layers"] == b["layers"]:
+            pairs.append({"names": [b["name"], a["name"]], "layers": a["layers"]} | result)
     print(table(rows))
-    print(json.dumps({"text": str(args.text), "window": args.window, "scored_bytes": num_bytes, "rows": rows}))
+    for p in pairs:
+        what = f"perplexity {p['change']:+.3%} ± {p['stderr']:.3%} over {p['windows']} windows"
+        print(f"{p['names'][0]} against {p['names'][1]}, {p['layers']}: {what}")
+    for row in rows:
+        del row["window_nats"]
+    out = {"text": str(args.text), "window": args.window, "scored_bytes": num_bytes, "rows": rows, "pairs": pairs}
+    print(json.dumps(out))
 
 
 def main(argv: list[str] | None = None) -> int:

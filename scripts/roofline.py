@@ -2,8 +2,8 @@
 
     python scripts/roofline.py llama-3.1-8b                              every card of the table, a line each
     python scripts/roofline.py llama-3.1-8b --gpu h200                   stage by stage: what bounds it, and by how much
-    python scripts/roofline.py llama-3.1-8b --gpu h200 --double_batch    double the batch: does the time grow?
-    python scripts/roofline.py llama-3.1-8b --measured runs.jsonl --plot roofline.png
+    python scripts/roofline.py llama-3.1-8b --gpu h200 --double_batch    double the batch: does the time grow? (--measure: here)
+    python scripts/roofline.py llama-3.1-8b --measured benchmarks/*.jsonl --plot roofline.png
 
 The whole theory (the rest of this file is its bookkeeping):
 
@@ -38,6 +38,7 @@ import dataclasses
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,13 +49,15 @@ import torch
 from checkpoint import read_json
 from convert_hf_checkpoint import report_errors, underscored
 from kernels import MAX_ROWS
-from kv_cache import bytes_per_row
+from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import SHAPES, ModelConfig
 
 KERNEL_SEC = 2e-6  # least time of a kernel in a CUDA graph: 1.7 us with programmatic dependent launch, 2.05 without (H200)
 USABLE_MEMORY = 0.9  # of the card: the rest is the driver's, the CUDA context's and the largest activations'
 TOLERANCE = 0.25  # measured / predicted may be this far from 1
 MAX_BATCH = 4096  # the ridge is looked for up to here
+MEASURED_TOKENS = 64  # that --measure has each sequence generate, half before and half behind --context
+MEASURED_BATCH = 512  # --measure doubles up to here
 
 # ---------------------------------------------------------------- cards
 
@@ -143,10 +146,11 @@ class Model:
     config: ModelConfig
     body: str = "bf16"  # of the layers' linears
     head: str = "bf16"
+    cache: str = "auto"  # K and V, by the names of kv_cache.CACHE_DTYPES
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return bytes_per_row(self.config, torch.bfloat16)
+        return bytes_per_row(self.config, CACHE_DTYPES[self.cache] or torch.bfloat16)
 
     @property
     def step_weight_bytes(self) -> float:
@@ -353,7 +357,7 @@ class Run:
     batch_size: int
     prompt_len: int
     max_new_tokens: int
-    measured_ms: float  # a decode step: TPOT, the median
+    measured_ms: float  # a decode step: TPOT, the median of the runs
     predicted: Prediction
 
     @property
@@ -378,13 +382,15 @@ def read_runs(path: Path, card: Card | None) -> list[Run]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: found {line[:40].decode(errors='replace')!r}, expected a JSON object")
         rows.append((row, f"{path}:{number}"))
-    runs = [_parse_run(row, where, card) for row, where in rows if "tpot_ms" in row]
+    runs = [parse_run(row, where, card) for row, where in rows if "tpot_ms" in row]
     if len(runs) < len(rows):
         print(f"{path}: {len(rows) - len(runs)} lines have no tpot_ms and are left out", file=sys.stderr)
     return runs
 
 
-def _parse_run(row: dict, where: str, card: Card | None) -> Run:
+def parse_run(row: dict, where: str, card: Card | None = None) -> Run:
+    """A record of scripts/benchmark.py, or one of another engine in its form. ValueError names the field, at `where`."""
+
     def require(field, value, ok, expected):
         if not ok:
             raise ValueError(f"{where}: {field}: found {value!r}, expected {expected}")
@@ -399,16 +405,24 @@ def _parse_run(row: dict, where: str, card: Card | None) -> Run:
         return require(field, name, isinstance(name, str) and name in FORMATS, f"one of {', '.join(FORMATS)}")
 
     batch_size, prompt_len, max_new_tokens = map(count, ("batch_size", "prompt_len", "max_new_tokens"))
-    ms = row["tpot_ms"]["p50"] if isinstance(row["tpot_ms"], dict) and "p50" in row["tpot_ms"] else None
-    require("tpot_ms.p50", ms, type(ms) in (int, float) and 0 < ms < math.inf, "milliseconds")
+    times = row["tpot_ms"] if isinstance(row["tpot_ms"], dict) else {}
+    field = "mean" if "mean" in times else "p50"  # the mean of a run is known of every engine, percentiles of some
+    ms = times.get(field)
+    require(f"tpot_ms.{field}", ms, type(ms) in (int, float) and 0 < ms < math.inf, "milliseconds")
+    padding = row.get("padding_ratio") or 0.0
+    require("padding_ratio", padding, type(padding) in (int, float) and 0 <= padding < 1, "a number from 0 to 1")
     if device := row.get("device") or row.get("gpu"):
         card = find_card(str(device), f"{where}: device")
     require("device", device, card, "a GPU of the table, on the line or as --gpu")
     config = load_config(str(row.get("model")), f"{where}: model")
     body = format_name("quantize", "bf16")
     head = format_name("quantize_head", body)
+    cache = row.get("kv_cache_dtype") or "auto"
+    require("kv_cache_dtype", cache, isinstance(cache, str) and cache in CACHE_DTYPES, f"one of {', '.join(CACHE_DTYPES)}")
     label = f"{row.get('engine', 'rooflama')} {Path(row['model']).name} {body}" + (f", head {head}" if head != body else "")
-    predicted = predict(card, Model(config, body, head), decode(batch_size, prompt_len + max_new_tokens // 2))
+    label += f", {cache} cache" if cache != "auto" else ""
+    context = round(prompt_len * (1 - padding)) + max_new_tokens // 2
+    predicted = predict(card, Model(config, body, head, cache), decode(batch_size, context))
     return Run(label, batch_size, prompt_len, max_new_tokens, ms, predicted)
 
 
@@ -427,7 +441,7 @@ def load_config(name: str, source: str = "MODEL") -> ModelConfig:
 
 def num(value: float) -> str:
     """Four significant digits, without an exponent, at most three decimals."""
-    digits = 3 - math.floor(math.log10(value)) if value else 0
+    digits = 3 - math.floor(math.log10(abs(value))) if value else 0
     return f"{value:,.{min(3, max(0, digits))}f}"
 
 
@@ -467,18 +481,21 @@ def card_table(rows: list[tuple[Prediction, Prediction, int]]) -> str:
     return table(header, cells)
 
 
-def double_batch_table(predictions: list[Prediction], largest: int, linears: int | None, step: int | None) -> str:
-    """Double the batch: does the time grow?"""
+def double_batch_table(predictions: list[Prediction], largest: int, linears: int | None, step: int | None, measured) -> str:
+    """Double the batch: does the time grow? `measured`: batch -> ms a step, where it was."""
     rows, before_sec = [], None
     for p in predictions:
         growth = f"x {p.sec / before_sec:.2f}" if before_sec else ""
         shares = [f"{share:.0%}" for share in p.shares.values()]
         fits = "yes" if p.work.sequences <= largest else "no"
-        rows.append([str(p.work.sequences), num(p.sec * 1e3), growth, num(p.tokens_per_sec), *shares, p.bound, fits])
+        ms, before_ms = measured.get(p.work.sequences), measured.get(p.work.sequences // 2)
+        beside = [num(ms) if ms else "", f"x {ms / before_ms:.2f}" if ms and before_ms else ""] if measured else []
+        rows.append([str(p.work.sequences), num(p.sec * 1e3), growth, num(p.tokens_per_sec), *shares, p.bound, fits, *beside])
         before_sec = p.sec
+    measured_names = "  measured ms  grows" if measured else ""
     never = f"at no batch up to {MAX_BATCH}: each sequence brings K and V of its own to read"
     return (
-        table("batch  ms a step  time grows  tokens/s  memory  compute  overhead  bound  fits", rows)
+        table("batch  ms a step  time grows  tokens/s  memory  compute  overhead  bound  fits" + measured_names, rows)
         + f"Compute-bound: the linears {f'from batch {linears} on' if linears else f'at no batch up to {MAX_BATCH}'}, "
         f"the whole step {f'from batch {step} on' if step else never}. Memory holds {largest}.\n"
     )
@@ -562,17 +579,23 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--prompt_len", type=positive, help="tokens of each prompt (default: the context)")
     parser.add_argument("--quantize", choices=FORMATS, default="bf16", help="the layers' weights")
     parser.add_argument("--quantize_head", choices=FORMATS, help="the head's weight (default: as the layers')")
+    parser.add_argument("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of K and V (default: 16 bits)")
     parser.add_argument("--double_batch", action="store_true", help="double the batch: does the time grow?")
     parser.add_argument(
-        "--measured", type=Path, metavar="FILE.jsonl", help="runs of scripts/benchmark.py beside their predictions"
+        "--measured", type=Path, nargs="+", metavar="FILE.jsonl", help="runs of scripts/benchmark.py beside their predictions"
     )
+    parser.add_argument("--measure", action="store_true", help="with --double_batch: measure it too, on this machine's GPU")
+    parser.add_argument("--time_limit", type=float, default=300, metavar="SEC", help="of --measure (default 300)")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the roofline chart, with the measured runs on it")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.measure and not (args.double_batch and args.gpu):
+        parser.error("--measure: found alone, expected it with --double_batch and --gpu")
+    return args
 
 
-def as_json(args: argparse.Namespace, model: Model, pairs: list, largest: dict, ridges: dict, runs: list[Run]) -> str:
+def as_json(args: argparse.Namespace, model: Model, pairs: list, largest: dict, ridges: dict, runs: list[Run], measured) -> str:
     beside = lambda r: {"run": r.label, "measured_ms": r.measured_ms, "ratio": r.ratio, "is_off": r.is_off}
     return json.dumps({
         "model": args.model, "quantize": model.body, "quantize_head": model.head,
@@ -582,20 +605,48 @@ def as_json(args: argparse.Namespace, model: Model, pairs: list, largest: dict, 
         "predictions": [as_dict(p) for pair in pairs for p in pair],
         "ridge_batch": {card.name: {"linears": linears, "step": step} for card, (linears, step) in ridges.items()},
         "double_batch": [as_dict(p) for card in ridges for p in doubling(card, model, args.context)],
+        "measured_double_batch_ms": measured,
         "runs": [beside(r) | as_dict(r.predicted) for r in runs],
     })  # fmt: skip
 
 
+def measure_doubling(args: argparse.Namespace, card: Card, model: Model) -> dict[int, float]:
+    """Batch -> ms a decode step on this machine's GPU, for the batches of `doubling` that fit the card and the time limit."""
+    import measure  # which imports this module
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if measure.card_of(device) != measure.roofline.find_card(card.name):
+        found = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+        raise ValueError(f"--measure: found {found}, expected {card.device}")
+    half, most = MEASURED_TOKENS // 2, min(MEASURED_BATCH, largest_batch(card, model, args.context + MEASURED_TOKENS))
+    if args.context <= half:
+        raise ValueError(f"--context: found {args.context}, expected more than {half} to measure")
+    modes = {("bf16", "bf16"): None, ("int8", "int8"): "int8", ("fp8", "fp8"): "fp8", ("int4", "int8"): "int4"}
+    if (model.body, model.head) not in modes:
+        raise ValueError(
+            f"--quantize_head: found {model.head} with {model.body}, expected int8 with int4, else the same to measure"
+        )
+    mode = modes[model.body, model.head]
+    batches = [2**i for i in range(most.bit_length())]
+    rows = [measure.Row(args.model, b, args.context - half, MEASURED_TOKENS, mode, kv_cache_dtype=model.cache) for b in batches]
+    dtype = str(load_config(args.model).dtype).removeprefix("torch.")
+    plan = measure.Plan(device, dtype, args.model in SHAPES, deadline=time.monotonic() + args.time_limit)
+    say = lambda text: print(text, file=sys.stderr, flush=True)
+    records = measure.measure("double_batch", rows, [("rooflama", "auto")], plan, say)
+    return {record["batch_size"]: record["tpot_ms"]["mean"] for record in records if "tpot_ms" in record}
+
+
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
-    model = Model(config, args.quantize, args.quantize_head or args.quantize)
+    model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype)
     context, prompt_len = args.context, args.prompt_len or args.context
     for flag, length in (("--context", context), ("--prompt_len", prompt_len)):
         if length > config.max_position_embeddings:
             raise ValueError(f"{flag}: found {length}, expected 1 to the model's {config.max_position_embeddings}")
     chosen = find_card(args.gpu) if args.gpu else None
     cards = [chosen] if chosen else list(CARDS.values())
-    runs = read_runs(args.measured, chosen) if args.measured else []
+    runs = [run for path in args.measured or () for run in read_runs(path, chosen)]
+    measured = measure_doubling(args, chosen, model) if args.measure else {}
 
     both = lambda card, batch: (predict(card, model, decode(batch, context)), predict(card, model, prefill(batch, prompt_len)))
     pairs = [both(card, batch) for card in cards for batch in args.batch_size]
@@ -608,7 +659,7 @@ def run(args: argparse.Namespace) -> None:
         plot(args.plot, shown, doubling(shown[0], model, context), both(shown[0], 1)[1], title, runs)
         print(f"wrote {args.plot}", file=sys.stderr)
     if args.json:
-        print(as_json(args, model, pairs, largest, ridges, runs))
+        print(as_json(args, model, pairs, largest, ridges, runs, measured))
         return
 
     gb = [num(count / 1e9) for count in (model.resident_weight_bytes, model.step_weight_bytes)]
@@ -621,7 +672,7 @@ def run(args: argparse.Namespace) -> None:
         print(card_table([(step, prompt, largest[step.card]) for step, prompt in pairs]))
     for card, ridge in ridges.items():
         print(f"{card.name}: double the batch: does the time grow?")
-        print(double_batch_table(doubling(card, model, context), largest[card], *ridge))
+        print(double_batch_table(doubling(card, model, context), largest[card], *ridge, measured))
     if args.measured:
         print(run_table(runs))
 

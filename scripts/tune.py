@@ -25,12 +25,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels
-from generate import STEPS_PER_GRAPH, Engine, add_flag, decode_one_token, floor_ms
+from generate import Engine, add_flag, decode_one_token, floor_ms
 from kernels.formats import Weight
-from kernels.tiles import Tile, candidate_tiles, override_tiles, tile_for
+from kernels.tiles import Tile, candidate_tiles, override_tiles, padded_rows, tile_for
 from model import SHAPES
 
-MIN_GAIN = 0.998  # of the time before: less is noise
+MIN_GAIN = 0.999  # of the time before: less is noise
+STEPS, REPLAYS = 4, 7  # steps of a graph; pairs of its replays, of which the median counts
 
 
 def operators(config) -> list[tuple[str, int, int]]:
@@ -94,7 +95,7 @@ class StepTimer:
         self.engine.prepare(batch_size, context + 512)
         self.context = context
 
-    def us_per_step(self, tiles: dict, replays: int = 6) -> float:
+    def us_per_step(self, tiles: dict) -> float:
         session = self.engine.session
 
         def rewind():
@@ -107,27 +108,26 @@ class StepTimer:
             decode_one_token(self.engine.model, session, "greedy")
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                for _ in range(STEPS_PER_GRAPH):
+                for _ in range(STEPS):
                     decode_one_token(self.engine.model, session, "greedy")
         times = []
-        for _ in range(3):
-            rewind()
+        rewind()
+        graph.replay()
+        for _ in range(REPLAYS):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            graph.replay()
             start.record()
-            for _ in range(replays):
-                graph.replay()
+            graph.replay()
+            graph.replay()
             end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) * 1e3 / replays / STEPS_PER_GRAPH)
-        return statistics.median(times)
+            times.append((start, end))
+        end.synchronize()
+        return statistics.median(start.elapsed_time(end) for start, end in times) * 1e3 / (2 * STEPS)
 
 
 def neighbours(tile: Tile, op: str) -> list[Tile]:
     """Moves that change how a tile's loads overlap with other kernels, not its shape."""
     change = lambda **fields: dataclasses.replace(tile, **fields)
-    moves = [change(ahead=kib) for kib in (0, 1024, 2048, 4096, 8192, 12288, 16384) if op != "head"]
-    moves += [change(late=not tile.late), change(stream=not tile.stream)]
+    moves = [change(stream=not tile.stream)]
     moves += [change(registers=r) for r in (None, 64, 96, 128, 168)]
     return [m for m in dict.fromkeys(moves) if m != tile]
 
@@ -142,12 +142,12 @@ def tune(shape: str, args, pool) -> None:
     floor = floor_ms(timer.engine, rows, args.context, 4.44e12) * 1e3
     print(f"{shape} batch {rows}: {best_us:.1f} us a step with the present tiles; bytes at 4.44 TB/s: {floor:.1f}", flush=True)
     failed: dict[tuple, str] = {}
-    deadline = time.perf_counter() + args.seconds
 
-    def try_all(jobs: list[tuple]) -> None:
+    def try_all(jobs: list[tuple], seconds: float) -> None:
         nonlocal best_us
         faults = pool.map(compile_tile, [(shape, rows, *key, tile) for key, tile in jobs])
         failed.update({fault[:4]: fault[4] for fault in faults if fault})  # all done: nothing else uses the GPU from here on
+        deadline = time.perf_counter() + seconds
         for key, tile in jobs:
             if time.perf_counter() > deadline or (*key, tile) in failed:
                 continue
@@ -170,19 +170,21 @@ def tune(shape: str, args, pool) -> None:
             tiles = candidate_tiles(key[0], rows, *key[1:])
             keep = ("ahead", "late", "stream", "registers")
             tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
-            jobs += [(key, t) for t in rng.sample(tiles, min(len(tiles), args.candidates))]
-        try_all(jobs)
-        for key in best:  # overlaps
-            try_all([(key, t) for t in neighbours(best[key], key[0])])
+            rng.shuffle(tiles)
+            tiles.sort(key=lambda t: t.slices == 1 if t.dot else t.warps > 2)  # small programs won most often
+            jobs += [(i, key, t) for i, t in enumerate(tiles[: args.candidates])]
+        jobs.sort(key=lambda job: job[0])  # the operators in turn, should the time not do for all
+        try_all([job[1:] for job in jobs], 0.7 * args.seconds / args.rounds)
+        try_all([(key, t) for key in best for t in neighbours(best[key], key[0])], 0.3 * args.seconds / args.rounds)  # overlaps
     print(
         f"{shape} batch {rows}: {best_us:.1f} us a step, {floor / best_us:.1%} of 4.44 TB/s; {len(failed)} tiles failed",
         flush=True,
     )
     for error in sorted(set(failed.values()))[:3]:
         print(f"    {error}", flush=True)
-    if rows == 1:  # the table's tiles are for one row; for more rows this run says what the rule costs
-        for (op, N, K), tile in best.items():
-            print(f"    ({sms}, {op!r}, {N}, {K}): {tile},", flush=True)
+    for (op, N, K), tile in best.items():
+        changed = [f"{f.name}={v!r}" for f in dataclasses.fields(tile) if (v := getattr(tile, f.name)) != f.default]
+        print(f'    ({sms}, "bf16", {padded_rows(rows)}, "{op}", {N}, {K}): Tile({", ".join(changed)}),', flush=True)
 
 
 def main(argv=None) -> int:

@@ -93,8 +93,9 @@ def read_safetensors(path: Path) -> tuple[dict, bytes]:
     return json.loads(blob[8 : 8 + length]), blob[8 + length :]
 
 
-def write_random_hf(directory: Path, config, shard_bytes=5_000_000_000) -> None:
-    """A Hugging Face checkpoint in bf16 of any size, from a few MB of memory: one random block over and over."""
+def write_random_hf(directory: Path, config, shard_bytes=5_000_000_000, sparse=False) -> None:
+    """A Hugging Face checkpoint in bf16 of any size, from a few MB of memory: one random block over and over, or (`sparse`)
+    zeros that take no disk."""
     block = torch.empty(2**22, dtype=torch.bfloat16).normal_(0, 0.02).view(torch.uint8).numpy()
     _, shapes = _stored_parts(config, HF_NAMES, "model.")
     shards, weight_map = [{}], {}
@@ -109,7 +110,9 @@ def write_random_hf(directory: Path, config, shard_bytes=5_000_000_000) -> None:
         header = {n: {"dtype": "BF16", "shape": s, "data_offsets": ends[j : j + 2]} for j, (n, s) in enumerate(shard.items())}
         write_safetensors(directory / file, header)
         with open(directory / file, "ab") as out:
-            for start in range(0, ends[-1], len(block)):
+            if sparse:
+                out.truncate(out.tell() + ends[-1])
+            for start in range(0, 0 if sparse else ends[-1], len(block)):
                 out.write(block[: ends[-1] - start])
         weight_map |= dict.fromkeys(shard, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from test_tokenizer import (
@@ -576,7 +577,7 @@ def test_an_interrupted_answer_is_not_the_next_ones(monkeypatch):
     template = template_of("{{ messages[0].content }}")
     template.render(messages_of([("user", "one")]))
 
-    def interrupted(size=-1):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(template._child, "stdout", type("Pipe", (), {"readline": interrupted, "close": lambda self: None})())
@@ -618,3 +619,36 @@ def test_a_lone_surrogate_in_a_message(tmp_path):
     llama3_model(tmp_path, real=False)
     with pytest.raises(ValueError, match="lone surrogate"):
         load_tokenizer(tmp_path).encode_chat(messages_of([("user", "a\ud83d")]))
+
+
+def test_an_answer_without_end_is_refused(monkeypatch):
+    """40 MB of text, which the template makes in a moment and the tokenizer would chew on for minutes."""
+    template = template_of("{{ 'x' * 40000000 }}", time_limit_sec=60)
+    with pytest.raises(ValueError, match=r"^chat_template\.jinja: found more than 16777216 characters, expected a template"):
+        template.render(messages_of([("user", "a")]))
+
+
+ESCAPED = """
+import chat_template, socket
+chat_template.restrict()
+def attempt(what):
+    try:
+        what()
+    except OSError as error:
+        print(error.strerror)
+attempt(lambda: open("/etc/passwd"))
+attempt(lambda: open("mark", "w"))
+attempt(socket.socket)
+try:
+    bytearray(2**31)
+except MemoryError:
+    print("MemoryError")
+"""
+
+
+def test_what_would_escape_the_sandbox_finds_nothing_to_open(tmp_path):
+    """Code that runs in the child outside jinja2's sandbox opens no file and no socket, and takes no memory."""
+    env = {"PYTHONPATH": str(Path(chat_template.__file__).parent)}
+    done = subprocess.run([sys.executable, "-c", ESCAPED], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
+    assert done.stdout.splitlines() == ["Too many open files"] * 3 + ["MemoryError"], done.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -70,7 +70,7 @@ def test_a_wrong_decode_path_shows(engine, monkeypatch):
     windows, num_bytes = evaluate.cut_windows(engine, TEXT, 32, 64)
     engine.prepare(2, 32)
     run = engine.decoder.run
-    monkeypatch.setattr(engine.decoder, "run", lambda steps: (engine.session.x.mul_(-1), run(steps)))
+    monkeypatch.setattr(engine.decoder, "run", lambda *a, **k: (engine.session.x.mul_(-1), run(*a, **k)))
     result = evaluate.evaluate(engine, engine, windows, num_bytes, batch_size=2)
     assert result["prefill"]["kl"] == 0
     assert result["decode"]["kl"] > 0.1
@@ -89,6 +89,54 @@ def test_command_line(text, capsys):
     assert size[0] > size[1] > size[2] > size[3]
     kl = [row["prefill"]["kl"] for row in report["rows"]]
     assert kl[0] == 0 < kl[1] < kl[2] < kl[3]
+
+
+def test_paired():
+    """Windows that differ much among each other, and by little between two models: only the pairing shows it."""
+    nats = torch.rand(400, dtype=torch.float64) * 10
+    other = nats - 0.01 + torch.randn(400, dtype=torch.float64) * 0.02
+    result = evaluate.paired(other.tolist(), nats.tolist())
+    assert result["change"] == pytest.approx(math.expm1((other - nats).mean()), abs=1e-12)
+    assert 0.0008 < result["stderr"] < 0.0012
+    assert evaluate.paired([1.0, 3.0], [1.0, 3.0]) == {"change": 0, "stderr": 0, "windows": 2}
+
+
+def test_quantisers_of_one_format_are_paired(text, capsys):
+    flags = [
+        "--window",
+        "32",
+        "--max_tokens",
+        "96",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--quantize",
+        "int4",
+        "int4",
+        "int8",
+    ]
+    assert evaluate.main(["--text", str(text), *flags]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    report = json.loads(last)
+    assert lines[-1] == "int4 against int4, int4 g128: perplexity +0.000% ± 0.000% over 3 windows"
+    (pair,) = report["pairs"]
+    assert pair["names"] == ["int4", "int4"]
+    plain, int4, _, int8 = report["rows"]
+    assert "paired" not in plain
+    ratio = int4["prefill"]["perplexity"] / plain["prefill"]["perplexity"]
+    assert int4["paired"]["change"] == pytest.approx(ratio - 1)
+    assert int4["paired"]["stderr"] > int8["paired"]["stderr"] > 0
+
+
+def test_fp8_cache(text, capsys):
+    """A row of its own, whose decode path alone differs from the reference's, and by little."""
+    flags = ["--window", "32", "--max_tokens", "64", "--device", "cpu", "--dtype", "float32", "--kv_cache_dtype", "fp8"]
+    assert evaluate.main(["--text", str(text), *flags]) == 0
+    plain, fp8 = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert (plain["cache"], fp8["cache"]) == ("fp32", "fp8")
+    assert plain["prefill"] == fp8["prefill"]
+    assert plain["decode"]["kl"] < 1e-6 < fp8["decode"]["kl"] < 0.02
 
 
 @pytest.mark.parametrize(

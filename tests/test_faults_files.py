@@ -14,6 +14,7 @@ import signal
 import subprocess
 import tempfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -106,6 +107,34 @@ def test_02_header_length(copy, refused, length):
     refused(shard.parent, shard, "safetensors header", length, 100_000_000)
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_02_pipe_in_place_of_a_file(copy, refused, name):
+    """It would be read for ever."""
+    path = copy("single") / name
+    path.unlink()
+    os.mkfifo(path)
+    refused(path.parent, path, "found a directory, pipe or device")
+
+
+def test_02_a_terabyte_of_json(copy, refused):
+    """Sparse: it takes no space, but whoever reads it would take a terabyte."""
+    config = copy("single") / "config.json"
+    os.truncate(config, 10**12)
+    refused(config.parent, config, 10**12, 100_000_000)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[2Jx", "\ud800", "x" * 501])
+def test_03_names_that_would_speak_to_the_terminal(copy, refused, name):
+    header = {name: {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}
+    shard = checkpoints.write_safetensors(copy("single") / "model.safetensors", header, bytes(2))
+    refused(shard.parent, shard, "expected a name of printable characters")
+
+
+def test_03_shape_whose_product_takes_hours(copy, refused):
+    header = {"a": {"dtype": "BF16", "shape": [10**4000] * 3000, "data_offsets": [0, 2]}}
+    refused(checkpoints.write_safetensors(copy("single") / "model.safetensors", header, bytes(2)).parent, "tensor a: found")
 
 
 @pytest.mark.parametrize(
@@ -296,6 +325,43 @@ def test_12_pickle_of_something_else(copy, refused):
     refused(path.parent, path, "found a pickled list", "dict of tensors")
 
 
+def test_12_compressed_pickle(copy, refused):
+    """A megabyte that becomes a gigabyte when it is read."""
+    path = copy("meta") / "consolidated.01.pth"
+    with zipfile.ZipFile(path) as original:
+        members = {member.filename: original.read(member) for member in original.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for name, data in members.items():
+            bomb.writestr(name, data + bytes(10**9) if name.endswith("data.pkl") else data)
+    assert path.stat().st_size < 2_000_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(path.parent, path, "expected no compression")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KB
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (torch.zeros(1, dtype=torch.bfloat16).expand(2**20, 2**20), "sparse, strided or empty"),
+        (torch.zeros(4, 4, device="meta"), "sparse, strided or empty"),
+        (torch.eye(4).to_sparse(), "sparse, strided or empty"),
+        (torch.zeros(32, 32).T[:, :16], "sparse, strided or empty"),
+    ],
+    ids=["terabytes", "meta", "sparse", "transposed"],
+)
+def test_12_tensor_that_is_not_in_the_file(copy, refused, tensor, said):
+    path = copy("meta") / "consolidated.01.pth"
+    torch.save(torch.load(path) | {"norm.weight": tensor}, path)
+    refused(path.parent, path, "norm.weight", said)
+
+
+@pytest.mark.parametrize("name", [7, None, "a\nb"])
+def test_12_name_that_is_none(copy, refused, name):
+    path = copy("meta") / "consolidated.01.pth"
+    torch.save(torch.load(path) | {name: torch.zeros(2)}, path)
+    refused(path.parent, path, "expected a name")
+
+
 LFS = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d7a214614ab2935' * 4}\nsize 4976698672\n"
 HTML = "<!DOCTYPE html>\n<html><head><title>Access denied</title></head></html>\n"
 
@@ -322,8 +388,12 @@ def test_14_config_missing_or_invalid(copy, refused):
 
 CONFIGS = {
     "model_type": ["gpt2", None, 7],
-    "hidden_size": [None, 0, -8, "32", 33.5],
-    "num_hidden_layers": [None, 0],
+    "hidden_size": [None, 0, -8, "32", 33.5, 10**400, float("nan"), ["x" * 9999]],
+    "num_hidden_layers": [None, 0, 10**9],
+    "rms_norm_eps": [10**400, float("inf"), -1.0],
+    "eos_token_id": [2**40, -1, [1, "2"], True],
+    "bos_token_id": ["1", 2**31],
+    "head_dim": [2**20, 7],
     "num_key_value_heads": [3],
     "hidden_act": ["gelu"],
     "dtype": ["float8_e4m3fn"],
@@ -369,6 +439,9 @@ def test_15_rope(copy, changes, theta, kind, tmp_path):
     [
         ({"rope_parameters": None}, "rope_theta"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "longrope"}}, "rope_parameters.rope_type"),
+        ({"rope_parameters": {"rope_theta": 10**400}}, "rope_theta"),
+        ({"rope_parameters": {"rope_theta": 1.0, "rope_type": "yarn", "factor": 2.0}}, "finite angles"),
+        ({"rope_parameters": LLAMA3 | {"rope_theta": 1e4, "rope_type": "llama3", "factor": 10**400}}, "factor"),
         ({"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic"),
         ({"rope_parameters": {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0}}, "original_max_position_embeddings"),
     ],
@@ -379,11 +452,18 @@ def test_15_rope_refused(copy, refused, changes, named):
     refused(config.parent, config, named)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "bitsandbytes", "compressed-tensors", None])
-def test_16_quantised_checkpoint(copy, refused, method):
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method: found 'bitsandbytes', supported: gptq, awq, fp8"),
+        ({"bits": 2}, "bits: found 2, supported: 4, 8"),
+        ({"desc_act": True}, "desc_act: found True, supported: False"),
+    ],
+)
+def test_16_quantised_checkpoint(copy, refused, changes, named):
     config = copy("single") / "config.json"
-    edit_json(config, quantization_config={"quant_method": method, "bits": 4, "desc_act": True})
-    refused(config.parent, config, "quantization_config.quant_method", repr(method), "supported: none")
+    edit_json(config, quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True} | changes)
+    refused(config.parent, config, f"quantization_config.{named}")
 
 
 def test_16_quantised_tensor(copy, refused):

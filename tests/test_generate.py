@@ -11,8 +11,9 @@ import torch
 from families import hf_model
 
 import generate
-from generate import DEMO, Engine, _Text
+from generate import DEMO, Engine
 from model import PrefillStep
+from runs import Answer
 from sampling import SamplingParams
 from tokenizer import TokenStream
 
@@ -175,7 +176,7 @@ class _Letters:
 )
 def test_stop_strings_over_tokens(stops, text, shown, reason):
     """Text that may still become a stop string is held back; text of and after one is never shown."""
-    answer = _Text(SamplingParams(stop=stops), set(), TokenStream(_Letters()))
+    answer = Answer(SamplingParams(stop=stops), set(), TokenStream(_Letters()))
     pieces = []
     for byte in text.encode():
         if not answer.finish_reason:
@@ -231,7 +232,7 @@ def test_a_stop_string_ends_a_sequence_on_the_device(demo):
 
 def test_a_character_that_was_cut_off_is_marked_at_the_end():
     """Bytes of an unfinished character are held back, and are U+FFFD once no more can come."""
-    answer = _Text(SamplingParams(), set(), TokenStream(_Letters()))
+    answer = Answer(SamplingParams(), set(), TokenStream(_Letters()))
     assert [answer.push([b]) for b in "é😀".encode()[:-1]] == ["", "é", "", "", ""]
     assert answer.finish() == "\ufffd"
 

@@ -73,7 +73,7 @@ def empty(*size, dtype=torch.bfloat16):
     return torch.empty(*size, dtype=dtype)
 
 
-def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False):
+def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16):
     """The operator `op` of tiles.OPS at a shape, on memory that nothing reads."""
     x, norm = empty(M, K), empty(K)
     weight = Weight(N, K, bias=bias)  # never touched, so that a large one takes no memory
@@ -85,18 +85,19 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False):
     elif op == "head":
         kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)
     else:
-        heads = N // head_dim
-        cache, rope, qk = empty(M, heads // 6, 128, head_dim), empty(128, head_dim // 2, dtype=torch.float32), empty(head_dim)
+        heads, kv_heads = N // head_dim, N // head_dim // 6
+        cache = empty(M, kv_heads, 128, head_dim, dtype=cache_dtype)
+        rope, qk = empty(128, head_dim // 2, dtype=torch.float32), empty(head_dim)
         kernels.qkv_rope_append(
             x, weight, norm=norm, eps=1e-5, q_norm=qk if qk_norm else None, k_norm=qk if qk_norm else None, qk_eps=1e-6,
             cos=rope, sin=rope, lengths=lengths, table=empty(M, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
-            page_size=128, num_heads=heads // 6 * 4, num_kv_heads=heads // 6, head_dim=head_dim,
+            page_size=128, num_heads=heads - 2 * kv_heads, num_kv_heads=kv_heads, head_dim=head_dim,
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "N", "K"), [key[1:] for key in MEASURED], ids=str)
-def test_measured_tiles(launches, op, N, K):
-    call(op, N, K, head_dim=64 if K == 2048 else 128)
+@pytest.mark.parametrize(("M", "op", "N", "K"), [key[2:] for key in MEASURED if key[1] == "bf16"], ids=str)
+def test_measured_tiles(launches, M, op, N, K):
+    call(op, N, K, M, head_dim=64 if K == 2048 else 128)
     check(launches, 1)
 
 
@@ -115,8 +116,11 @@ def test_rules(launches, op, N, K, M):
         ("silu_mul", 16384, 2048, 1, Tile(8, 2048, 8, grid=6, stages=2, prefetch=64)),
         ("linear", 2048, 8192, 16, Tile(64, 128, 4, dot=True, split=2, prefetch=64, preload=1, stages=3)),
         ("linear", 2048, 2048, 1, Tile(2, 1024, 4, late=True, stream=True, ahead=4096)),
+        ("silu_mul", 16384, 2048, 1, Tile(2, 256, 1, stream=True, registers=128)),
         ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2, prefetch=32)),
         ("linear", 201, 192, 3, Tile(4, 64, 1)),
+        ("linear", 2048, 2048, 16, Tile(16, 2048, 8, preload=1, dot=True, slices=8)),
+        ("qkv", 3072, 2048, 16, Tile(16, 1024, 8, preload=1, dot=True, slices=8, stages=2)),
     ],
     ids=str,
 )
@@ -132,13 +136,44 @@ def test_qk_norm_and_bias(launches):
     check(launches, 2)
 
 
+@pytest.mark.parametrize(("Hq", "Hkv", "head_dim"), [(32, 8, 64), (32, 8, 128), (28, 4, 128), (64, 8, 128), (24, 8, 96)])
+def test_between_the_products(launches, Hq, Hkv, head_dim):
+    """The kernels of a forward of many rows."""
+    N, K = 300, Hq * head_dim
+    kernels.rms_norm(empty(N, K), empty(K), 1e-5)
+    kernels.silu_mul(empty(N, 7 * K))
+    place, rope, cache = (
+        empty(N, dtype=torch.int32), empty(512, head_dim // 2, dtype=torch.float32), empty(4, Hkv, 512, head_dim)
+    )  # fmt: skip
+    for norm in (None, empty(head_dim)):
+        kernels.rope_append(
+            empty(N, (Hq + 2 * Hkv) * head_dim), cos=rope, sin=rope, position=place, slot=place, k_cache=cache,
+            v_cache=cache.clone(), q_norm=norm, k_norm=norm, eps=1e-6, num_heads=Hq,
+        )  # fmt: skip
+    check(launches, 4)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize(("B", "T", "capacity"), [(1, 1, 256), (1, 1, 65536), (64, 1, 1024), (1, 8, 1024)])
+@pytest.mark.parametrize(("B", "T", "capacity"), [(1, 1, 256), (1, 1, 65536), (64, 1, 1024), (256, 1, 1024), (1, 8, 1024)])
 def test_flash_decode(launches, head_dim, B, T, capacity):
     cache = empty(B, 8, capacity, head_dim)
     lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
     kernels.flash_decode(empty(B, T, 32, head_dim), cache, cache, lengths, table, scale=0.1)
     check(launches, 1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("B", "capacity"), [(1, 256), (1, 65536), (64, 1024)])
+def test_fp8_cache(launches, head_dim, B, capacity):
+    """Rows are appended in e4m3, as the card rounds them, and read back."""
+    fp8 = torch.float8_e4m3fn
+    call("qkv", 48 * head_dim, 1024, M=B, head_dim=head_dim, cache_dtype=fp8)
+    cache = empty(B, 8, capacity, head_dim, dtype=fp8)
+    lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
+    kernels.flash_decode(empty(B, 1, 32, head_dim), cache, cache, lengths, table, scale=0.1)
+    (kernel, args, kwargs), _ = launches
+    assert "cvt.rn.satfinite.e4m3x2.f32" in compile_for_hopper(kernel, args, dict(kwargs)).asm["ptx"]
+    check(launches, 2)
 
 
 def test_choose_and_advance(launches):

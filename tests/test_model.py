@@ -7,7 +7,7 @@ from families import FAMILIES, hf_model
 import convert_hf_checkpoint
 from generate import Engine
 from kv_cache import KVCache
-from model import SHAPES, DecodeStep, ModelConfig, PrefillStep
+from model import SHAPES, DecodeStep, ModelConfig, PackStep, PrefillStep
 from sampling import SamplingParams
 
 PROMPT = torch.tensor([1, 17, 45, 3, 99, 150, 8, 77, 30, 61, 5, 198])
@@ -48,7 +48,7 @@ def test_prefill_and_decode_equal_a_full_forward(pair):
     slot = 2  # sequences 0 and 1 are absent
     got = []
     for start, stop in ((0, 9), (9, 25)):
-        got.append(model.logits(model(model.embed(tokens[start:stop]), PrefillStep(stop - start, cache, slot, start))))
+        got.append(model.logits(model(model.embed(tokens[start:stop]), PackStep.of(cache, [(slot, stop - start, start)]))))
     for i in range(25, 40):
         cache.lengths[slot] = i + 1
         x = model.embed(torch.stack([tokens[0], tokens[0], tokens[i]]))
@@ -64,7 +64,7 @@ def test_several_tokens_in_one_decode_step(pair):
     rows = [torch.randint(0, 199, (n,), generator=generator) for n in (12, 30)]
     cache = KVCache(model.config, 2, 64, dtype=torch.float32)
     for slot, tokens in enumerate(rows):
-        model(model.embed(tokens[:-4]), PrefillStep(len(tokens) - 4, cache, slot))
+        model(model.embed(tokens[:-4]), PackStep.of(cache, [(slot, len(tokens) - 4, 0)]))
         cache.lengths[slot] = len(tokens)
     got = model.logits(model(model.embed(torch.cat([t[-4:] for t in rows])), DecodeStep(cache, 4)))
     expected = torch.cat([full_forward(model, t)[-4:] for t in rows])

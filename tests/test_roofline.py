@@ -73,6 +73,12 @@ def test_kv_bytes_per_token():
     assert {name: of(name).kv_bytes_per_token for name in SHAPES} == by_hand
 
 
+def test_fp8_cache():
+    model = Model(SHAPES["llama-3.1-8b"], cache="fp8")
+    assert model.kv_bytes_per_token == of("llama-3.1-8b").kv_bytes_per_token / 2
+    assert roofline.largest_batch(H200, model, 8192) > 1.9 * roofline.largest_batch(H200, of("llama-3.1-8b"), 8192)
+
+
 def test_formats():
     num_bytes = {name: weight.num_bytes(4, 256) for name, weight in roofline.FORMATS.items()}
     assert num_bytes == {"bf16": 2048, "int8": 1024 + 4 * 2, "int4": 512 + 4 * 2 * 2, "fp8": 1024 + 4 * 2}
@@ -233,6 +239,14 @@ def test_measured_runs(tmp_path, capsys):
     assert "1 of 3 within 25%" in text
 
 
+def test_mixed_lengths_and_means(tmp_path):
+    """A run of mixed prompts is predicted at their mean length; the mean of a run counts before its median step."""
+    mixed = ROW | {"prompt_len": 100, "padding_ratio": 0.3, "tpot_ms": {"p50": 0.7, "mean": 0.8}}
+    (read,) = roofline.read_runs(written(tmp_path / "runs.jsonl", mixed), None)
+    assert read.predicted == roofline.predict(H200, of("llama-3.2-1b"), decode(1, 70 + 64))
+    assert read.measured_ms == 0.8
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
@@ -244,6 +258,7 @@ def test_measured_runs(tmp_path, capsys):
         (ROW | {"tpot_ms": 3}, r"runs.jsonl:2: tpot_ms.p50: found None"),
         (ROW | {"model": "gpt-9"}, r"runs.jsonl:2: model: found 'gpt-9', expected a directory with a config.json or one of"),
         (ROW | {"quantize": ["int4"]}, r"runs.jsonl:2: quantize: found \['int4'\], expected one of bf16, int8, int4, fp8"),
+        (ROW | {"kv_cache_dtype": "fp4"}, r"runs.jsonl:2: kv_cache_dtype: found 'fp4', expected one of auto, fp8"),
         (ROW | {"device": "GeForce 256"}, r"runs.jsonl:2: device: found 'GeForce 256', expected one of a100"),
         (ROW | {"device": None}, r"runs.jsonl:2: device: found None, expected a GPU of the table, on the line or as --gpu"),
     ],
@@ -251,6 +266,11 @@ def test_measured_runs(tmp_path, capsys):
 def test_bad_runs_are_named(tmp_path, row, message):
     with pytest.raises(ValueError, match=message):
         roofline.read_runs(written(tmp_path / "runs.jsonl", ROW, row), None)
+
+
+def test_num():
+    values = {0: "0", 1234567: "1,234,567", 12.3456: "12.35", 0.0012: "0.001", -3.46: "-3.460"}
+    assert {v: roofline.num(v) for v in values} == values
 
 
 # ---------------------------------------------------------------- command line
@@ -273,6 +293,38 @@ def test_tables(capsys):
     assert "\n1024 " in out
 
 
+def test_doubling_is_measured(capsys, monkeypatch):
+    """Beside the prediction stand the measured steps and their growth; batches that were skipped stay empty."""
+    import measure
+
+    asked = []
+
+    def fake(benchmark, rows, engines, plan, say):
+        asked.extend(rows)
+        yield from ({"batch_size": row.batch_size, "tpot_ms": {"mean": 1.0 + row.batch_size}} for row in rows[:3])
+        yield {"batch_size": 8, "skipped": "no time"}
+
+    monkeypatch.setattr(measure, "card_of", lambda device: H200)
+    monkeypatch.setattr(measure, "measure", fake)
+    argv = ["llama-3.1-8b", "--gpu", "h200", "--double_batch", "--measure", "--context", 256]
+    status, out, _ = run(capsys, *argv, "--quantize", "int4", "--quantize_head", "int8")
+    assert status == 0
+    assert [row.batch_size for row in asked] == [2**i for i in range(10)]
+    assert {(row.prompt_len, row.max_new_tokens, row.quantize) for row in asked} == {(224, 64, "int4")}
+    rows = [line.split() for line in out.split("does the time grow?")[1].splitlines()]
+    assert [row[-3:] for row in rows if row and row[0] in ("2", "4")] == [["3.000", "x", "1.50"], ["5.000", "x", "1.67"]]
+    assert next(row for row in rows if row and row[0] == "8")[-1] == "yes"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_measuring_needs_the_gpu(capsys):
+    status, out, err = run(capsys, "llama-3.1-8b", "--gpu", "h200", "--double_batch", "--measure")
+    assert (status, out, err) == (1, "", "error: --measure: found no GPU, expected NVIDIA H200\n")
+    with pytest.raises(SystemExit, match="2"):
+        roofline.main(["llama-3.1-8b", "--double_batch", "--measure"])
+    assert "--measure: found alone, expected it with --double_batch and --gpu" in capsys.readouterr().err
+
+
 def test_a_checkpoint_directory(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
     status, out, _ = run(capsys, tmp_path, "--gpu", "l4", "--context", 16, "--json")
@@ -287,11 +339,11 @@ def test_chart_and_json(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     file = written(tmp_path / "runs.jsonl", ROW, ROW | {"quantize": "fp8"})
     chart = tmp_path / "chart.png"
-    status, out, err = run(capsys, "llama-3.2-1b", "--measured", file, "--plot", chart, "--json", "--double_batch")
+    status, out, err = run(capsys, "llama-3.2-1b", "--measured", file, file, "--plot", chart, "--json", "--double_batch")
     result = json.loads(out.splitlines()[-1])
     assert (status, chart.read_bytes()[:4]) == (0, b"\x89PNG")
     assert f"wrote {chart}" in err
-    assert [r["measured_ms"] for r in result["runs"]] == [0.75, 0.75]
+    assert [r["measured_ms"] for r in result["runs"]] == [0.75] * 4
     assert len(result["double_batch"]) == 11 * len(CARDS)
     assert set(result["ridge_batch"]["H200"]) == {"linears", "step"}
 

@@ -11,7 +11,7 @@ from transformers.generation import logits_process as theirs
 from decoding import RING
 from generate import Engine
 from model import ModelConfig, PrefillStep, Transformer
-from sampling import KINDS, SamplingParams, SamplingState, choose, penalize, truncate
+from sampling import KINDS, SAMPLING_FIELDS, SamplingParams, SamplingState, choose, penalize, sampling_fields, truncate
 
 # ---------------------------------------------------------------- parameters
 
@@ -155,9 +155,8 @@ def exact(logits, params):
 def test_draws_follow_the_distribution(given):
     """20,000 draws at a vocabulary of eight: chi-square fits, and would not fit a temperature that is a quarter off."""
     params, n = SamplingParams(seed=11, **given), 20_000
-    state = SamplingState(1, 8)
-    state.set(0, params)
-    settings = [getattr(state, name).expand(n) for name in KINDS["truncate"]]
+    fields = sampling_fields(params)
+    settings = [torch.tensor([fields[name]], dtype=SAMPLING_FIELDS[name]).expand(n) for name in KINDS["truncate"]]
     logits, position = LOGITS.expand(n, 8), torch.arange(n, dtype=torch.int32)
     counts = choose(logits, position, *settings)[1].flatten().bincount(minlength=8)
     statistic, limit = chi_square(counts, exact(LOGITS, params))
@@ -193,9 +192,9 @@ def test_penalty_is_that_of_transformers():
     ids = torch.randint(0, 40, (3, 12), generator=generator)
     state = SamplingState(3, 40)
     for row, penalty in enumerate((1.3, 0.7, 1.0)):
-        state.set(row, SamplingParams(repetition_penalty=penalty))
-        state.see(row, [5])  # forgotten by the next
-        state.see(row, ids[row].tolist())
+        state.repetition_penalty[row] = penalty
+        state.see(row, torch.tensor([5]))  # forgotten by the next
+        state.see(row, ids[row])
     got = penalize(logits, state.seen, state.repetition_penalty)
     for row, penalty in enumerate((1.3, 0.7, 1.0)):
         expected = theirs.RepetitionPenaltyLogitsProcessor(penalty)(ids[row : row + 1], logits[row : row + 1])

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import generate
 from generate import DEMO, Engine
 from model import PrefillStep, Transformer
+from runs import Request
 from sampling import SamplingParams, truncate
 from speculative import (
     Acceptance,
@@ -156,6 +157,19 @@ def test_samples_of_one_prompt(plain):
     assert results(speculating(plain, "model", 3), [[4, 5, 6]], params, sample=2) == results(
         plain, [[4, 5, 6]], params, sample=2
     )
+
+
+def test_requests_that_take_each_others_rows(plain):
+    """Seven requests through two rows: a row's drafter begins anew with each."""
+    kinds = [{}, {"temperature": 0.9, "seed": 5}]
+    requests = [
+        Request(PROMPTS[i % 4] + [i], SamplingParams(max_new_tokens=6 + 5 * (i % 3), ignore_eos=True, **kinds[i % 2]), id=i)
+        for i in range(7)
+    ]
+    for drafter in ("model", "self", "ngram"):
+        got = {r.id: outs[0].tokens for r, outs in speculating(plain, drafter, 3).generate_many(requests, batch_size=2)}
+        want = {r.id: outs[0].tokens for r, outs in plain.generate_many(requests, batch_size=2)}
+        assert got == want
 
 
 def test_logprobs(plain):

@@ -550,27 +550,49 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 21839
     ("name", "content", "message"),
     [
         ("tokenizer.model", b"", "found b'', expected Llama 3's tiktoken ranks or a SentencePiece model"),
-        ("tokenizer.model", POINTER, "found b'version https://git-lfs.*expected Llama 3's tiktoken ranks or a SentencePiece"),
-        ("tokenizer.model", b"<!DOCTYPE html><html>", "found b'<!DOCTYPE html>.*expected Llama 3's tiktoken"),
+        ("tokenizer.model", POINTER, "found a Git LFS pointer, expected the file itself"),
+        ("tokenizer.model", b"<!DOCTYPE html><html>", "found an HTML page, expected the file itself"),
         ("tokenizer.model", b"\x0a\xff\xff\xff\xff", "expected Llama 3's tiktoken"),
         ("tokenizer.model", b"IQ== 0\nIg==\n", "line 2: found b'Ig==', expected base64 and a rank"),
         ("tokenizer.model", b"IQ== 0\nI*g= 1\n", r"line 2: found b'I\*g= 1', expected base64 and a rank"),
         ("tokenizer.model", b"IQ== 0\nIg== 1\n", "found 2 ranks, expected 0, 1, 2, ... with each single byte among them"),
         ("tokenizer.json", b'{"model": ', "found b'.*expected the tokenizers library's JSON"),
-        ("tokenizer.json", POINTER, "found b'version https://git-lfs.*expected the tokenizers library's JSON"),
-        ("tokenizer_config.json", b"[1]", "found list, expected a JSON object"),
-        ("tokenizer_config.json", b"\xff", "expected JSON"),
-        ("tokenizer_config.json", b"[" * 100_000, "expected JSON"),
+        ("tokenizer.json", POINTER, "found a Git LFS pointer, expected the file itself"),
+        ("tokenizer_config.json", b"[1]", "found a JSON list, expected an object"),
+        ("tokenizer_config.json", b"\xff", "invalid JSON"),
+        ("tokenizer_config.json", b"[" * 100_000, "invalid JSON"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"-5": {"content": "x"}}}', "token 'x': found id -5, expected"),
+        ("chat_template.jinja", b"a\xffb", "byte 1: invalid start byte, expected UTF-8"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
-    if name == "tokenizer_config.json":
+    if name in ("tokenizer_config.json", "chat_template.jinja"):
         llama3_model(tmp_path, real=False)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=message) as error:
         load_tokenizer(tmp_path)
-    assert str(error.value).startswith(str(tmp_path / name))
+    assert str(error.value).startswith(str(tmp_path))
+    assert name in str(error.value) or "token 'x'" in message
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [normalizers.Replace("e", "ee")] * 30,
+        [normalizers.Sequence([normalizers.Prepend("ab")] * 20)],
+        [normalizers.Replace(tokenizers.Regex("."), "x" * 100)],
+        [normalizers.ByteLevel()] * 30,
+    ],
+    ids=["replace", "prepend", "one", "bytes"],
+)
+def test_a_normalizer_that_explodes_is_refused(tmp_path, steps):
+    """Thirty steps that each double an "e": a prompt of one letter would take all memory."""
+    bpe = byte_level_bpe(QWEN_SPLIT)
+    bpe.normalizer = normalizers.Sequence(steps)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"tokenizer\.json: normalizer, pre_tokenizer: found steps that make a text 2\*\*\d+"):
+        load_tokenizer(tmp_path)
 
 
 def test_an_unknown_decoder_is_refused(tmp_path):

@@ -159,3 +159,14 @@ def test_opcheck():
     a = parameters(1, top_k=5)
     order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
     torch.library.opcheck(torch.ops.rooflama.choose.default, (logits, maxima_of(logits), *(a[n] for n in order)))
+
+
+def test_lists_longer_than_a_tile(monkeypatch):
+    """Listed tokens that do not fit the third kernel's registers are read again: the choice is the same."""
+    monkeypatch.setattr(module, "TILE", 1024)  # 256 of each block
+    logits = logits_of("flat") * 0.01  # all tokens are in a few bins
+    order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
+    for seed in range(2):
+        a = parameters(2, top_k=900, top_p=0.8, seed=seed)
+        _, index = module.choose(logits, maxima_of(logits), **a)
+        assert torch.equal(index[:, 0], module.choose_ref(logits, *(a[n] for n in order))[1])

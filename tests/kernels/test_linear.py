@@ -37,6 +37,7 @@ DOT_TILES = [
     Tile(16, 64, 4, preload=64, dot=True),  # everything preloaded
     Tile(32, 128, 4, preload=1, dot=True, split=4, stages=2),  # more parts of K than chunks of it
     Tile(128, 32, 8, preload=3, dot=True, split=2),
+    Tile(16, 128, 4, preload=1, dot=True, slices=4, stages=2),  # a slice of K for each warp
 ]
 
 
@@ -165,8 +166,9 @@ def test_linear_refuses(change, message):
 # ---------------------------------------------------------------- qkv
 
 
-def make_qkv(B, T, K, Hq, Hkv, D, lengths, dtype, bias=False, qk_norm=False, page_size=8, pages=3) -> dict:
+def make_qkv(B, T, K, Hq, Hkv, D, lengths, dtype, bias=False, qk_norm=False, page_size=8, pages=3, cache=None) -> dict:
     """The arguments of qkv_rope_append: a cache full of NaN, its pages in random order."""
+    shape, cache = (B * pages, Hkv, page_size, D), {"dtype": cache or dtype, "device": DEVICE}
     angle = torch.arange(page_size * pages)[:, None] * torch.rand(D // 2)
     return {
         "x": randn(B * T, K, dtype=dtype),
@@ -180,8 +182,8 @@ def make_qkv(B, T, K, Hq, Hkv, D, lengths, dtype, bias=False, qk_norm=False, pag
         "sin": angle.sin().to(DEVICE),
         "lengths": torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
         "table": torch.randperm(B * pages, dtype=torch.int32).view(B, pages).to(DEVICE),
-        "k_cache": torch.full((B * pages, Hkv, page_size, D), float("nan"), dtype=dtype, device=DEVICE),
-        "v_cache": torch.full((B * pages, Hkv, page_size, D), float("nan"), dtype=dtype, device=DEVICE),
+        "k_cache": torch.full(shape, float("nan"), **cache),
+        "v_cache": torch.full(shape, float("nan"), **cache),
         "page_size": page_size,
         "num_heads": Hq,
         "num_kv_heads": Hkv,
@@ -243,6 +245,7 @@ def test_qkv(shape, dtype):
         Tile(32, 128, 4, preload=2),  # the whole head in one program
         Tile(8, 64, 2, split=2, late=True),
         Tile(16, 64, 4, dot=True, split=3, preload=1, stages=2),
+        Tile(16, 128, 4, dot=True, slices=2, preload=1),
         Tile(64, 64, 4, dot=True),  # more rows than a head has
     ],
     ids=lambda t: f"{t.rows}x{t.chunk}-{t.split}-{t.dot}",
@@ -267,6 +270,30 @@ def test_qkv_refuses(change, message):
     a = make_qkv(B=2, T=1, K=64, Hq=2, Hkv=1, D=16, lengths=[1, 2], dtype=torch.float32)
     with pytest.raises(ValueError, match=message):
         qkv_rope_append(**{**a, **change})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tile", [None, Tile(8, 64, 2, split=2), Tile(16, 64, 4, dot=True)], ids=str)
+def test_qkv_into_fp8(tile, dtype):
+    """Of float64's keys and values: the nearest e4m3, give or take what the same product errs in 16 bits; beyond 448, 448."""
+    shape = {"B": 3, "T": 2, "K": 192, "Hq": 3, "Hkv": 1, "D": 32, "lengths": [0, 3, 9], "bias": True}
+    a = make_qkv(**shape, dtype=dtype, qk_norm=dtype == torch.float16, cache=torch.float8_e4m3fn)
+    for head, scale in ((3, 0.004), (4, 400.0)):  # keys (but for qk-norm) below, values beyond what e4m3 is exact for
+        a["weight"].weight.view(5, -1)[head] *= scale
+        a["weight"].bias.view(5, -1)[head] *= scale
+    plain = a | {name: torch.full_like(a[name], float("nan"), dtype=dtype) for name in ("k_cache", "v_cache")}
+    exact, working, rounded = qkv_reference(plain, wide), qkv_reference(plain, lambda t: t), qkv_reference(a, lambda t: t)
+    with override_tiles({"qkv": tile} if tile else {}):
+        q = qkv_rope_append(**a)
+    assert_within(q, working[0], exact[0])
+    for got, by_reference, work, true in zip((a["k_cache"], a["v_cache"]), rounded[1:], working[1:], exact[1:], strict=True):
+        written, slack = true.isfinite(), 1.5 * (work.double() - true).nan_to_num().abs().max()
+        true = true.clamp(-448, 448)
+        bound = (true.abs() / 16).clamp(min=2.0**-10) + slack * (1 + 2**-4)
+        for values in (got.double(), by_reference.double()):
+            assert torch.equal(values.isfinite(), written), "a row of the cache was written that holds no token of this step"
+            assert ((values - true).abs()[written] <= bound[written]).all()
+    assert (exact[2].abs() > 448).any(), "else nothing saturates"
 
 
 # ---------------------------------------------------------------- operators

@@ -1,0 +1,247 @@
+"""What stands between the matrix products of a forward of many rows, where cuBLAS does the products: a kernel each.
+
+Owns `rms_norm`, `silu_mul` and `rope_append` (qk-norm, RoPE, append to the KV cache). Does not know the model.
+Letters: N rows (tokens), K features, F intermediate features, Hq/Hkv heads, D head size, S rows of a cache slot.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._matmul import rms_norm_ref
+from kernels.formats import saturated
+
+# ---------------------------------------------------------------- reference
+
+
+def silu_mul_ref(x):
+    gate, up = x.chunk(2, dim=-1)
+    wide = gate.float() if gate.dtype in (torch.bfloat16, torch.float16) else gate
+    return (wide * torch.sigmoid(wide) * up).to(x.dtype)
+
+
+def rope_append_ref(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, eps, num_heads):
+    """qk-norm, rotation, append; the arguments as in `rope_append`. No step waits for the host."""
+    Hkv, D = k_cache.shape[1], k_cache.shape[3]
+    q, k, v = qkv.unflatten(1, (-1, D)).split([num_heads, Hkv, Hkv], dim=1)
+    if q_norm is not None:
+        q, k = rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps)
+    at = position.clamp(min=0)
+    cos_row, sin_row = (t[at].unsqueeze(1) for t in (cos, sin))
+
+    def rotate(x):
+        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+        return torch.cat([a * cos_row - b * sin_row, b * cos_row + a * sin_row], dim=-1).to(x.dtype)
+
+    q, k = rotate(q), rotate(k)
+    # A row without a position repeats the write of one that has one; where none has, the old content is written again.
+    present = position >= 0
+    row = torch.where(present, torch.arange(len(position), device=qkv.device), present.int().argmax())
+    at, slot = at[row], slot[row]
+    for cache, new in ((k_cache, k), (v_cache, v)):
+        cache[slot, :, at] = saturated(torch.where(present.any(), new[row], cache[slot, :, at].to(new.dtype)), cache.dtype)
+    return q.contiguous(), k.contiguous()
+
+
+# ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, K, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One row."""
+    pdl_trigger(PDL)
+    row = tl.program_id(0).to(tl.int64) * K
+    k = tl.arange(0, BLOCK)
+    mask = k < K
+    weight = tl.load(weight_ptr + k, mask=mask, other=0).to(tl.float32)
+    pdl_wait(PDL)
+    x = tl.load(x_ptr + row + k, mask=mask, other=0).to(tl.float32)
+    factor = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
+    tl.store(out_ptr + row + k, (x * factor * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _silu_mul_kernel(x_ptr, out_ptr, F, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """BLOCK features of one row."""
+    pdl_trigger(PDL)
+    row = tl.program_id(0).to(tl.int64) * F
+    f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = f < F
+    pdl_wait(PDL)
+    gate = tl.load(x_ptr + 2 * row + f, mask=mask, other=0).to(tl.float32)
+    up = tl.load(x_ptr + 2 * row + F + f, mask=mask, other=0).to(tl.float32)
+    tl.store(out_ptr + row + f, (gate / (1.0 + tl.exp(-gate)) * up).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rope_append_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, position_ptr, slot_ptr, k_cache_ptr, v_cache_ptr, q_norm_ptr, k_norm_ptr, q_ptr, k_ptr, S, eps,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """All heads of one row, as pairs (a, b) of element i and element i + D / 2 of a head: [HEADS, PAIRS] each."""
+    pdl_trigger(PDL)
+    HALF: tl.constexpr = D // 2
+    row = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    mask = (head < HQ + 2 * HKV) & (pair < HALF)
+    source = qkv_ptr + row * ((HQ + 2 * HKV) * D) + head * D + pair
+    pdl_wait(PDL)
+    position, slot = tl.load(position_ptr + row), tl.load(slot_ptr + row).to(tl.int64)
+    turn = tl.maximum(position, 0).to(tl.int64) * HALF + pair
+    cos = tl.load(cos_ptr + turn, mask=pair < HALF, other=0.0)
+    sin = tl.load(sin_ptr + turn, mask=pair < HALF, other=0.0)
+    a = tl.load(source, mask=mask, other=0).to(tl.float32)
+    b = tl.load(source + HALF, mask=mask, other=0).to(tl.float32)
+    rotated_a, rotated_b = a, b
+    if q_norm_ptr is not None:
+        factor = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / D + eps)[:, None]
+        is_q, is_k = mask & (head < HQ), mask & (head >= HQ)
+        gain_a = tl.load(q_norm_ptr + pair + head * 0, mask=is_q, other=0) + tl.load(
+            k_norm_ptr + pair + head * 0, mask=is_k, other=0
+        )
+        gain_b = tl.load(q_norm_ptr + HALF + pair + head * 0, mask=is_q, other=0) + tl.load(
+            k_norm_ptr + HALF + pair + head * 0, mask=is_k, other=0
+        )
+        rotated_a, rotated_b = a * factor * gain_a.to(tl.float32), b * factor * gain_b.to(tl.float32)
+    rotated_a, rotated_b = rotated_a * cos - rotated_b * sin, rotated_b * cos + rotated_a * sin
+
+    q_mask = mask & (head < HQ)
+    q_at = q_ptr + row * (HQ * D) + head * D + pair
+    tl.store(q_at, rotated_a.to(q_ptr.dtype.element_ty), mask=q_mask)
+    tl.store(q_at + HALF, rotated_b.to(q_ptr.dtype.element_ty), mask=q_mask)
+    k_mask = mask & (head >= HQ) & (head < HQ + HKV)
+    k_at = k_ptr + row * (HKV * D) + (head - HQ) * D + pair
+    tl.store(k_at, rotated_a.to(k_ptr.dtype.element_ty), mask=k_mask)
+    tl.store(k_at + HALF, rotated_b.to(k_ptr.dtype.element_ty), mask=k_mask)
+    if position >= 0:
+        kv_head = tl.maximum(head - HQ, 0) % HKV
+        cached = ((slot * HKV + kv_head) * S + position) * D + pair
+        tl.store(k_cache_ptr + cached, rotated_a.to(k_cache_ptr.dtype.element_ty), mask=k_mask)
+        tl.store(k_cache_ptr + cached + HALF, rotated_b.to(k_cache_ptr.dtype.element_ty), mask=k_mask)
+        v_mask = mask & (head >= HQ + HKV)
+        tl.store(v_cache_ptr + cached, a.to(v_cache_ptr.dtype.element_ty), mask=v_mask)
+        tl.store(v_cache_ptr + cached + HALF, b.to(v_cache_ptr.dtype.element_ty), mask=v_mask)
+
+
+# ---------------------------------------------------------------- operators
+
+
+def _contiguous(**tensors):
+    for name, t in tensors.items():
+        if not t.is_contiguous():
+            raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
+
+
+@torch.library.custom_op("rooflama::rms_norm", mutates_args=())
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight: found {list(weight.shape)}, expected [{x.shape[-1]}]")
+    _contiguous(x=x, weight=weight)
+    if not runs_kernels(x):
+        return rms_norm_ref(x, weight, eps)
+    out, K = torch.empty_like(x), x.shape[-1]
+    if x.numel():
+        block = triton.next_power_of_2(K)
+        _rms_norm_kernel[(x.numel() // K,)](
+            x, weight, out, K, eps, BLOCK=block, num_warps=max(1, min(8, block // 512)), **launch_options(x)
+        )
+    return out
+
+
+@_rms_norm.register_fake
+def _(x, weight, eps):
+    return torch.empty_like(x)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x [..., K] / sqrt(mean(x^2) + eps) * weight [K], in float32, rounded once. ValueError: a shape that does not fit."""
+    return torch.ops.rooflama.rms_norm(x.contiguous(), weight, eps)
+
+
+@torch.library.custom_op("rooflama::silu_mul", mutates_args=())
+def _silu_mul(x: torch.Tensor) -> torch.Tensor:
+    if x.dim() != 2 or x.shape[1] % 2:
+        raise ValueError(f"x: found {list(x.shape)}, expected [N, 2 F]")
+    _contiguous(x=x)
+    if not runs_kernels(x):
+        return silu_mul_ref(x)
+    N, F = x.shape[0], x.shape[1] // 2
+    out = x.new_empty(N, F)
+    if N:
+        _silu_mul_kernel[(N, triton.cdiv(F, 1024))](x, out, F, BLOCK=1024, num_warps=4, **launch_options(x))
+    return out
+
+
+@_silu_mul.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], x.shape[1] // 2)
+
+
+def silu_mul(x: torch.Tensor) -> torch.Tensor:
+    """x [N, 2 F], gate beside up -> silu(gate) * up [N, F], in float32, rounded once. ValueError: another shape."""
+    return torch.ops.rooflama.silu_mul(x)
+
+
+def _rope_append_outputs(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, num_heads):
+    _, Hkv, _, D = k_cache.shape
+    N = qkv.shape[0]
+    if k_cache.shape != v_cache.shape or qkv.shape != (N, (num_heads + 2 * Hkv) * D):
+        raise ValueError(
+            f"qkv and caches: found {list(qkv.shape)}, {list(k_cache.shape)}, {list(v_cache.shape)}, expected "
+            f"[N, (Hq + 2 Hkv) D] and twice [slots, Hkv, S, D], Hq {num_heads}"
+        )
+    for name, t in (("position", position), ("slot", slot)):
+        if t.shape != (N,) or t.dtype != torch.int32:
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{N}]")
+    for name, t, dim in (("cos", cos, 1), ("sin", sin, 1), ("q_norm", q_norm, 0), ("k_norm", k_norm, 0)):
+        if t is not None and t.shape[dim] != D // (1 + dim):
+            raise ValueError(f"{name}: found {list(t.shape)}, expected {D // (1 + dim)} columns")
+    _contiguous(qkv=qkv, cos=cos, sin=sin, position=position, slot=slot, k_cache=k_cache, v_cache=v_cache)
+    return qkv.new_empty(N, num_heads, D), qkv.new_empty(N, Hkv, D)
+
+
+@torch.library.custom_op("rooflama::rope_append", mutates_args=("k_cache", "v_cache"))
+def _rope_append(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    position: torch.Tensor,
+    slot: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    num_heads: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    q, k = _rope_append_outputs(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, num_heads)
+    if not runs_kernels(qkv):
+        return rope_append_ref(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, eps, num_heads)
+    _, Hkv, S, D = k_cache.shape
+    heads, pairs = triton.next_power_of_2(num_heads + 2 * Hkv), triton.next_power_of_2(D // 2)
+    if len(qkv):
+        _rope_append_kernel[(len(qkv),)](
+            qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, q, k, S, eps,
+            HQ=num_heads, HKV=Hkv, D=D, HEADS=heads, PAIRS=pairs,
+            num_warps=max(1, min(8, heads * pairs // 512)), **launch_options(qkv),
+        )  # fmt: skip
+    return q, k
+
+
+@_rope_append.register_fake
+def _(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, eps, num_heads):
+    return _rope_append_outputs(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, num_heads)
+
+
+def rope_append(
+    qkv, *, cos, sin, position, slot, k_cache, v_cache, q_norm=None, k_norm=None, eps=0.0, num_heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """qk-norm (if q_norm) and RoPE of qkv [N, (Hq + 2 Hkv) D]; k and v go to the cache. Returns q [N, Hq, D], k [N, Hkv, D].
+
+    cos, sin [positions, D / 2] float32; position, slot [N] int32: which row of which slot of k_cache, v_cache
+    [slots, Hkv, S, D] a token takes; none below 0. q_norm, k_norm [D]. ValueError: a shape or dtype that does not fit.
+    """
+    return torch.ops.rooflama.rope_append(
+        qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_norm, eps, num_heads
+    )  # fmt: skip

@@ -1,0 +1,97 @@
+"""Packs through the kernels, padded as a graph's are: what the padding must not touch, and what the prompts' rows must be."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from kv_cache import KVCache
+from model import SHAPES, DecodeStep, PackStep, Transformer
+from prefill import Piece, Prefiller
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TINY = {"num_layers": 1, "hidden_size": 128, "intermediate_size": 192, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 301}
+PROMPTS = [list(range(10, 17)), [3], list(range(100, 105)), list(range(60, 84))]
+
+
+class Replayed:
+    """A graph's stand-in: runs its forward anew."""
+
+    def __init__(self, run):
+        self.replay = run
+
+
+class Padded(Prefiller):
+    """Takes the way of graphs, without capturing them: they need a GPU."""
+
+    def __init__(self, model, cache):
+        super().__init__(model, cache)
+        self.use_graphs = True
+        self.make_buffers()
+        self.x.fill_(torch.nan)  # what is behind the prompts may be anything
+        self.buckets = []
+
+    def _graph(self, rows, pieces, fresh):
+        self.buckets.append((rows, pieces, fresh))
+        hidden = torch.empty(pieces, self.x.shape[1], dtype=self.x.dtype, device=DEVICE)
+        return Replayed(lambda: hidden.copy_(self.forward(*self._graph_arguments(rows, pieces, fresh)))), hidden
+
+
+@pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
+def model(request):
+    config = dataclasses.replace(SHAPES["qwen3-8b"], head_dim=64, dtype=request.param, **TINY)
+    model = Transformer(config, device=DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    for name, weight in model.state_dict().items():
+        weight.normal_(1.0 if "norm" in name else 0.0, 0.1, generator=generator)
+    model.setup_rope(64)
+    return model
+
+
+def poisoned(model) -> KVCache:
+    cache = KVCache(model.config, 5, 64, DEVICE, model.config.dtype)
+    for buffer in cache.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(torch.nan)
+    return cache
+
+
+def close(model, found, expected):
+    tolerance = 1e-5 if model.config.dtype == torch.float32 else 0.02
+    assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_padding_goes_nowhere(model):
+    """A single prompt, a ragged pack, and one that goes on: the same hidden states and cache as packs without padding."""
+    caches = [poisoned(model) for _ in range(2)]
+    padded, plain = Padded(model, caches[0]), Prefiller(model, caches[1])
+    packs = [
+        [Piece(3, PROMPTS[0])],
+        [Piece(0, PROMPTS[1]), Piece(4, PROMPTS[2]), Piece(1, PROMPTS[3][:9])],
+        [Piece(1, PROMPTS[3][9:], 9), Piece(3, [5, 6, 7], 7)],
+    ]
+    for pack in packs:
+        close(model, padded.run(pack), plain.run(pack))
+    assert padded.buckets == [(16, 1, True), (16, 16, True), (32, 16, False)]
+    for a, b in zip(caches[0].layer(0), caches[1].layer(0), strict=True):
+        assert torch.equal(a.isnan(), b.isnan()), "rows that no token has"
+        close(model, a.nan_to_num(), b.nan_to_num())
+
+
+def test_a_step_of_many_rows_equals_prefill(model):
+    """Decode above the kernels' rows: 70 sequences, some absent, through cuBLAS' place and the kernels between the products."""
+    if model.config.dtype != torch.float32:
+        pytest.skip("attention of 70 sequences takes the interpreter long: float32 has its reference")
+    tokens = torch.arange(70, device=DEVICE) % 300
+    cache = KVCache(model.config, 70, 16, DEVICE, model.config.dtype)
+    Prefiller(model, cache).run([Piece(slot, [int(t) + 1]) for slot, t in enumerate(tokens)])
+    cache.lengths.fill_(2)
+    cache.lengths[::9] = 0
+    got = model(model.embed(tokens), DecodeStep(cache))
+    expected = KVCache(model.config, 70, 16, DEVICE, model.config.dtype)
+    both = torch.stack([tokens + 1, tokens], dim=1).flatten()
+    hidden = model(model.embed(both), PackStep.of(expected, [(slot, 2, 0) for slot in range(70)]))[1::2]
+    present = cache.lengths > 0
+    close(model, got[present], hidden[present])
+    assert (cache.k0[~present, :, 1] == 0).all(), "an absent sequence appends nothing"
+    close(model, cache.k0[present], expected.k0[present])

@@ -1,0 +1,98 @@
+"""rms_norm, silu_mul and rope_append against float64, and what rope_append leaves alone."""
+
+import pytest
+import torch
+from tolerance import assert_within
+
+from kernels import rms_norm, rope_append, silu_mul
+from kernels._matmul import rms_norm_ref
+from kernels.rows import rope_append_ref, silu_mul_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def randn(*size, dtype=torch.bfloat16):
+    return torch.randn(*size, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(3, 192), (1, 2048), (2, 5, 64), (0, 64)], ids=str)
+def test_rms_norm(shape, dtype):
+    x, weight = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
+    if x.numel():
+        x.view(-1, shape[-1])[-1] *= 1e-4  # where eps counts
+        exact = rms_norm_ref(x.double(), weight.double(), 1e-5)
+        assert_within(rms_norm(x, weight, 1e-5), rms_norm_ref(x, weight, 1e-5), exact)
+    assert rms_norm(x, weight, 1e-5).shape == x.shape
+    torch.library.opcheck(torch.ops.rooflama.rms_norm, (x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(3, 2 * 96), (2, 2 * 1100), (0, 64)], ids=str)
+def test_silu_mul(shape, dtype):
+    x = randn(*shape, dtype=dtype) * 3
+    if len(x):
+        assert_within(silu_mul(x), silu_mul_ref(x), silu_mul_ref(x.double()))
+    assert silu_mul(x).shape == (shape[0], shape[1] // 2)
+    torch.library.opcheck(torch.ops.rooflama.silu_mul, (x,))
+
+
+def case(Hq, Hkv, D, qk_norm, dtype):
+    """Five rows in two of three slots, the last of them padding; caches full of NaN."""
+    S = 16
+    position = torch.tensor([0, 1, 15, 7, -1], dtype=torch.int32, device=DEVICE)
+    slot = torch.tensor([2, 2, 2, 0, 0], dtype=torch.int32, device=DEVICE)
+    angles = torch.rand(S, D // 2, device=DEVICE) * 6
+    norms = [randn(D, dtype=dtype) if qk_norm else None for _ in range(2)]
+    caches = [torch.full((3, Hkv, S, D), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+    qkv = randn(5, (Hq + 2 * Hkv) * D, dtype=dtype)
+    return [qkv, angles.cos(), angles.sin(), position, slot, *caches, *norms, 1e-6, Hq]
+
+
+def widened(arguments):
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("Hq", "Hkv", "D", "qk_norm"), [(4, 2, 64, False), (7, 1, 96, False), (6, 3, 32, True), (2, 2, 128, True)]
+)
+def test_rope_append(Hq, Hkv, D, qk_norm, dtype):
+    """The rows written are the reference's; every other row of the cache is left alone."""
+    names = ("cos", "sin", "position", "slot", "k_cache", "v_cache", "q_norm", "k_norm", "eps", "num_heads")
+    got, working = case(Hq, Hkv, D, qk_norm, dtype), case(Hq, Hkv, D, qk_norm, dtype)
+    working[:5], working[7:9] = got[:5], got[7:9]
+    working[5], working[6] = got[5].clone(), got[6].clone()
+    exact = [a.clone() if isinstance(a, torch.Tensor) else a for a in widened(working)]
+    found = rope_append(got[0], **dict(zip(names, got[1:], strict=True)))
+    plain, true = rope_append_ref(*working), rope_append_ref(*exact)
+    for f, p, t in zip(found, plain, true, strict=True):
+        assert_within(f, p, t)
+    written = torch.zeros(3, 16, dtype=torch.bool, device=DEVICE)
+    written[got[4][:4].long(), got[3][:4].long()] = True
+    for f, p, t in zip(got[5:7], working[5:7], exact[5:7], strict=True):
+        f, p, t = (c.transpose(1, 2) for c in (f, p, t))
+        assert_within(f[written], p[written], t[written])
+        assert f[~written].isnan().all()
+
+
+def test_rope_append_is_an_operator():
+    arguments = case(4, 2, 64, True, torch.bfloat16)
+    arguments[5:7] = [c.zero_() for c in arguments[5:7]]
+    torch.library.opcheck(torch.ops.rooflama.rope_append, tuple(arguments))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position": torch.zeros(4, dtype=torch.int32)}, r"position: found torch.int32 \[4\], expected int32 \[5\]"),
+        ({"slot": torch.zeros(5, dtype=torch.int64)}, r"slot: found torch.int64 \[5\], expected int32 \[5\]"),
+        ({"num_heads": 5}, "qkv and caches: found .* expected"),
+        ({"cos": torch.zeros(16, 64)}, r"cos: found \[16, 64\], expected 32 columns"),
+    ],
+)
+def test_bad_arguments(change, message):
+    qkv, cos, sin, position, slot, k_cache, v_cache, *_ = case(4, 2, 64, False, torch.float32)
+    given = {"cos": cos, "sin": sin, "position": position, "slot": slot, "k_cache": k_cache, "v_cache": v_cache, "num_heads": 4}
+    with pytest.raises(ValueError, match=message):
+        rope_append(qkv, **given | change)

@@ -1,0 +1,118 @@
+"""scripts/report.py: the page says what the stored results say, and nothing else."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+
+import report
+from roofline import num
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+RECORD = {
+    "benchmark": "throughput", "engine": "rooflama", "model": "llama-3.1-8b", "mode": None, "quantize": "bf16",
+    "quantize_head": "bf16", "batch_size": 16, "prompt_len": 128, "max_new_tokens": 128, "padding_ratio": 0.0,
+    "decode_mode": "auto", "gpu": "NVIDIA H200", "torch": "2.11.0", "commit": "abc1234", "engine_version": "abc1234",
+    "ttft_sec": 0.05, "tpot_ms": {"mean": 4.0, "p50": 3.9, "p90": 4.1, "p99": 4.2}, "e2e_sec": 0.56,
+    "output_tok_per_sec": 3657.0, "total_tok_per_sec": 7314.0, "mbu": 0.85, "mfu": 0.1, "peak_memory_bytes": 2**34,
+    "host_ms_per_step": 0.02, "path": "graph: Rooflama's kernels",
+}  # fmt: skip
+
+
+def stored(directory: Path, *records: dict) -> Path:
+    (directory / "runs.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (directory / report.RIVAL).write_text((BENCHMARKS / report.RIVAL).read_text())
+    return directory
+
+
+def section(text: str, title: str) -> str:
+    return text.split(f"## {title}\n")[1].split("\n## ")[0]
+
+
+def test_the_page_is_what_the_command_makes():
+    """python scripts/benchmark.py report"""
+    assert (BENCHMARKS / "README.md").read_text() == report.render(BENCHMARKS)
+    for chart in report.drawable(report.read_records(BENCHMARKS)):
+        assert (BENCHMARKS / chart).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_readme_quotes_stored_results():
+    """Every figure in bold type of README's tables of speed is a stored one, rounded as it is there."""
+    kept = set()
+    for r in report.read_records(BENCHMARKS):
+        metrics = r.get("metrics", r)
+        figures = [*(metrics.get("tpot_ms") or {}).values(), metrics.get("output_tok_per_sec")]
+        figures = [f for f in figures if type(f) in (int, float)]
+        kept |= {f"{f:,.{digits}f}" for f in figures for digits in range(4)}
+    speed = (ROOT / "README.md").read_text().split("## Speed\n")[1].split("\n## ")[0]
+    bold = [f for row in speed.splitlines() if row.startswith("|") for f in re.findall(r"\*\*([\d.,]+)\*\*", row)]
+    assert bold
+    assert [f for f in bold if f not in kept] == []
+
+
+def test_whole_runs(tmp_path):
+    """The row beside vLLM's; measured again, the last line counts; what was skipped says why."""
+    old = RECORD | {"output_tok_per_sec": 1.0}
+    skipped = {f: v for f, v in RECORD.items() if f not in ("tpot_ms", "ttft_sec")} | {"engine": "vllm", "skipped": "no vllm"}
+    text = report.render(stored(tmp_path, old, RECORD, skipped))
+    rows = [line for line in section(text, "Whole runs").splitlines() if line.startswith("| llama")]
+    assert len(rows) == 1
+    cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    assert cells[:5] == ["llama-3.1-8b", "bf16", "16", "128/128", "rooflama"]
+    assert {"50.00", "4.000", "3,657", "7,314", "85%", "16.0", "2,855", "1.28", "abc1234"} <= set(cells)
+    assert "- vllm, llama-3.1-8b, bf16, 16, 128/128: no vllm" in section(text, "Not measured")
+    assert "measured separately" in text
+    assert "| runs.jsonl | 3 | NVIDIA H200 | 2.11.0 |  |  | abc1234 |" in text
+
+
+def test_far_from_the_prediction(tmp_path):
+    """More than 25% off is marked, with what the record knows of it: its trace, its host, or nothing."""
+    slow = RECORD | {"tpot_ms": {"mean": 8.0, "p50": 8.0, "p90": 8.0, "p99": 8.0}}
+    text = section(report.render(stored(tmp_path, slow)), "Predicted and measured")
+    assert "0 of 1 runs are within 25%" in text
+    assert "its record has no trace (--explain); the path: graph: Rooflama's kernels" in text
+    text = section(report.render(stored(tmp_path, slow | {"host_ms_per_step": 7.5})), "Predicted and measured")
+    assert "the host takes 7.500 ms to launch a step" in text
+    classes = {"qkv": {"exposed_us_per_step": 900.0, "floor_us_per_step": 400.0}, "head": {"exposed_us_per_step": 10.0}}
+    traced = slow | {"benchmark": "decode", "explain": {"classes": classes, "gap_us_per_step": 70.0}}
+    text = section(report.render(stored(tmp_path, traced)), "Predicted and measured")
+    assert "over their floors: qkv by 500.0 us, gaps by 70.00 us, head by 10.00 us" in text
+
+
+def test_a_machine_without_a_card(tmp_path):
+    """A CPU's record has no prediction and no rival."""
+    cpu = {f: v for f, v in RECORD.items() if f not in ("gpu", "mbu", "mfu")}
+    row = next(line for line in report.render(stored(tmp_path, cpu)).splitlines() if line.startswith("| llama"))
+    assert "2,855" not in row
+    assert num(4.0) in row
+
+
+def test_charts_and_other_tables(tmp_path):
+    pytest.importorskip("matplotlib")
+    batches = [RECORD | {"batch_size": b, "output_tok_per_sec": 200.0 * b} for b in (1, 16, 64)]
+    decode = RECORD | {"benchmark": "decode", "temperature": 0.8}
+    engine = {"engine": "rooflama", "ms_per_10_words": 50.0, "ms_per_token": 4.0, "seconds": 9.0, "words": 7, "tokens": 12}
+    chat = {"benchmark": "chat", "model": "some/demo", "engines": [engine, {"engine": "vllm", "skipped": "no"}]}
+    cold = RECORD | {"benchmark": "cold", "cold": {"first_token_sec": 31.5}, "warm": {"first_token_sec": 9.25}}
+    del cold["tpot_ms"]
+    directory = stored(tmp_path, *batches, decode, chat, cold)
+    (directory / "notes.md").write_text("## Notes\n\nBy hand.\n")
+    report.write(directory)
+    text = (directory / "README.md").read_text()
+    assert {p.name for p in directory.glob("*.png")} == {"throughput_vs_tpot.png", "decode_vs_floor.png"}
+    assert all(f"({p.name})" in text for p in directory.glob("*.png"))
+    assert "| demo | rooflama | 50.00 | 4.000 | 9.000 | 7 | 12 |" in text
+    assert "| 31.50 | 9.250 | abc1234 |" in text
+    assert "temperature 0.8" in section(text, "A decode step")
+    assert text.endswith("By hand.\n")
+
+
+def test_bad_lines_are_named(tmp_path):
+    (tmp_path / "runs.jsonl").write_text("{}\n[1]\n")
+    with pytest.raises(ValueError, match=r"runs.jsonl:2: found '\[1\]', expected a JSON object"):
+        report.render(tmp_path)
