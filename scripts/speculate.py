@@ -11,6 +11,7 @@ figure is printed. The last line of standard output is one JSON object; --output
 import argparse
 import dataclasses
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -21,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import triton
-from benchmark import random_prompts, stamp
+from measure import stamp
 
 import generate
 from generate import DTYPES, Engine, add_flag, default_device, fill_randomly, synchronize
+from kernels import gumbel
 from model import SHAPES, PrefillStep, Transformer
 from sampling import SamplingParams
 from speculative import ModelDrafter, NgramDrafter, SelfDrafter, expected_tokens
@@ -56,18 +58,24 @@ def alpha_of(s: dict) -> float:
     return sum(positions) / (1 + sum(positions[:-1]))
 
 
-def shared_mass(target: Transformer, draft: Transformer, prompts: list, tokens: list, temperature: float) -> float:
-    """The mean of sum(min(p, q)) over the positions of outputs: what rejection sampling would accept of single drafts. At
-    temperature 0 how often the choices are equal."""
-    shares = []
+def acceptances(target: Transformer, draft: Transformer, prompts: list, tokens: list, temperature: float, draws: int = 32):
+    """(sum(min(p, q)), how often both choose alike under common noise), each the mean over the positions of outputs: the chance
+    that one draft stands by rejection sampling, and by ours. At temperature 0 both are how often the choices are equal."""
+    shared, alike = [], []
     for prompt, output in zip(prompts, tokens, strict=True):
         ids = torch.tensor(prompt + output[:-1], device=target.norm.weight.device)
         p, q = (m.logits(m(m.embed(ids), PrefillStep(len(ids))))[len(prompt) - 1 :] for m in (target, draft))
+        position = torch.arange(len(p), device=p.device)
         if temperature == 0:
-            shares.append((p.argmax(-1) == q.argmax(-1)).float())
-        else:
-            shares.append(torch.minimum((p / temperature).softmax(-1), (q / temperature).softmax(-1)).sum(-1))
-    return torch.cat(shares).mean().item()
+            shared.append((p.argmax(-1) == q.argmax(-1)).float())
+            alike.append(shared[-1])
+            continue
+        p, q = p / temperature, q / temperature
+        shared.append(torch.minimum(p.softmax(-1), q.softmax(-1)).sum(-1))
+        for sample in range(draws):
+            noise = gumbel(torch.zeros_like(position), torch.full_like(position, sample), position, p.shape[1])
+            alike.append(((p + noise).argmax(-1) == (q + noise).argmax(-1)).float())
+    return torch.cat(shared).mean().item(), torch.cat(alike).mean().item()
 
 
 def sweep(args: argparse.Namespace) -> list[dict]:
@@ -79,26 +87,28 @@ def sweep(args: argparse.Namespace) -> list[dict]:
     drafters = {name: makers[name]() for name in args.drafters}
     prompts = [engine.encode(p) for p in (args.prompts or PROMPTS)]
     rows = []
-    print(" drafter temp.  k accepted tokens/round  alpha sum-min    tok/s speed-up")
+    print(" drafter temp.  k accepted tokens/round  alpha; one draft: sum-min, common noise    tok/s speed-up")
     for temperature in args.temperatures:
         params = SamplingParams(temperature=temperature, max_new_tokens=args.max_new_tokens, ignore_eos=True, seed=args.seed)
         engine.speculation = engine.speculator = engine.session = None
         expected, plain_ms, _ = timed_run(engine, prompts, params)
         for name, drafter in drafters.items():
-            mass = None if name == "ngram" else shared_mass(engine.model, drafter.model, prompts, expected, temperature)
+            models = () if name == "ngram" else (engine.model, drafter.model)
+            single = acceptances(*models, prompts, expected, temperature) if models else (None, None)
             for k in args.k:
                 engine.speculate(drafter, k, adaptive=False)
                 _, ms, timing = timed_run(engine, prompts, params, expected)
                 s = timing.speculation
                 row = s | {
-                    "drafter": name, "temperature": temperature, "alpha": alpha_of(s), "shared_mass": mass, "ms_per_token": ms,
+                    "drafter": name, "temperature": temperature, "alpha": alpha_of(s), "ms_per_token": ms,
+                    "rejection_sampling": single[0], "common_noise": single[1],
                     "plain_ms_per_token": plain_ms, "tok_per_sec": len(prompts) / ms * 1e3, "speedup": plain_ms / ms,
                 }  # fmt: skip
                 rows.append(row)
                 print(
                     f"{name:>8} {temperature:5.1f} {k:2} {s['acceptance_rate']:8.1%} {s['acceptance_length']:12.2f} "
-                    f"{row['alpha']:6.3f} {'' if mass is None else f'{mass:.3f}':>7} {row['tok_per_sec']:8.1f} "
-                    f"{row['speedup']:8.2f}",
+                    f"{row['alpha']:6.3f} {single[0] or math.nan:19.3f} {single[1] or math.nan:13.3f} "
+                    f"{row['tok_per_sec']:8.1f} {row['speedup']:8.2f}",
                     flush=True,
                 )
     return rows
@@ -188,7 +198,7 @@ def oracle(args: argparse.Namespace) -> dict:
     make_predictable(target, args.period)
     n, mode = args.max_new_tokens, "auto" if args.device == "cuda" else "eager"
     engine = Engine(target, decode_mode=mode, max_seq_len=args.prompt_len + n)
-    prompts, params = random_prompts(engine, 1, args.prompt_len), SamplingParams(max_new_tokens=n, ignore_eos=True)
+    prompts, params = [list(range(args.prompt_len))], SamplingParams(max_new_tokens=n, ignore_eos=True)
     expected, plain_ms, _ = timed_run(engine, prompts, params)
     _, draft_ms, _ = timed_run(Engine(draft, decode_mode=mode, max_seq_len=args.prompt_len + n), prompts, params)
     print(f"plain {plain_ms:.3f} ms a token, draft {draft_ms:.3f}", flush=True)
