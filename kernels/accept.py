@@ -76,7 +76,7 @@ def _choose_kernel(max_ptr, id_ptr, best_ptr, choice_ptr, partials, PARTIALS: tl
     tl.store(choice_ptr + row, tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _accept_kernel(
     best_ptr, choice_ptr, drafts_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
     history_ptr, tally_ptr, T, ring_size, stops, history_size, tally_size,

@@ -39,7 +39,7 @@ def lookup_ref(history: torch.Tensor, lengths: torch.Tensor, k: int) -> torch.Te
 # ---------------------------------------------------------------- kernel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _lookup_kernel(history_ptr, lengths_ptr, drafts_ptr, S, k, KP: tl.constexpr, PDL: tl.constexpr):
     """One program a sequence; what it reads, a round before has written, and the drafts are read by what waits for it."""
     b = tl.program_id(0)
