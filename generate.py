@@ -480,11 +480,12 @@ def set_up_speculation(args: argparse.Namespace, engine: Engine) -> None:
         dtype = DTYPES[args.dtype] if args.dtype else None
         draft = Engine.load(args.draft_checkpoint_path, args.device, dtype, progress=True)
         if engine.tokenizer and draft.tokenizer:
-            pairs = ((e.tokenizer.token_bytes(i, False) for i in range(e.tokenizer.vocab_size)) for e in (engine, draft))
-            if i := next((i for i, (ours, its) in enumerate(zip(*pairs, strict=False)) if ours != its), None):
-                raise ValueError(
-                    f"{args.draft_checkpoint_path}: token {i}: found another text, expected the target's vocabulary"
-                )
+            for i in range(min(e.tokenizer.vocab_size for e in (engine, draft))):
+                found, expected = (e.tokenizer.token_bytes(i, skip_special=False) for e in (draft, engine))
+                if found != expected:
+                    raise ValueError(
+                        f"{args.draft_checkpoint_path}: token {i}: found {found}, expected the target's {expected}"
+                    )
         drafter = ModelDrafter(draft.model, f"draft model {args.draft_checkpoint_path.name}")
     elif args.speculate:
         drafter = NgramDrafter() if args.speculate == "ngram" else SelfDrafter(engine.model)

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import generate
 from generate import DEMO, Engine
 from model import PrefillStep, Transformer
-from runs import Request
+from runs import Request, Run
 from sampling import SamplingParams, truncate
 from speculative import (
     Acceptance,
@@ -170,6 +171,21 @@ def test_requests_that_take_each_others_rows(plain):
         got = {r.id: outs[0].tokens for r, outs in speculating(plain, drafter, 3).generate_many(requests, batch_size=2)}
         want = {r.id: outs[0].tokens for r, outs in plain.generate_many(requests, batch_size=2)}
         assert got == want
+
+
+def test_a_conversation_goes_on(plain):
+    """The target's cache is kept from turn to turn, whatever rounds wrote behind its end."""
+    params = SamplingParams(max_new_tokens=13, ignore_eos=True)
+    for drafter in ("model", "self", "ngram"):
+        engine, turns = speculating(plain, drafter, 4), []
+        for _ in range(3):
+            prompt = [token for turn in turns for token in turn] + [7, 8, 9]
+            engine.prepare(1, 120)
+            run = Run(engine, [Request(prompt, params)], continues=True)
+            list(run.pieces())
+            turns += [[7, 8, 9], run.outputs()[0].tokens]
+            assert turns[-1] == results(plain, [prompt], params)[0][0]
+        assert run.timing.kept_tokens > 25
 
 
 def test_logprobs(plain):
@@ -440,6 +456,15 @@ def test_bad_usage_gets_one_line(argv, status, words, capsys):
     assert got == status
     assert all(w in err.splitlines()[-1] for w in words), err
     assert "Traceback" not in err
+
+
+def test_a_draft_model_of_other_tokens_is_refused(tmp_path, capsys):
+    draft = shutil.copytree(DEMO / "draft", tmp_path / "draft")
+    ranks = [line.split() for line in (draft / "tokenizer.model").read_text().splitlines()]
+    ranks[0][0], ranks[1][0] = ranks[1][0], ranks[0][0]
+    (draft / "tokenizer.model").write_text("".join(f"{token} {rank}\n" for token, rank in ranks))
+    assert generate.main(["--device", "cpu", "--draft_checkpoint_path", str(draft)]) == 1
+    assert f"{draft}: token 0: found " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_draft_model_that_does_not_fit_is_refused(plain, directory, demo_draft):
