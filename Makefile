@@ -1,9 +1,10 @@
-# make demo: text from the embedded model. make test: every test. make lint. Each sets up .venv first, once.
+# make demo: text from the embedded model. make test: every test. make lint. make fuzz MINUTES=30: damaged files.
+# Each sets up .venv first, once.
 PYTHON ?= python3
 VENV := .venv/bin
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: demo test lint setup
+.PHONY: demo test lint fuzz setup
 setup: .venv/ready
 
 .venv/ready: requirements.txt
@@ -23,3 +24,6 @@ test: .venv/ready
 lint: .venv/ready
 	$(VENV)/ruff check .
 	$(VENV)/ruff format --check .
+
+fuzz: .venv/ready
+	nice -n 19 $(VENV)/python tests/fuzz.py --minutes $(or $(MINUTES),10)

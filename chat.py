@@ -29,8 +29,8 @@ Ctrl-C ends an answer. A line that begins with a space is never a command."""
 
 
 def say(text: str) -> None:
-    """A line to the person, not part of an answer."""
-    print(text, file=sys.stderr, flush=True)
+    """A line to the person, not part of an answer. It may quote a template's error, or what was typed."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def printable(text: str) -> str:
@@ -57,7 +57,7 @@ class Chat:
         name, _, rest = line[1:].partition(" ")
         command = getattr(self, f"command_{name.strip()}", None)
         if command is None:
-            say(f"unknown command {printable(line.split()[0])}: /help lists them")
+            say(f"unknown command {line.split()[0]}: /help lists them")
         else:
             command(rest.strip())
 
@@ -134,7 +134,7 @@ class Chat:
         if not assignment:
             say(", ".join(f"{key}={json.dumps(getattr(self.params, key))}" for key in SETTINGS))
         elif key not in SETTINGS or not text:
-            say(f"/set: found {printable(assignment)}, expected key=value with one of {', '.join(SETTINGS)}")
+            say(f"/set: found {assignment}, expected key=value with one of {', '.join(SETTINGS)}")
         else:
             try:
                 self.params = dataclasses.replace(self.params, **{key: _parse(key, text)})

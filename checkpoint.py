@@ -381,7 +381,7 @@ def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or in a computer's memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return any(said in str(error) for said in ("out of memory", "can't allocate memory"))
 
 
 def free_bytes(device: torch.device) -> int:
@@ -390,8 +390,13 @@ def free_bytes(device: torch.device) -> int:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     gc.collect()
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device)[0]
+    try:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(device)[0]
+    except RuntimeError as error:  # so little that CUDA itself cannot start
+        if not is_out_of_memory(error):
+            raise
+        return 0
 
 
 def fill(source: Source, tensors: dict[str, Tensor], progress: bool = True) -> int:

@@ -175,14 +175,19 @@ class Engine:
         return engine
 
     @classmethod
-    def random(cls, shape: str, device=None, dtype=None, **options) -> "Engine":
-        """Random weights of a known shape (a key of model.SHAPES), made on the device."""
+    def random(cls, shape: str, device=None, dtype=None, mode: str | None = None, **options) -> "Engine":
+        """Random weights of a known shape (a key of model.SHAPES), made on the device; quantised where a mode is given."""
         if shape not in SHAPES:
             raise ValueError(f"random_weights: found {shape!r}, expected one of {', '.join(SHAPES)}")
         started = time.perf_counter()
         config = SHAPES[shape]
-        model = Transformer(config, device=parse_device(device), dtype=dtype)
-        fill_randomly(model)
+        if mode:
+            import quantize
+
+            model = quantize.random_model(config, mode, parse_device(device), dtype)
+        else:
+            model = Transformer(config, device=parse_device(device), dtype=dtype)
+            fill_randomly(model)
         engine = cls(model, **options)
         synchronize(model.norm.weight.device)
         engine.load_sec = time.perf_counter() - started
@@ -276,6 +281,7 @@ class Engine:
 
     def prepare(self, batch_size: int, length: int) -> None:
         """Makes a session for up to so many sequences of up to `length` tokens, unless the present one serves."""
+        self.model.tile_weights()
         s = self.session
         serves = s and s.max_seq_len >= min(length, self.context) and self.decoder.serves(batch_size)
         if serves and (not self.speculation or s.batch_size == batch_size):  # a round works on all rows
@@ -294,7 +300,7 @@ class Engine:
         if self.session is None:  # what it had allocated is free now that the exception is gone
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
-        graphs = self.compile_prefill or self.decoder.mode in ("graph", "reduce-overhead")
+        graphs = self.compile_prefill or self.decoder.mode == "graph"
         options = {"graphs": graphs, "compiled": self.compile_prefill, "alone": self.batch_invariant, "pool": self.decoder.pool}
         self.prefiller = Prefiller(self.model, self.session.cache, **options)
 
@@ -461,15 +467,12 @@ def load_engine(args: argparse.Namespace) -> Engine:
     options = {"decode_mode": mode, "compile_prefill": args.compile_prefill, "max_seq_len": args.max_seq_len}
     options["kv_cache_dtype"] = args.kv_cache_dtype
     options["batch_invariant"] = args.batch_invariant
+    if args.random_weights:
+        return Engine.random(args.random_weights, args.device, dtype, args.quantize, **options)
+    engine = Engine.load(args.checkpoint_path, args.device, dtype, progress=True, **options)
     if args.quantize:
         import quantize
 
-        if args.random_weights in SHAPES:
-            return Engine(quantize.random_model(SHAPES[args.random_weights], args.quantize, args.device, dtype), **options)
-    if args.random_weights:
-        return Engine.random(args.random_weights, args.device, dtype, **options)
-    engine = Engine.load(args.checkpoint_path, args.device, dtype, progress=True, **options)
-    if args.quantize:
         quantize.quantize_at_load(engine.model, args.quantize, engine.tokenizer)
     return engine
 

@@ -19,6 +19,7 @@ from kernels.formats import PackedFormat, Weight, saturated
 from kv_cache import KVCache
 
 WORLD_SIZE = 1  # devices that share one model's weights
+PLAIN_ROWS = 16  # of x, from which on cuBLAS multiplies plain weights faster than the small-batch kernels
 
 # ---------------------------------------------------------------- configuration
 
@@ -346,13 +347,15 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
     """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
     that the kernels read."""
-    few = kernels.runs_kernels(x) and x.shape[0] <= kernels.MAX_ROWS and x.dtype != torch.float32 and x.shape[1] % 64 == 0
+    packed = any(weight.packed for weight in weights)  # cuBLAS would have them unpacked first
+    most = kernels.MAX_ROWS if packed or kernels.is_batch_invariant() else PLAIN_ROWS
+    few = kernels.runs_kernels(x) and x.shape[0] <= most and x.dtype != torch.float32 and x.shape[1] % 64 == 0
     return few and all(weight.in_kernels for weight in weights)
 
 
 def many(x: torch.Tensor) -> bool:
-    """True where cuBLAS multiplies the rows of x [N, K], with kernels between its products."""
-    return kernels.runs_kernels(x) and x.shape[0] > kernels.MAX_ROWS
+    """True where cuBLAS may multiply the rows of x [N, K], with kernels between its products."""
+    return kernels.runs_kernels(x) and x.shape[0] > PLAIN_ROWS
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -624,6 +627,13 @@ class Transformer(nn.Module):
     def head(self) -> Weight:
         """The output projection [V, H]; the embedding itself where they are tied."""
         return self.tok_embeddings if self.config.tie_word_embeddings else self.output
+
+    def tile_weights(self) -> None:
+        """Puts packed weights into the order that the small-batch kernels read, where those run. Call before the first step."""
+        if kernels.runs_kernels(self.norm.weight):
+            for module in self.modules():
+                if isinstance(module, Weight):
+                    module.tile()
 
     def setup_rope(self, length: int) -> None:
         """Builds the RoPE tables for positions below `length`. Call once, before the first forward. ValueError: too many."""

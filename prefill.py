@@ -93,9 +93,10 @@ class Prefiller:
     @property
     def path(self) -> str:
         """How packs are run, for people."""
-        attention = "flash attention" if self.flash else "scaled_dot_product_attention, a prompt at a time"
+        attention = "/".join(sorted(kernels.attention_launched)) or "not yet run"
         launch = f"CUDA graphs up to {GRAPH_ROWS} rows" if self.use_graphs else "step by step"
-        return f"packs of up to {CHUNK_ROWS} rows, {attention}, {'compiled by torch.compile' if self.compiled else launch}"
+        launch = "compiled by torch.compile" if self.compiled else launch
+        return f"packs of up to {CHUNK_ROWS} rows, {launch}; attention kernels so far: {attention}"
 
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:

@@ -188,7 +188,8 @@ class Run:
         self.batch_size = min(rows or len(self.answers), len(self.answers))
         if (most := max(len(job.answers) for job in self.jobs)) > self.batch_size:
             raise ValueError(f"n: found {most} samples of a prompt, expected at most the batch size, {self.batch_size}")
-        self.prefill_tokens = CHUNK if chunked else math.inf
+        # a prompt that is cut elsewhere gets other last bits
+        self.prefill_tokens = CHUNK if chunked or engine.batch_invariant else math.inf
         self.timing = Timing()
         self.waiting = deque(self.jobs)
         self.rows: list[Answer | None] = [None] * self.batch_size
@@ -303,7 +304,7 @@ class Run:
                 if len(self.free_slots) < len(job.answers):
                     break
                 self._begin(job)
-            end = min(len(job.prompt), job.filled + self.prefill_tokens)
+            end = min(len(job.prompt), job.filled + self.prefill_tokens)  # cut where others have no say
             pieces.append(Piece(job.slots[0], job.prompt[job.filled : end], job.filled))
             tokens += end - job.filled
             job.filled = end
@@ -449,6 +450,7 @@ class Run:
         """Takes over the tokens that are new in a status (Session.status)."""
         ring, (cursor, done, nan) = status[:, :RING], status[:, RING : RING + 3].T.tolist()
         for row, answer in enumerate(launch.answers):
+            self._check_running()  # whoever took the last piece may have begun another run: the rows are its own now
             if answer is None or answer.finish_reason:
                 continue
             if nan[row]:

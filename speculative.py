@@ -73,6 +73,7 @@ class ModelDrafter(Drafter):
 
     def bind(self, target, history):
         super().bind(target, history)
+        self.model.tile_weights()
         self.session = Session(self.model, target.batch_size, target.max_seq_len, **self.cache_options(target))
         self.session.sampling = target.sampling  # the same noise
         self.session.limit.fill_(2**30)  # it neither stops nor ends

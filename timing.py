@@ -38,7 +38,7 @@ class Timing:
 
 def weight_bytes_per_step(model: Transformer) -> int:
     """Bytes of weights that one decode step reads: all but the embedding table, of which it reads a row a sequence."""
-    total = sum(b.numel() * b.element_size() for b in model.state_dict().values())
+    total = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in ("cos", "sin"))
     return total if model.config.tie_word_embeddings else total - model.tok_embeddings.num_bytes
 
 

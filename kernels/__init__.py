@@ -7,17 +7,19 @@ from kernels.accept import accept
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
+from kernels.flash_prefill import launched as attention_launched
 from kernels.head import advance, head
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
 from kernels.lookup import lookup
 from kernels.rows import rms_norm, rope_append, silu_mul
-from kernels.tiles import batch_invariant
+from kernels.tiles import batch_invariant, is_batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
     "accept",
     "advance",
+    "attention_launched",
     "batch_invariant",
     "choose",
     "flash_decode",
@@ -25,6 +27,7 @@ __all__ = [
     "flash_runs",
     "gumbel",
     "head",
+    "is_batch_invariant",
     "linear",
     "lookup",
     "pdl_disabled",

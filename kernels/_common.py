@@ -23,6 +23,7 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU,
 # For the ordering test: after triggering, every third program sleeps so long, so that what reads too early reads wrongly.
 DELAY_NS = tl.constexpr(int(os.environ.get("ROOFLAMA_DELAY_NS", "0")))
 
+INTERPRETED = tl.constexpr(INTERPRET)
 NVIDIA = tl.constexpr(torch.version.hip is None and not INTERPRET)
 
 _pdl_enabled = True
@@ -61,6 +62,17 @@ def hold(x):
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
         )
     return x
+
+
+@triton.jit
+def to_cache(values, cache_ptr):
+    """float32 values in the KV cache's dtype; what is beyond the range of e4m3 becomes its largest value."""
+    if cache_ptr.dtype.element_ty == tl.float8e4nv:
+        values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        if INTERPRETED:  # its cast halves what rounds up to a power of two: the rounding is done here, to 4 bits or 2**-9
+            wide = values * (2.0**20 + 1)
+            values = tl.where(tl.abs(values) < 2.0**-6, (values + 24576.0) - 24576.0, wide - (wide - values))
+    return values.to(cache_ptr.dtype.element_ty)
 
 
 def runs_kernels(x: torch.Tensor) -> bool:

@@ -12,13 +12,15 @@ FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, beca
 shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels, zeroed_workspace
-from kernels.formats import PLAIN_FORMATS
-from kernels.tiles import Tile, tile_for
+from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled
+from kernels.tiles import Tile, packed_shape, tile_for
 
 MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
@@ -276,18 +278,11 @@ def merge(
 def dot(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
     MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
-    SLICES: tl.constexpr, NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
-    X_SCALE: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP].
-
-    SLICES > 1: each warp multiplies a slice of the chunk's columns for all rows: tiles of 16 rows are too small to be shared.
-    """
+    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP]."""
     SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
-    if SLICES > 1:
-        sums = tl.zeros([SLICES, R, MP], tl.float32)
-    else:
-        sums = tl.zeros([R, MP], tl.float32)
+    sums = tl.zeros([R, MP], tl.float32)
     squares = tl.zeros([MP, SQUARES], tl.float32)
     xs = ()
     for c in tl.static_range(PRELOAD):  # all in flight at once: no load may pass the barriers that a dot brings
@@ -307,23 +302,15 @@ def dot(
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
         sums = _dot(tile, x, sums)
-    if SLICES > 1:
-        sums = tl.sum(sums, 0)
     return sums, tl.sum(squares, 1)[None, :]
 
 
 @triton.jit
 def _dot(w, x, sums):
-    """sums + w @ x.T; with sums of slices, [SLICES, R, MP], those of each slice of the columns."""
+    """sums + w @ x.T"""
     if INTERPRETED:  # where bit patterns of bfloat16 would be multiplied
         w, x = w.to(tl.float32), x.to(tl.float32)
-    if len(sums.shape) == 3:
-        SLICE: tl.constexpr = w.shape[1] // sums.shape[0]
-        w = w.reshape([w.shape[0], sums.shape[0], SLICE]).permute(1, 0, 2)
-        x = x.reshape([x.shape[0], sums.shape[0], SLICE]).permute(1, 2, 0)
-    else:
-        x = tl.trans(x)
-    return tl.dot(w, x, sums)
+    return tl.dot(w, tl.trans(x), sums)
 
 
 @triton.jit
@@ -363,9 +350,9 @@ def members(sums, PAIRS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr):
 def multiply(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M, addend,
     PAIRS: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
-    X_SCALE: tl.constexpr, DTYPE: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """By tl.dot or by FMA: the sums as `members` gives them; the sums of x^2 [1, MP]; x for `fma_again`.
 
@@ -374,7 +361,7 @@ def multiply(
     if DOT:
         sums, squares = dot(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
-            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
         )  # fmt: skip
         widened = ()
     else:
@@ -393,9 +380,36 @@ def uses_kernel(x: torch.Tensor) -> bool:
     return runs_kernels(x) and x.dtype in (torch.bfloat16, torch.float16)
 
 
-def tile_of(op: str, x: torch.Tensor, N: int) -> Tile:
+class Operand(NamedTuple):
+    """A weight as an operator takes it: packed ones in the kernels' order (formats.py)."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    format: str
+    rows: int  # N
+
+    @classmethod
+    def of(cls, weight: Weight) -> "Operand":
+        """ValueError: a packed weight that was not tiled."""
+        if not weight.in_kernels:
+            raise ValueError(f"weight: found {weight.packed} as it is stored, expected it in the kernels' order (Weight.tile)")
+        return cls(weight.weight, weight.scale, weight.zero, weight.format, weight.out_features)
+
+    @property
+    def is_packed(self) -> bool:
+        return self.format in UNIT_COLUMNS
+
+    def plain(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, K] in x's dtype."""
+        if not self.is_packed:
+            return self.weight
+        return dequantize_tiled(self.weight, self.scale, self.zero, self.format, self.rows, x.shape[1]).to(x.dtype)
+
+
+def tile_of(op: str, x: torch.Tensor, w: Operand) -> Tile:
     (M, K), sms = x.shape, num_sms(x.device.index or 0)
-    return tile_for(op, PLAIN_FORMATS[x.dtype], M, N, K, sms)
+    return tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms)
 
 
 def rms_norm_ref(x, weight, eps):
@@ -404,27 +418,36 @@ def rms_norm_ref(x, weight, eps):
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
 
 
-def check_matmul(x, weight, bias, norm):
+def check_matmul(x, w: Operand, bias, norm):
     """The operands that every operator here shares."""
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
-        raise ValueError(f"x and weight: found {tuple(x.shape)} and {tuple(weight.shape)}, expected [M, K] and [N, K]")
-    (M, K), N = x.shape, weight.shape[0]
+    weight, N = w.weight, w.rows
+    if x.dim() != 2:
+        raise ValueError(f"x: found {tuple(x.shape)}, expected [M, K]")
+    M, K = x.shape
+    shape, dtype = (N, K), x.dtype
+    if w.is_packed:
+        shape, dtype = (-(-N // 8), -(-K // UNIT_COLUMNS[w.format]), 32, 4), torch.int32
+    if weight.shape != shape:
+        raise ValueError(f"x and weight: found {tuple(x.shape)} and {tuple(weight.shape)}, expected [M, K] and {list(shape)}")
     if not 1 <= M <= MAX_ROWS:
         raise ValueError(f"x: found {M} rows, expected 1 to {MAX_ROWS}")
     if K % 64:
         raise ValueError(f"weight: found {N} x {K}, expected a multiple of 64 columns")
-    for name, t, size in (("weight", weight, None), ("bias", bias, N), ("norm", norm, K)):
-        if t is not None and (t.dtype != x.dtype or (size is not None and t.shape != (size,))):
-            expected = f"{x.dtype}" if size is None else f"{x.dtype} [{size}]"
+    for name, t, t_dtype, size in (("weight", weight, dtype, None), ("bias", bias, x.dtype, N), ("norm", norm, x.dtype, K)):
+        if t is not None and (t.dtype != t_dtype or (size is not None and t.shape != (size,))):
+            expected = f"{t_dtype}" if size is None else f"{t_dtype} [{size}]"
             raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected {expected}")
-    for name, t in (("x", x), ("weight", weight)):
-        if not t.is_contiguous():
+    for name, t in (("x", x), ("weight", weight), ("scale", w.scale), ("zero", w.zero)):
+        if t is not None and not t.is_contiguous():
             raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
 
 
-def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
+def matmul_arguments(tile: Tile, x, w: Operand) -> tuple[dict, dict]:
     """What every kernel built on these loops is launched with: (arguments, Triton's own options)."""
-    (M, K), N = x.shape, weight.shape[0]
+    (M, K), N, weight = x.shape, w.rows, w.weight
+    options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
+    if w.is_packed:
+        return _packed_arguments(tile, x, w), options
     words = 1 if tile.dot else 2  # columns in an element of the kernel's pointers
     columns, chunk = K // words, max(16, tile.chunk // words)
     chunks = triton.cdiv(triton.cdiv(columns, chunk), tile.split)
@@ -444,7 +467,6 @@ def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
         "CHUNKS": chunks,
         "PRELOAD": chunks if tile.grid else min(tile.preload, chunks),
         "STAGES": tile.stages,
-        "SLICES": tile.slices,
         "MASK_N": N % tile.rows != 0,
         "MASK_K": chunk * chunks * tile.split != columns,
         "LATE": tile.late,
@@ -452,9 +474,54 @@ def matmul_arguments(tile: Tile, x, weight) -> tuple[dict, dict]:
         # x * norm before its division by the root mean square must not overflow float16
         "X_SCALE": 1.0 / 64 if tile.dot and x.dtype == torch.float16 else 1.0,
         "PREFETCH": tile.prefetch,
+        "scale_ptr": None,
+        "zero_ptr": None,
+        "FORMAT": "plain",
+        "GROUPS": 0,
+        "WARPS": tile.warps,
+        "PARTS": 1,
+        "BLOCKS": 1,
     }
-    options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
     return arguments, options
+
+
+def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
+    """Of a kernel on a packed weight: `columns` counts units, CHUNK the units of a step of all warps, CHUNKS the steps."""
+    (M, K), units = x.shape, w.weight.shape[1]
+    parts, blocks = packed_shape(tile, w.format)
+    steps = triton.cdiv(units, parts * tile.split)
+    preload = min(tile.preload, steps)
+    steps = triton.cdiv(steps, preload) * preload
+    return {
+        "x_ptr": x,
+        "w_ptr": w.weight,
+        "scale_ptr": w.scale,
+        "zero_ptr": w.zero,
+        "M": M,
+        "N": w.rows,
+        "K": K,
+        "columns": units,
+        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
+        "DOT": True,
+        "M_FMA": int(M == 1),
+        "MP": max(8, triton.next_power_of_2(M)),
+        "R": tile.rows,
+        "CHUNK": parts,
+        "CHUNKS": steps,
+        "PRELOAD": preload,
+        "STAGES": 1,
+        "MASK_N": w.rows % tile.rows != 0,
+        "MASK_K": parts * steps * tile.split * UNIT_COLUMNS[w.format] != K,
+        "LATE": tile.late,
+        "STREAM": tile.stream,
+        "X_SCALE": 1.0 / 64 if x.dtype == torch.float16 else 1.0,
+        "PREFETCH": 0,
+        "FORMAT": w.format,
+        "GROUPS": w.scale.shape[-1] if w.format == "int4" else 0,
+        "WARPS": tile.warps,
+        "PARTS": parts,
+        "BLOCKS": blocks,
+    }
 
 
 def scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:

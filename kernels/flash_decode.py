@@ -441,13 +441,14 @@ def choose_launch(
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
     pairs = batch * num_kv_heads
-    # Work for every multiprocessor with few splits or none: bytes in flight then count more than a short way to the first. By
-    # chunks of 128 rows one program fits a multiprocessor at head size 128, three fit at 64; by chunks of 64, two and four.
+    # Work for every multiprocessor with few splits or none: programs on each count more than a short way to the first byte.
+    # The chunk waits in registers: at head size 128 one program fits a multiprocessor by 128 rows, two fit by 64.
     crowded = split_size is None and pairs >= (2 * sms if columns == 64 else sms // 2)
     # A short cache is best read whole before the wait (inside the 1B's step: 655 us, by 64 rows 668); in a long one the loop
     # does the work, and small chunks leave it registers (1 x 4096, head size 128: 10.3 us, by 128 rows 12.5).
     small = crowded or split_size is not None or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128
     chunk_rows = 64 if small else 128
+    max_registers = 128 if crowded and columns == 64 else None  # four programs: one round of 64 sequences with 8 KV heads
     # Smaller parts pay for their merge: 1 x 1024 at head size 64 takes 5.6 us by 128 rows, 6.4 by 256; at 128, 6.7 and 10.0.
     min_rows = 128
     # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
@@ -473,11 +474,12 @@ def choose_launch(
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
-        # All parts at a time, up to 64 KiB. It is the merge that sets the kernel's registers: by 64 parts 222 of each of 128
-        # threads at head size 64, by 4 parts 128, so that four programs fit a multiprocessor for two.
+        # All parts at a time, up to 64 KiB. Room for more than there are costs registers: of 128 at most, a thread spills 280
+        # bytes with 64 parts and 8 with 2.
         merged=max(1, min(triton.next_power_of_2(-(-items // pairs)), 64, 16384 // (kept_rows * columns))),
         warps=warps,
         stages=3 if page_size is None else 4,  # the page's number takes a stage of its own
+        max_registers=max_registers,
     )
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 CUDNN_TOKENS = 2048  # cuDNN makes a plan for each length that it meets: only for lengths from here on, in steps of
 CUDNN_STEP = 128
+launched: set[str] = set()  # the names of those that this process has launched, for reports
 QUERY_BLOCK = 512  # queries that share a mask in `sdpa`: bounds its memory
 
 
@@ -100,6 +101,14 @@ def same_long_length(num_rows: int, count: int, longest: int) -> bool:
     return num_rows == count * longest and longest >= CUDNN_TOKENS and longest % CUDNN_STEP == 0
 
 
+def attention_kernel(q, num_kv_heads: int, count: int, longest: int, *, plain: bool) -> str:
+    """Which one takes q [N, Hq, D] of `count` sequences: cudnn, flash or sdpa. plain: keys as many as queries, no window."""
+    N, Hq, D = q.shape
+    if plain and same_long_length(N, count, longest) and cudnn_runs(q.device, q.dtype, Hq, num_kv_heads, D):
+        return "cudnn"
+    return "flash" if flash_runs(q.device, q.dtype, D) else "sdpa"
+
+
 # ---------------------------------------------------------------- operator
 
 
@@ -130,11 +139,12 @@ def _flash_prefill(
     window: int | None,
 ) -> torch.Tensor:
     _check(q, k, v, q_first, k_first, k_lengths, longest, window)
-    (N, Hq, D), Hkv, count = q.shape, k.shape[1], q_first.shape[0] - 1
-    alike = k_lengths is None and window is None and same_long_length(N, count, longest)
-    if alike and cudnn_runs(q.device, q.dtype, Hq, Hkv, D):
+    count = q_first.shape[0] - 1
+    kernel = attention_kernel(q, k.shape[1], count, longest, plain=k_lengths is None and window is None)
+    launched.add(kernel)
+    if kernel == "cudnn":
         return _cudnn(q, k, v, count, scale).contiguous()
-    if flash_runs(q.device, q.dtype, D):
+    if kernel == "flash":
         return _flash(q, k, v, q_first, k_first, k_lengths, longest, scale, window)
     return flash_prefill_ref(q, k, v, q_first, k_first, k_lengths, scale, window)
 

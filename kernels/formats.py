@@ -12,6 +12,18 @@ Letters: N rows (output features), K columns (input features), G groups of colum
 A weight is (code - zero) * scale, computed in float32 and rounded once to the model's dtype; int8 and fp8 have no zero. Our
 quantisers leave int8's -128 out, converted checkpoints may have it. An int4 code is 0 to 15; a byte holds column 2i in its low
 nibble and column 2i + 1 in its high one.
+
+The small-batch kernels read packed weights in another order, tiles, which exists in memory only: `Weight.tile` makes it
+once, in place. Rows go by eights (half blocks), columns by units of 64 (int8, fp8) or 128 (int4); the 32 threads of a warp hold
+a unit of a half block as four 32-bit words each. Thread g * 4 + t has row g, and of columns 32 s to 32 s + 31 it has
+32 s + 8 t + (0 to 7), which are the elements 4 kh + 2 b + kl below (kernels/_packed.py multiplies them in that order).
+
+    weight        int32 [N / 8, units, 32, 4]; rows and columns that are no whole units hold zeros
+    int4          word s: element e in bits 4 (e / 2) + 16 kl, e / 2 = 2 kh + b
+    fp8           word 2 s + kh: the byte of element (b, kl) in bits 16 kl + 8 (1 - b)
+    int8          the same places, but with sign and magnitude, magnitudes of b = 0 and b = 1 exchanged
+    scale, zero   int4: [N / 8, units, 8, groups of a unit], zeros as int16 (Triton would lay out the dot for loads of bytes);
+                  else as above
 """
 
 from collections.abc import Iterable
@@ -21,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 PLAIN_FORMATS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-KERNEL_FORMATS = frozenset(PLAIN_FORMATS.values())  # what the small-batch kernels read; others are dequantised for PyTorch
+UNIT_COLUMNS = {"int8": 64, "fp8": 64, "int4": 128}  # of the kernels' order
 SCALE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 GROUP_SIZES = {"int8": (0,), "fp8": (0,), "int4": (32, 64, 128)}  # 0: a whole row shares a scale
 CODE_DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
@@ -137,14 +149,75 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None, fmt: PackedFormat)
     return values * scale.float()[..., None]
 
 
+# ---------------------------------------------------------------- the kernels' order
+
+
+def tile_codes(codes: Tensor, format: str) -> Tensor:
+    """Codes [N, K], as `encode` gives them -> int32 [N / 8, units, 32, 4], both rounded up."""
+    (N, K), unit = codes.shape, UNIT_COLUMNS[format]
+    bytes_ = torch.nn.functional.pad(codes.view(torch.uint8), (0, -K % unit, 0, -N % 8))
+    e = bytes_.view(-(-N // 8), 8, -(-K // unit), unit // 32, 4, 2, 2, 2)  # n g u s t kh b kl
+    if format == "int4":
+        e = e.permute(0, 2, 1, 4, 3, 7, 5, 6)  # n u g t s kl kh b
+        e = e[..., 0] | e[..., 1] << 4
+    else:
+        e = e.permute(0, 2, 1, 4, 3, 5, 7, 6)  # n u g t s kh kl b
+        if format == "int8":
+            sign, magnitude = e & 128, e.view(torch.int8).abs().view(torch.uint8)
+            e = sign | magnitude.flip(-1)
+        e = e.flip(-1)
+    return e.reshape(e.shape[0], e.shape[1], 32, 16).view(torch.int32)
+
+
+def untile_codes(tiled: Tensor, format: str, N: int, K: int) -> Tensor:
+    """The inverse of `tile_codes`."""
+    bytes_ = tiled.contiguous().view(torch.uint8)
+    n, u = bytes_.shape[:2]
+    if format == "int4":
+        e = bytes_.view(n, u, 8, 4, 4, 2, 2)  # n u g t s kl kh
+        e = torch.stack([e & 15, e >> 4], -1).permute(0, 2, 1, 4, 3, 6, 7, 5)
+    else:
+        e = bytes_.view(n, u, 8, 4, 2, 2, 2, 2)  # n u g t s kh kl b
+        e = e.flip(-1)
+        if format == "int8":
+            sign, magnitude = e & 128, (e & 127).flip(-1).view(torch.int8)
+            e = torch.where(sign > 0, -magnitude, magnitude).view(torch.uint8)
+        e = e.permute(0, 2, 1, 4, 3, 5, 7, 6)
+    codes = e.reshape(n * 8, -1)[:N, :K]
+    return codes.contiguous().view(CODE_DTYPES[format])
+
+
+def tile_groups(values: Tensor, group_size: int) -> Tensor:
+    """int4's scales or zeros [N, G] -> [N / 8, units, 8, groups of a unit]; zeros where there is no weight."""
+    (N, G), each = values.shape, UNIT_COLUMNS["int4"] // group_size
+    padded = torch.nn.functional.pad(values, (0, -G % each, 0, -N % 8))
+    return padded.view(-(-N // 8), 8, -1, each).transpose(1, 2).contiguous()
+
+
+def untile_groups(tiled: Tensor, N: int, G: int) -> Tensor:
+    """The inverse of `tile_groups`."""
+    return tiled.transpose(1, 2).flatten(2).flatten(0, 1)[:N, :G]
+
+
+def dequantize_tiled(weight: Tensor, scale: Tensor, zero: Tensor | None, format: str, N: int, K: int) -> Tensor:
+    """The values [N, K], float32, of a packed weight in the kernels' order."""
+    codes, group_size = untile_codes(weight, format, N, K), 0
+    if format == "int4":
+        group_size = UNIT_COLUMNS[format] // scale.shape[-1]
+        scale = untile_groups(scale, N, K // group_size)
+        zero = None if zero is None else untile_groups(zero, N, K // group_size)
+    fmt = PackedFormat(format, group_size, zero is None, scale.dtype)
+    return decode(codes.unflatten(1, (scale.shape[1], -1)), scale, zero, fmt).flatten(1)
+
+
 # ---------------------------------------------------------------- the weight
 
 
 class Weight(nn.Module):
     """A linear layer's weight [N, K] in one format, with what belongs to it. Quantising replaces Weights, not modules.
 
-    Buffers: `weight`, `scale` and `zero` as the table above has them (None where a format has none), `bias` [N] or None.
-    `dtype` is the model's: of the bias, and of the plain weight that this one stands for.
+    Buffers: `weight`, `scale` and `zero` as the table above has them (None where a format has none), `bias` [N] or None; once
+    `tiled`, in the kernels' order. `dtype` is the model's: of the bias, and of the plain weight that this one stands for.
     """
 
     def __init__(
@@ -161,6 +234,7 @@ class Weight(nn.Module):
         self.out_features, self.in_features, self.dtype, self.packed = out_features, in_features, dtype, packed
         self.format = packed.format if packed else PLAIN_FORMATS[dtype]
         self.group_size = packed.group_size if packed else 0
+        self.tiled = False
         shape = (out_features, in_features)
         tensors = packed.tensors(*shape) if packed else {"weight": (dtype, shape)}
         for name in ("weight", "scale", "zero"):
@@ -184,13 +258,38 @@ class Weight(nn.Module):
 
     @property
     def in_kernels(self) -> bool:
-        """True where the small-batch kernels read this format."""
-        return self.format in KERNEL_FORMATS
+        """True where the small-batch kernels can read this weight."""
+        return self.packed is None or self.tiled
+
+    def tile(self) -> None:
+        """Puts a packed weight into the kernels' order, in place, unless it is; a plain one stays. ValueError: a code that the
+        kernels would misread."""
+        if self.packed is None or self.tiled:
+            return
+        if self.format != "int4":
+            wrong = (self.weight == -128) if self.format == "int8" else self.weight.float().isnan()
+            if wrong.any():
+                raise ValueError(
+                    f"a weight of {self.packed}: found the code {self.weight[wrong][0]}, which stands for no number"
+                )
+        else:
+            self.scale = tile_groups(self.scale, self.group_size)
+            self.zero = self.zero if self.zero is None else tile_groups(self.zero.to(torch.int16), self.group_size)
+        self.weight = tile_codes(unpack_int4(self.weight) if self.format == "int4" else self.weight, self.format)
+        self.tiled = True
+
+    def _save_to_state_dict(self, *rest):
+        if self.tiled:
+            raise ValueError("a weight in the kernels' order: found one in a state dict, expected it to be saved before `tile`")
+        super()._save_to_state_dict(*rest)
 
     def dequantized(self) -> Tensor:
         """The weight as a plain [N, K] tensor in `dtype`."""
         if self.packed is None:
             return self.weight
+        if self.tiled:
+            tensors = self.weight, self.scale, self.zero
+            return dequantize_tiled(*tensors, self.format, self.out_features, self.in_features).to(self.dtype)
         codes = unpack_int4(self.weight) if self.format == "int4" else self.weight
         values = decode(codes.unflatten(1, (self.scale.shape[1], -1)), self.scale, self.zero, self.packed)
         return values.flatten(1).to(self.dtype)

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from kernels._common import launch_options, num_sms, pdl_trigger, pdl_wait
 from kernels._matmul import (
+    Operand,
     check_matmul,
     fma_again,
     matmul_arguments,
@@ -29,6 +30,7 @@ from kernels._matmul import (
     tile_of,
     uses_kernel,
 )
+from kernels._packed import multiply_packed, preload_packed, unit_starts
 from kernels._random import gumbel_ref, gumbel_tile, token_positions
 from kernels.formats import Weight
 
@@ -95,13 +97,16 @@ def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: t
 
 @triton.jit(do_not_specialize=["M", "T"])
 def _head_kernel(
-    x_ptr, w_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr,
+    lengths_ptr,
     M, T, N, K, columns, eps, vocab_size,
     PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
-    LOOPS: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
-    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits and best candidate of tile program_id, and of each num_programs-th tile after it where LOOPS."""
     if not LATE:
@@ -109,7 +114,12 @@ def _head_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     m, r = tl.arange(0, MP), tl.arange(0, R)
     rows = pid * R + r
-    tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, True, MASK_N, MASK_K, STREAM)
+    PACKED: tl.constexpr = FORMAT != "plain"
+    if PACKED:
+        starts, left = unit_starts(pid * (R // 8), 0, 0, columns, tl.cdiv(N, 8), WARPS, PARTS, BLOCKS, CHUNKS, False, MASK_N)
+        tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
+    else:
+        tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, True, MASK_N, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
@@ -129,10 +139,17 @@ def _head_kernel(
         seed, sample, position = m, m, m
     pdl_wait(PDL)
 
-    sums, squares, widened = multiply(
-        tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, False, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
-    )  # fmt: skip
+    if PACKED:
+        sums, squares = multiply_packed(
+            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (rows,), 0, N, K, M,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, False, M_FMA == 1, True, MASK_N, MASK_K, STREAM,
+            X_SCALE, DTYPE,
+        )  # fmt: skip
+    else:
+        sums, squares, widened = multiply(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
+            CHUNK, CHUNKS, PRELOAD, STAGES, False, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        )  # fmt: skip
     factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
     logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)
     best, best_id = _candidates(logits, rows, pid * R, temperature, seed, sample, position, R, MP)
@@ -231,9 +248,9 @@ def _advance_sequence(
 # ---------------------------------------------------------------- operators
 
 
-def _head_outputs(x, weight, norm, vocab_size, temperature, seed, sample, lengths):
-    check_matmul(x, weight, None, norm)
-    M, V = x.shape[0], weight.shape[0]
+def _head_outputs(x, w: Operand, norm, vocab_size, temperature, seed, sample, lengths):
+    check_matmul(x, w, None, norm)
+    M, V = x.shape[0], w.rows
     if not 1 <= vocab_size <= V:
         raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to the weight's {V} rows")
     B = lengths.numel()
@@ -257,6 +274,10 @@ def _head_outputs(x, weight, norm, vocab_size, temperature, seed, sample, length
 def _head(
     x: torch.Tensor,
     weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    format: str,
+    rows: int,
     norm: torch.Tensor,
     eps: float,
     vocab_size: int,
@@ -265,15 +286,16 @@ def _head(
     sample: torch.Tensor | None,
     lengths: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    logits, partial_max, partial_id = _head_outputs(x, weight, norm, vocab_size, temperature, seed, sample, lengths)
+    w = Operand(weight, scale, zero, format, rows)
+    logits, partial_max, partial_id = _head_outputs(x, w, norm, vocab_size, temperature, seed, sample, lengths)
     if not uses_kernel(x):
-        logits, best, best_id = head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths)
+        logits, best, best_id = head_ref(x, w.plain(x), norm, eps, vocab_size, temperature, seed, sample, lengths)
         partial_max.fill_(-math.inf)[:, 0] = best
         partial_id.zero_()[:, 0] = best_id
         return logits, partial_max, partial_id
     M, V = logits.shape
-    tile = tile_of("head", x, V)
-    arguments, options = matmul_arguments(tile, x, weight)
+    tile = tile_of("head", x, w)
+    arguments, options = matmul_arguments(tile, x, w)
     count = triton.cdiv(V, tile.rows)
     programs = min(count, tile.grid * num_sms(x.device.index or 0) or PARTIALS, PARTIALS)
     assert tile.rows % 4 == 0, f"Tile.rows: found {tile.rows}, expected a multiple of 4 (random bits come by fours)"
@@ -302,8 +324,8 @@ def _head(
 
 
 @_head.register_fake
-def _(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths):
-    return _head_outputs(x, weight, norm, vocab_size, temperature, seed, sample, lengths)
+def _(x, weight, scale, zero, format, rows, norm, eps, vocab_size, temperature, seed, sample, lengths):
+    return _head_outputs(x, Operand(weight, scale, zero, format, rows), norm, vocab_size, temperature, seed, sample, lengths)
 
 
 def head(
@@ -325,7 +347,7 @@ def head(
     (value [M, P] float32, id [M, P] int32): the one of largest value, and of these the one of lowest id, is the choice.
     ValueError: a shape or dtype that does not fit.
     """
-    return torch.ops.rooflama.head(x, weight.weight, norm, eps, vocab_size, temperature, seed, sample, lengths)
+    return torch.ops.rooflama.head(x, *Operand.of(weight), norm, eps, vocab_size, temperature, seed, sample, lengths)
 
 
 def _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):

@@ -16,9 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, num_sms, pdl_trigger, pdl_wait
+from kernels._common import num_sms, pdl_trigger, pdl_wait, to_cache
 from kernels._matmul import (
     MAX_ROWS,
+    Operand,
     arrive,
     check_matmul,
     fma_again,
@@ -36,12 +37,11 @@ from kernels._matmul import (
     tile_of,
     uses_kernel,
 )
+from kernels._packed import multiply_packed, preload_packed, unit_starts
 from kernels.formats import Weight, saturated
 from kernels.tiles import Tile
 
 __all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
-
-INTERPRETED = tl.constexpr(INTERPRET)
 
 
 # ---------------------------------------------------------------- reference
@@ -144,12 +144,14 @@ def _linear_epilogue(
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
-    x_ptr, w_ptr, norm_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
-    M, N, F, K, columns, eps,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr,
+    ahead_ptr, ahead_bytes, M, N, F, K, columns, eps,
     SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT: tl.constexpr, GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
-    STREAM: tl.constexpr, X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
+    STREAM: tl.constexpr, X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual. `columns` is K in units of w_ptr and x_ptr."""
     if not LATE:
@@ -160,7 +162,24 @@ def _linear_kernel(
     NORM: tl.constexpr = norm_ptr is not None
     rows = _linear_rows(tile, F, R, SILU_MUL)
     loaded = _loaded_rows(rows, R)
-    tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
+    PACKED: tl.constexpr = FORMAT != "plain"
+    if PACKED:
+        starts, left = unit_starts(
+            tile * (R // (8 * len(rows))),
+            F // 8,
+            k0,
+            columns,
+            tl.cdiv(N, 8),
+            WARPS,
+            PARTS,
+            BLOCKS,
+            CHUNKS,
+            SILU_MUL,
+            MASK_N,
+        )
+        tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
+    else:
+        tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
@@ -177,10 +196,17 @@ def _linear_kernel(
     # Added to a thread's products, the residual is loaded beside x; else ptxas loads it after the products, and waits again.
     # With more than two chunks, though, ptxas then takes the registers from x, and loads x in two turns.
     ADD: tl.constexpr = residual_ptr is not None and MP == 1 and not (NORM or SILU_MUL or DOT) and SPLIT == 1 and CHUNKS <= 2
-    sums, squares, widened = multiply(
-        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
-    )  # fmt: skip
+    if PACKED:
+        sums, squares = multiply_packed(
+            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, k0, N, K, M,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, SILU_MUL, M_FMA == 1, NORM, MASK_N, MASK_K, STREAM,
+            X_SCALE, DTYPE,
+        )  # fmt: skip
+    else:
+        sums, squares, widened = multiply(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
+            CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        )  # fmt: skip
     if ADD:
         residual = 0.0
     if SPLIT > 1:
@@ -230,17 +256,6 @@ def _head_norm(a, b, weight_ptr, pair, eps, HALF: tl.constexpr):
 
 
 @triton.jit
-def _to_cache(values, cache_ptr):
-    """float32 values in the cache's dtype; what is beyond the range of e4m3 becomes its largest value."""
-    if cache_ptr.dtype.element_ty == tl.float8e4nv:
-        values = tl.clamp(values, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
-        if INTERPRETED:  # its cast halves what rounds up to a power of two: the rounding is done here, to 4 bits or 2**-9
-            wide = values * (2.0**20 + 1)
-            values = tl.where(tl.abs(values) < 2.0**-6, (values + 24576.0) - 24576.0, wide - (wide - values))
-    return values.to(cache_ptr.dtype.element_ty)
-
-
-@triton.jit
 def _qkv_epilogue(
     sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page, q_ptr, k_ptr, v_ptr,
     head, pair, m, M, page_size, HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr,
@@ -267,23 +282,25 @@ def _qkv_epilogue(
         offset = row[None, :] * D + pair[:, None]
         mask = writes[None, :]
         if head < HQ + HKV:
-            tl.store(k_ptr + offset, _to_cache(rotated_a, k_ptr), mask=mask)
-            tl.store(k_ptr + offset + HALF, _to_cache(rotated_b, k_ptr), mask=mask)
+            tl.store(k_ptr + offset, to_cache(rotated_a, k_ptr), mask=mask)
+            tl.store(k_ptr + offset + HALF, to_cache(rotated_b, k_ptr), mask=mask)
         else:
-            tl.store(v_ptr + offset, _to_cache(a, v_ptr), mask=mask)
-            tl.store(v_ptr + offset + HALF, _to_cache(b, v_ptr), mask=mask)
+            tl.store(v_ptr + offset, to_cache(a, v_ptr), mask=mask)
+            tl.store(v_ptr + offset + HALF, to_cache(b, v_ptr), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "T", "P"])
 def _qkv_kernel(
-    x_ptr, w_ptr, norm_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, lengths_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
-    partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, lengths_ptr, table_ptr,
+    q_ptr, k_ptr, v_ptr, partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
     M, T, P, N, K, columns, eps, qk_eps, page_size,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SLICES: tl.constexpr,
-    SPLIT: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr,
-    X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
+    FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of pairs of one head. TILES tiles of a head and SPLIT parts of K form a group that its last arrival merges:
     TILES is 1, or with qk-norm, which needs the whole head, D / R."""
@@ -296,8 +313,15 @@ def _qkv_kernel(
     head = tile // (D // R)
     first_pair = tile % (D // R) * (R // 2)
     pair = first_pair + tl.arange(0, R // 2)
-    loaded = _loaded_rows((head * D + pair, head * D + HALF + pair), R)
-    tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
+    rows = (head * D + pair, head * D + HALF + pair)
+    loaded = _loaded_rows(rows, R)
+    PACKED: tl.constexpr = FORMAT != "plain"
+    if PACKED:
+        first = (head * D + first_pair) // 8
+        starts, left = unit_starts(first, HALF // 8, k0, columns, 0, WARPS, PARTS, BLOCKS, CHUNKS, True, False)
+        tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
+    else:
+        tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
     if LATE:
         pdl_trigger(PDL)
     if PDL and PREFETCH > 0:
@@ -312,10 +336,17 @@ def _qkv_kernel(
         cos, sin = _rope_factors(cos_ptr, sin_ptr, pair, position, HALF)
     pdl_wait(PDL)
 
-    sums, squares, _ = multiply(
-        tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
-        CHUNK, CHUNKS, PRELOAD, STAGES, SLICES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
-    )  # fmt: skip
+    if PACKED:
+        sums, squares = multiply_packed(
+            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, k0, N, K, M,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, True, M_FMA == 1, True, False, MASK_K, STREAM,
+            X_SCALE, DTYPE,
+        )  # fmt: skip
+    else:
+        sums, squares, _ = multiply(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
+            CHUNK, CHUNKS, PRELOAD, STAGES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
+        )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES
         member = tile % TILES * SPLIT + part
@@ -351,11 +382,13 @@ def _ahead_arguments(tile: Tile, ahead) -> dict:
 # ---------------------------------------------------------------- operators
 
 
-def _linear_output(x, weight, bias, norm, activation, residual):
-    check_matmul(x, weight, bias, norm)
+def _linear_output(x, w: Operand, bias, norm, activation, residual):
+    check_matmul(x, w, bias, norm)
     if activation not in ("none", "silu_mul"):
         raise ValueError(f"activation: found {activation!r}, expected 'none' or 'silu_mul'")
-    y = x.new_empty(x.shape[0], weight.shape[0] // (2 if activation == "silu_mul" else 1))
+    if activation == "silu_mul" and w.is_packed and w.rows % 16:
+        raise ValueError(f"weight: found {w.rows} packed rows, expected a multiple of 16 for silu_mul")
+    y = x.new_empty(x.shape[0], w.rows // (2 if activation == "silu_mul" else 1))
     if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_contiguous()):
         raise ValueError(
             f"residual: found {residual.dtype} {list(residual.shape)}, expected {y.dtype} {list(y.shape)}, contiguous"
@@ -367,6 +400,10 @@ def _linear_output(x, weight, bias, norm, activation, residual):
 def _linear(
     x: torch.Tensor,
     weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    format: str,
+    rows: int,
     bias: torch.Tensor | None,
     norm: torch.Tensor | None,
     eps: float,
@@ -374,12 +411,13 @@ def _linear(
     residual: torch.Tensor | None,
     ahead: torch.Tensor | None,
 ) -> torch.Tensor:
-    y = _linear_output(x, weight, bias, norm, activation, residual)
+    w = Operand(weight, scale, zero, format, rows)
+    y = _linear_output(x, w, bias, norm, activation, residual)
     if not uses_kernel(x):
-        return linear_ref(x, weight, bias, norm, eps, activation, residual)
-    tile = tile_of("silu_mul" if activation == "silu_mul" else "linear", x, weight.shape[0])
-    arguments, options = matmul_arguments(tile, x, weight)
-    tiles = triton.cdiv(weight.shape[0], tile.rows)
+        return linear_ref(x, w.plain(x), bias, norm, eps, activation, residual)
+    tile = tile_of("silu_mul" if activation == "silu_mul" else "linear", x, w)
+    arguments, options = matmul_arguments(tile, x, w)
+    tiles = triton.cdiv(rows, tile.rows)
     programs = min(tile.grid * num_sms(x.device.index or 0), tiles) if tile.grid else tiles * tile.split
     _linear_kernel[(programs,)](
         norm_ptr=norm if norm is None or tile.dot else norm.view(torch.int32),
@@ -400,8 +438,8 @@ def _linear(
 
 
 @_linear.register_fake
-def _(x, weight, bias, norm, eps, activation, residual, ahead):
-    return _linear_output(x, weight, bias, norm, activation, residual)
+def _(x, weight, scale, zero, format, rows, bias, norm, eps, activation, residual, ahead):
+    return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, activation, residual)
 
 
 def linear(
@@ -422,14 +460,14 @@ def linear(
     ValueError: a shape, dtype or activation that does not fit.
     """
     following = None if ahead is None else ahead.weight
-    return torch.ops.rooflama.linear(x, weight.weight, weight.bias, norm, eps, activation, residual, following)
+    return torch.ops.rooflama.linear(x, *Operand.of(weight), weight.bias, norm, eps, activation, residual, following)
 
 
-def _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D):
-    check_matmul(x, weight, bias, norm)
+def _qkv_output(x, w: Operand, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D):
+    check_matmul(x, w, bias, norm)
     M, B = x.shape[0], lengths.numel()
-    if weight.shape[0] != (Hq + 2 * Hkv) * D or D % 16:
-        raise ValueError(f"weight: found {weight.shape[0]} rows, expected ({Hq} + 2 * {Hkv}) heads of {D}, a multiple of 16")
+    if w.rows != (Hq + 2 * Hkv) * D or D % 16:
+        raise ValueError(f"weight: found {w.rows} rows, expected ({Hq} + 2 * {Hkv}) heads of {D}, a multiple of 16")
     if lengths.dim() != 1 or lengths.dtype != torch.int32 or M % B:
         raise ValueError(f"lengths: found {lengths.dtype} {list(lengths.shape)}, expected int32 [B], B dividing {M} rows")
     if table.dim() != 2 or table.dtype != torch.int32 or table.shape[0] != B:
@@ -456,6 +494,10 @@ def _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table,
 def _qkv_rope_append(
     x: torch.Tensor,
     weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    format: str,
+    rows: int,
     bias: torch.Tensor | None,
     norm: torch.Tensor,
     eps: float,
@@ -475,18 +517,19 @@ def _qkv_rope_append(
     ahead: torch.Tensor | None,
 ) -> torch.Tensor:
     Hq, Hkv, D = num_heads, num_kv_heads, head_dim
-    q = _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
+    w = Operand(weight, scale, zero, format, rows)
+    q = _qkv_output(x, w, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
     if not uses_kernel(x):
         return qkv_rope_append_ref(
-            x, weight, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
+            x, w.plain(x), bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
             page_size, Hq, Hkv, D,
         )  # fmt: skip
-    tile = fit_to_head(tile_of("qkv", x, weight.shape[0]), D)
+    tile = fit_to_head(tile_of("qkv", x, w), D)
     if q_norm is not None and D & (D - 1):
         raise ValueError(f"head_dim: found {D}, expected a power of two where queries and keys are normalised")
     tiles_of_head = D // tile.rows if q_norm is not None else 1
-    arguments, options = matmul_arguments(tile, x, weight)
-    tiles = weight.shape[0] // tile.rows
+    arguments, options = matmul_arguments(tile, x, w)
+    tiles = rows // tile.rows
     programs = tiles * tile.split
     _qkv_kernel[(programs,)](
         norm_ptr=norm if tile.dot else norm.view(torch.int32),
@@ -520,11 +563,11 @@ def _qkv_rope_append(
 
 @_qkv_rope_append.register_fake
 def _(
-    x, weight, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
+    x, weight, scale, zero, format, rows, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
     page_size, num_heads, num_kv_heads, head_dim, ahead,
 ):  # fmt: skip
-    Hq, Hkv, D = num_heads, num_kv_heads, head_dim
-    return _qkv_output(x, weight, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
+    Hq, Hkv, D, w = num_heads, num_kv_heads, head_dim, Operand(weight, scale, zero, format, rows)
+    return _qkv_output(x, w, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
 
 
 def fit_to_head(tile: Tile, head_dim: int) -> Tile:
@@ -564,6 +607,6 @@ def qkv_rope_append(
     `ahead` as in `linear`. ValueError: a shape or dtype that does not fit.
     """
     return torch.ops.rooflama.qkv_rope_append(
-        x, weight.weight, weight.bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
+        x, *Operand.of(weight), weight.bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
         page_size, num_heads, num_kv_heads, head_dim, None if ahead is None else ahead.weight,
     )  # fmt: skip

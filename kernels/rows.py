@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels, to_cache
 from kernels._matmul import rms_norm_ref
 from kernels.formats import saturated
 
@@ -117,11 +117,11 @@ def _rope_append_kernel(
     if position >= 0:
         kv_head = tl.maximum(head - HQ, 0) % HKV
         cached = ((slot * HKV + kv_head) * S + position) * D + pair
-        tl.store(k_cache_ptr + cached, rotated_a.to(k_cache_ptr.dtype.element_ty), mask=k_mask)
-        tl.store(k_cache_ptr + cached + HALF, rotated_b.to(k_cache_ptr.dtype.element_ty), mask=k_mask)
+        tl.store(k_cache_ptr + cached, to_cache(rotated_a, k_cache_ptr), mask=k_mask)
+        tl.store(k_cache_ptr + cached + HALF, to_cache(rotated_b, k_cache_ptr), mask=k_mask)
         v_mask = mask & (head >= HQ + HKV)
-        tl.store(v_cache_ptr + cached, a.to(v_cache_ptr.dtype.element_ty), mask=v_mask)
-        tl.store(v_cache_ptr + cached + HALF, b.to(v_cache_ptr.dtype.element_ty), mask=v_mask)
+        tl.store(v_cache_ptr + cached, to_cache(a, v_cache_ptr), mask=v_mask)
+        tl.store(v_cache_ptr + cached + HALF, to_cache(b, v_cache_ptr), mask=v_mask)
 
 
 # ---------------------------------------------------------------- operators

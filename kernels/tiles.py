@@ -9,6 +9,8 @@ import dataclasses
 import itertools
 from dataclasses import dataclass
 
+from kernels.formats import UNIT_COLUMNS
+
 OPS = ("linear", "silu_mul", "qkv", "head")
 LEAST_ROWS = {"linear": 1, "silu_mul": 2, "qkv": 2, "head": 4}  # pairs; four random words at a time
 FMA_MOST_ROWS = 4  # of x: beyond, the products take more instructions than the bytes give time for
@@ -25,11 +27,10 @@ class Tile:
     """One launch choice. A program computes `rows` output features from `chunk` columns at a time."""
 
     rows: int  # weight rows a program holds; gate and up, and the two halves of a RoPE pair, count as two
-    chunk: int  # columns of one load step, a power of two
+    chunk: int  # columns of one load step, a power of two; of packed weights all warps' units together
     warps: int
-    preload: int = 64  # chunks loaded before the dependency wait, and kept in flight after it
+    preload: int = 64  # chunks (packed weights: a warp's units) loaded before the dependency wait, and kept in flight after it
     dot: bool = False  # multiply by tl.dot on the tensor cores; else by FMA, M <= FMA_MOST_ROWS
-    slices: int = 1  # dot: into how many slices, of a warp each, a chunk's columns are cut; 1 = every warp has all of them
     split: int = 1  # programs that share one tile's K; the last to arrive merges
     stages: int = 1  # pipeline depth of the loads behind the preloaded ones
     grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
@@ -58,12 +59,12 @@ MEASURED = {
     (132, "bf16", 1, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),
     (132, "bf16", 1, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),
     (132, "bf16", 1, "head", 128256, 2048): Tile(4, 256, 1, preload=4, stream=True),
-    # 16 rows: 880.1
+    # 16 rows: 840.4; tiles of half as many weight rows read x twice as often: 880 to 888
     (132, "bf16", 16, "qkv", 3072, 2048): Tile(64, 512, 4, preload=1, dot=True, split=4),
-    (132, "bf16", 16, "linear", 2048, 2048): Tile(64, 256, 4, preload=1, dot=True, split=8),
-    (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(64, 128, 8, preload=1, dot=True, stages=4),
-    (132, "bf16", 16, "linear", 2048, 8192): Tile(64, 128, 8, preload=1, dot=True, split=8, stages=3),
-    (132, "bf16", 16, "head", 128256, 2048): Tile(64, 64, 4, preload=2, dot=True, stages=5, stream=True),
+    (132, "bf16", 16, "linear", 2048, 2048): Tile(64, 512, 4, preload=1, dot=True, split=4),
+    (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=1, dot=True, stages=4),
+    (132, "bf16", 16, "linear", 2048, 8192): Tile(128, 128, 8, preload=3, dot=True, split=8, stages=3),
+    (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
     # Llama-3.2-3B: 1700.1
     (132, "bf16", 1, "qkv", 5120, 3072): Tile(4, 256, 1, preload=3),
     (132, "bf16", 1, "linear", 3072, 3072): Tile(2, 512, 1, preload=3, registers=96),
@@ -98,6 +99,8 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     measured = MEASURED.get((sms, "bf16" if fmt == "fp16" else fmt, padded_rows(rows), op, N, K))
     if measured is not None:
         return measured
+    if fmt in UNIT_COLUMNS:
+        return _packed_rule(op, fmt, rows, N, K, sms)
     return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
 
 
@@ -111,7 +114,8 @@ def invariant_tile(op: str, fmt: str, N: int, K: int, sms: int) -> Tile:
 
     Padding to all 64 rows makes the program itself the same: with fewer, the compiler would add up in another order.
     """
-    return dataclasses.replace(_dot_rule(op, 64, N, K, sms), padded=64)
+    tile = _packed_rule(op, fmt, 64, N, K, sms) if fmt in UNIT_COLUMNS else _dot_rule(op, 64, N, K, sms)
+    return dataclasses.replace(tile, padded=64)
 
 
 def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
@@ -125,20 +129,50 @@ def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
 
 
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """64 weight rows a program (every program reads x again: fewer, fatter ones), K split until every SM has a program."""
-    height, chunk, split = 64, power_divisor(K, 128), 1
+    """128 weight rows a program where that leaves a program for most SMs (every program reads x again: fewer, fatter ones),
+    else 64; K split until every SM has a program."""
+    height, chunk, split = 128 if 96 * sms <= N else 64, power_divisor(K, 128), 1
     while op != "head" and split < 8 and -(-N // height) * split < sms and K // (2 * split) >= 2 * chunk:
         split *= 2
     strip = K // split  # columns of one program
     if strip <= 512 and strip == floor_power_of_two(strip):  # all of it before the wait
         return Tile(height, strip, 8 if rows > 16 else 4, preload=1, dot=True, split=split)
-    return Tile(
-        height, chunk, 4, preload=1, dot=True, split=split, stages=4, prefetch=min(128, height * (strip - chunk) // 512)
-    )
+    return Tile(height, chunk, 8 if height == 128 else 4, preload=1, dot=True, split=split, stages=4)
 
 
-def candidate_tiles(op: str, rows: int, N: int, K: int) -> list[Tile]:
+def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
+    """Up to 16 rows of x: two blocks of 16 weight rows a program, K split over its warps. Beyond, x weighs more than the
+    weights: 128 weight rows share what a program reads of it."""
+    unit = UNIT_COLUMNS[fmt]
+    units = -(-K // unit)
+    if rows > 16:
+        split = 1
+        while op != "head" and split < 4 and -(-N // 128) * split < sms and units >= 8 * split:
+            split *= 2
+        return packed_tile(fmt, 128, 1, 4, 1, K, split)
+    height = 64 if op == "head" and N > 32 * 4096 else 32 if 32 * sms <= N else 16
+    warps = 4 if N // height >= 4 * sms or units < 16 else 8
+    return packed_tile(fmt, height, warps, warps, 8 if height == 16 else 4, K)
+
+
+def packed_tile(fmt: str, rows: int, parts: int, warps: int, preload: int, K: int, split: int = 1, **more) -> Tile:
+    """A tile for packed weights: `parts` of the warps share rows and split K; `preload` units a warp at most, a divisor of
+    all that it passes."""
+    steps = -(-K // (UNIT_COLUMNS[fmt] * parts * split))
+    preload = next(p for p in range(min(preload, steps), 0, -1) if steps % p == 0)
+    return Tile(rows, UNIT_COLUMNS[fmt] * parts, warps, preload, dot=True, split=split, **more)
+
+
+def packed_shape(tile: Tile, fmt: str) -> tuple[int, int]:
+    """How a program's warps share a packed tile: (warps that split K between them, blocks of 16 rows a warp)."""
+    parts = min(tile.warps, max(tile.chunk // UNIT_COLUMNS[fmt], 16 * tile.warps // tile.rows))
+    return parts, tile.rows * parts // (16 * tile.warps)
+
+
+def candidate_tiles(op: str, rows: int, N: int, K: int, fmt: str = "bf16") -> list[Tile]:
     """The tiles worth measuring for one shape inside the whole step."""
+    if fmt in UNIT_COLUMNS:
+        return _packed_candidates(op, fmt, rows, N, K)
     return _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K) if rows <= 8 else _dot_candidates(op, rows, N, K)
 
 
@@ -171,23 +205,36 @@ def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
     if M == 1:
         return []
     tiles = []
-    heights = (16, 32, 64) if M <= 16 else (64, 128)
-    for rows, warps, split in itertools.product(heights, (4, 8), (1, 2, 4, 7, 8)):
+    for (rows, warps), split in itertools.product(((64, 4), (64, 8), (128, 8)), (1, 2, 4, 7, 8)):
         if K % (64 * split) or (split > 1 and (op == "head" or N // rows * split > 1024)):
             continue
         strip = K // split
-        for chunk in (64, 128, 256, 512, 1024, 2048):
+        for chunk in (64, 128, 256, 512):
             chunks = -(-strip // chunk)
             tile_bytes = (rows + max(16, M)) * chunk * 2
-            for preload, stages in itertools.product((1, 2, 4), (1, 2, 3, 4, 5)):
+            for preload, stages in itertools.product((1, 2, 3), (1, 3, 4, 5)):
                 waits = chunks > preload  # a loop behind the preloaded chunks, for which stages count
-                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 80:
+                if strip % chunk or preload > chunks or (stages > 1) != waits or rows * chunk * preload // (64 * warps) > 96:
                     continue
-                if tile_bytes * (preload + (stages if waits else 0)) > SHARED_BYTES // (1 if rows == 128 else 2):
-                    continue
-                tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
-                if rows <= 32 and chunk // warps >= 64:
-                    tiles += [dataclasses.replace(tiles[-1], slices=warps, registers=r) for r in (None, 128)]
+                if tile_bytes * (preload + (stages if waits else 0)) <= SHARED_BYTES:
+                    tiles.append(Tile(rows, chunk, warps, preload, dot=True, split=split, stages=stages))
+    return tiles
+
+
+def _packed_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
+    tiles = []
+    splits = (1,) if op == "head" else (1, 2, 4)
+    for rows, warps, parts, preload, split in itertools.product(
+        (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6, 8), splits
+    ):
+        blocks = rows * parts // (16 * warps)
+        steps = -(-K // (UNIT_COLUMNS[fmt] * parts * split))
+        sums = blocks * -(-M // 8) * 4  # registers of a thread
+        if parts > warps or not 1 <= blocks <= 4 or blocks * preload > 12 or sums > 64 or (op == "head" and 4096 * rows < N):
+            continue
+        if steps % preload or N // rows * split > 2**15 or (split > 1 and steps < 2):
+            continue
+        tiles.append(Tile(rows, UNIT_COLUMNS[fmt] * parts, warps, preload, dot=True, split=split))
     return tiles
 
 
@@ -219,6 +266,10 @@ def override_tiles(tiles: dict):
         yield
     finally:
         _overrides = before
+
+
+def is_batch_invariant() -> bool:
+    return _batch_invariant
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@
     python scripts/benchmark_kernels.py attention --head_size 128 --batch_size 1 16 --seq_n 1024 4096
     python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
     python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
+    python scripts/benchmark_kernels.py linear --formats int8 fp8 int4 --rows 1 16        # see benchmark_linear.py
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/benchmark_kernels.py sanitize
     python scripts/benchmark_kernels.py choose --output choose.jsonl           # what top-k and top-p add to the greedy choice
@@ -314,17 +315,19 @@ def run_for_ncu(points: list[Point]) -> None:
 # --------------------------------------------------------------------------------------------------------------------------
 
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
-# For batches, which need bytes in flight more than a short way to the first one. Four warps: as many programs on a
-# multiprocessor as registers (128: four) and shared memory (2 * stages * block_rows * head size * 2 bytes) allow.
+# For batches: how many programs a multiprocessor holds (four: 128 registers of four warps, the chunk's among them), how many
+# bytes each has in flight (the chunk, and 4 * (stages - 1) * block_rows * head size), and how often it must synchronise.
 BATCH_SHAPES = [
     *((64, 64, groups, 4, stages, None) for groups in (1, 4) for stages in (2, 3, 4)),
-    *((64, 64, groups, 4, stages, 128) for groups in (1, 4) for stages in (2, 3)),
-    *((64, 32, 1, 4, stages, registers) for stages in (2, 3, 4) for registers in (None, 128)),
-    *((64, 128, groups, 4, 2, None) for groups in (1, 4)),
+    *((64, 64, groups, 4, 3, 128) for groups in (1, 4)),
+    *((32, 64, 1, 4, stages, registers) for stages in (3, 4) for registers in (None, 128)),
+    *((32, 32, 1, 4, stages, registers) for stages in (3, 4, 5) for registers in (None, 128)),
+    *((16, block, 1, 4, stages, 128) for block, stages in ((64, 3), (32, 4))),
+    *((64, 128, 1, 4, stages, None) for stages in (2, 3)),
     *((128, 64, groups, 4, 3, None) for groups in (1, 4)),
-    *((32, 32, 2, 2, stages, None) for stages in (3, 4)),
-    *((64, 64, 1, 8, stages, None) for stages in (2, 3, 4)),
-    *((128, 128, groups, 8, stages, None) for groups in (1, 8) for stages in (2, 3)),
+    *((32, 32, 2, 2, stages, registers) for stages in (3, 4) for registers in (None, 128)),
+    *((64, 64, 1, 8, 3, registers) for registers in (None, 128)),
+    *((128, 128, groups, 8, 2, 128) for groups in (1, 8)),
 ]
 
 
@@ -348,7 +351,7 @@ def splits_to_try(launch: Launch, pairs: int, capacity: int, sms: int) -> list[d
     for min_rows, per_sm in itertools.product((128, 256, 512, 1024), (1, 2, 3, 4, 6, 8)):
         if min_rows >= launch.chunk_rows:
             programs = min(pairs * max(1, capacity // min_rows), max(pairs, per_sm * sms))
-            found[programs] = {"min_rows": min_rows, "programs": programs, "items": programs}
+            found.setdefault(programs, {"min_rows": min_rows, "programs": programs, "items": programs})
     return list(found.values())
 
 
@@ -369,7 +372,8 @@ def compile_shape(job: tuple[Point, dict, bool]) -> tuple[Point, dict] | None:
     point, shape, pdl = job
     try:
         (x,) = make_inputs(replace(point, length=512), 1)
-        with contextlib.nullcontext() if pdl else pdl_disabled(), override_launch(**shape, min_rows=256):
+        fixed = {"min_rows": 256, "merged": launch_of(point).merged}
+        with contextlib.nullcontext() if pdl else pdl_disabled(), override_launch(**shape | fixed):
             ours(x, point.scale)
         torch.cuda.synchronize()
     except Exception:  # too much shared memory, say: a result, not a fault
@@ -380,14 +384,15 @@ def compile_shape(job: tuple[Point, dict, bool]) -> tuple[Point, dict] | None:
 def compile_shapes(points: list[Point], shapes: Callable, pdl: bool) -> dict[Point, list[dict]]:
     """The shapes that run, by point; all are compiled at once, on every core."""
     started = time.perf_counter()
-    kinds = {(p.head_dim, p.batch): p for p in points}  # the length needs no compilation
+    kind = lambda p: (p.head_dim, p.batch, launch_of(p).merged)  # of the length, the kernel knows only how many parts it makes
+    kinds = {kind(p): p for p in points}
     jobs = [(p, shape, pdl) for p in kinds.values() for shape in shapes(p)]
     workers = max(1, (os.cpu_count() or 2) - 2)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         failed = [f for f in pool.map(compile_shape, jobs, chunksize=4) if f]
     print(f"{len(jobs)} launches compiled in {time.perf_counter() - started:.0f} s, {len(failed)} do not fit", flush=True)
     kept = {key: [s for s in shapes(p) if (p, s) not in failed] for key, p in kinds.items()}
-    return {p: kept[p.head_dim, p.batch] for p in points}
+    return {p: kept[kind(p)] for p in points}
 
 
 def search(
@@ -672,11 +677,19 @@ def main(argv=None) -> int:
     flag("vocab_size", type=int, default=128256)
     flag("output", type=Path, help="append a JSON line for each point")
     commands.add_parser("sanitize", help="small launches of every kind, checked: to run under compute-sanitizer")
+    import benchmark_linear  # which takes its timing from here
+
+    p = commands.add_parser("linear", help="one linear layer in every weight format, beside cuBLAS and torch's int4")
+    benchmark_linear.add_flags(p)
+    add_flag(p, "output", type=Path, help="append a JSON line for each point")
     args = parser.parse_args(argv)
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and not getattr(args, "check_only", False):
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
+    if args.command == "linear":
+        benchmark_linear.run(args)
+    else:
+        {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
     return 0
 
 

@@ -41,13 +41,13 @@ def output_of(*command: str) -> str | None:
 
 
 def stamp() -> dict:
-    """The machine and versions that a stored result carries. A commit with a `+` had uncommitted changes
-    in its sources."""
+    """The machine and versions that a stored result carries. A commit with a `+` had uncommitted changes in its sources;
+    ROOFLAMA_COMMIT names the commit of a copy."""
     import triton
 
-    commit = output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD") or os.environ.get("ROOFLAMA_COMMIT")
-    if commit and output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py"):
-        commit += "+"
+    commit = os.environ.get("ROOFLAMA_COMMIT")
+    if not commit and (commit := output_of("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")):
+        commit += "+" * bool(output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py"))
     out = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "commit": commit}
     if torch.cuda.is_available():
         driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")

@@ -243,6 +243,14 @@ def oracle(args: argparse.Namespace) -> dict:
             which = f"adaptive, alpha {alpha}{', known' if known else ''}"
             print(f"{which}: {plain_ms / ms:.3f} times plain, launches by k {s['launches_by_k']}", flush=True)
 
+    k = min(4, max(args.k))
+    engine.speculate(SelfDrafter(target), k, adaptive=False)
+    _, ms, timing = timed_run(engine, prompts, params, expected)
+    s = timing.speculation
+    result["self"] = s | {"ms_per_token": ms, "speedup": plain_ms / ms}
+    print(f"self in int4, k {k}: {s['draft_ms'][k] / k:.3f} ms a draft, {s['acceptance_length']:.2f} tokens a round (this target "
+          f"is easier to guess than a trained one), {plain_ms / ms:.2f} times plain", flush=True)  # fmt: skip
+
     engine.speculate(NgramDrafter(), max(args.k), adaptive=False)
     _, ms, timing = timed_run(engine, prompts, params, expected)
     result["ngram"] = timing.speculation | {"ms_per_token": ms, "speedup": plain_ms / ms}

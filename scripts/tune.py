@@ -1,6 +1,7 @@
 """Measures tiles for this GPU: each small-batch linear of a model, inside the model's own decode step.
 
     python scripts/tune.py llama-3.2-1b llama-3.1-8b --batch_size 1 --seconds 60
+    python scripts/tune.py llama-3.1-8b --quantize int4
 
 A kernel alone prefers other tiles than a chain of kernels that load their weights beside each other, so every candidate is
 timed as part of whole steps, replayed from a CUDA graph; one operator changes at a time, and a better tile is kept at once.
@@ -29,13 +30,14 @@ from generate import Engine, add_flag, decode_one_token, floor_ms
 from kernels.formats import Weight
 from kernels.tiles import Tile, candidate_tiles, override_tiles, padded_rows, tile_for
 from model import SHAPES
+from quantize import MODES, make_recipe
 
 MIN_GAIN = 0.999  # of the time before: less is noise
 STEPS, REPLAYS = 4, 7  # steps of a graph; pairs of its replays, of which the median counts
 
 
 def operators(config) -> list[tuple[str, int, int]]:
-    """(op, N, K) of each linear of a decode step, those with the most bytes first."""
+    """(op, N, K) of each linear of a decode step, those with the most weights first."""
     c = config
     ops = [
         ("qkv", c.q_size + 2 * c.kv_size, c.hidden_size),
@@ -47,12 +49,26 @@ def operators(config) -> list[tuple[str, int, int]]:
     return sorted(ops, key=lambda o: -o[1] * o[2])
 
 
+def quantized_config(shape: str, mode: str | None):
+    """The configuration that a model of this shape has under a mode of quantize.py."""
+    return make_recipe(mode, SHAPES[shape]).config(SHAPES[shape]) if mode else SHAPES[shape]
+
+
+def packed_of(config, op: str):
+    """The packed format of an operator's weight, or None."""
+    return config.head_format if op == "head" else config.layer_format
+
+
 def compile_tile(job) -> tuple | None:
     """In a process of its own: runs one operator once with one tile, for the compiled kernel in Triton's cache."""
-    shape, rows, op, N, K, tile = job
-    c = SHAPES[shape]
+    shape, mode, rows, op, N, K, tile = job
+    c = quantized_config(shape, mode)
     make = lambda *size, dtype=torch.bfloat16: torch.zeros(*size, dtype=dtype, device="cuda")
-    x, norm, weight = make(rows, K), make(K), Weight(N, K, bias=op == "qkv" and c.qkv_bias, device="cuda")
+    x, norm = make(rows, K), make(K)
+    weight = Weight(N, K, bias=op == "qkv" and c.qkv_bias, device="cuda", packed=packed_of(c, op))
+    for tensor in weight.buffers():
+        tensor.zero_()
+    weight.tile()
     lengths = make(rows, dtype=torch.int32)
     try:
         with override_tiles({(op, N, K): tile}):
@@ -90,8 +106,8 @@ def compile_tile(job) -> tuple | None:
 class StepTimer:
     """Times whole decode steps of a model under overridden tiles."""
 
-    def __init__(self, shape: str, batch_size: int, context: int):
-        self.engine = Engine.random(shape, "cuda", max_seq_len=context + 512)
+    def __init__(self, shape: str, mode: str | None, batch_size: int, context: int):
+        self.engine = Engine.random(shape, "cuda", mode=mode, max_seq_len=context + 512)
         self.engine.prepare(batch_size, context + 512)
         self.context = context
 
@@ -133,19 +149,22 @@ def neighbours(tile: Tile, op: str) -> list[Tile]:
 
 
 def tune(shape: str, args, pool) -> None:
-    config, rows = SHAPES[shape], args.batch_size
+    config, rows, mode = quantized_config(shape, args.quantize), args.batch_size, args.quantize
+    name = f"{shape} {mode or 'bf16'} batch {rows}"
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     rng = random.Random(args.seed)
-    timer = StepTimer(shape, rows, args.context)
-    best = {key: tile_for(key[0], "bf16", rows, *key[1:], sms) for key in operators(config)}
+    timer = StepTimer(shape, mode, rows, args.context)
+    ops = operators(config)
+    formats = {key: packed.format if (packed := packed_of(config, key[0])) else "bf16" for key in ops}
+    best = {key: tile_for(key[0], formats[key], rows, *key[1:], sms) for key in ops}
     best_us = timer.us_per_step(best)
     floor = floor_ms(timer.engine, rows, args.context, 4.44e12) * 1e3
-    print(f"{shape} batch {rows}: {best_us:.1f} us a step with the present tiles; bytes at 4.44 TB/s: {floor:.1f}", flush=True)
+    print(f"{name}: {best_us:.1f} us a step with the present tiles; bytes at 4.44 TB/s: {floor:.1f}", flush=True)
     failed: dict[tuple, str] = {}
 
     def try_all(jobs: list[tuple], seconds: float) -> None:
         nonlocal best_us
-        faults = pool.map(compile_tile, [(shape, rows, *key, tile) for key, tile in jobs])
+        faults = pool.map(compile_tile, [(shape, mode, rows, *key, tile) for key, tile in jobs])
         failed.update({fault[:4]: fault[4] for fault in faults if fault})  # all done: nothing else uses the GPU from here on
         deadline = time.perf_counter() + seconds
         for key, tile in jobs:
@@ -157,7 +176,8 @@ def tune(shape: str, args, pool) -> None:
                 failed[(*key, tile)] = str(error)
                 continue
             if args.output:
-                record = {"model": shape, "rows": rows, "op": key[0], "N": key[1], "K": key[2], "tile": repr(tile), "us": us}
+                record = {"model": shape, "format": formats[key], "rows": rows, "op": key[0], "N": key[1], "K": key[2]}
+                record |= {"tile": repr(tile), "us": us}
                 with args.output.open("a") as file:
                     file.write(json.dumps(record) + "\n")
             if us < best_us * MIN_GAIN and us < timer.us_per_step(best) * MIN_GAIN:  # still better, right after it
@@ -167,29 +187,31 @@ def tune(shape: str, args, pool) -> None:
     for _ in range(args.rounds):
         jobs = []
         for key in best:  # shapes
-            tiles = candidate_tiles(key[0], rows, *key[1:])
+            tiles = candidate_tiles(key[0], rows, *key[1:], formats[key])
             keep = ("ahead", "late", "stream", "registers")
             tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
             rng.shuffle(tiles)
-            tiles.sort(key=lambda t: t.slices == 1 if t.dot else t.warps > 2)  # small programs won most often
+            tiles.sort(key=lambda t: t.warps > 2 and not t.dot)  # small programs won most often
             jobs += [(i, key, t) for i, t in enumerate(tiles[: args.candidates])]
         jobs.sort(key=lambda job: job[0])  # the operators in turn, should the time not do for all
         try_all([job[1:] for job in jobs], 0.7 * args.seconds / args.rounds)
         try_all([(key, t) for key in best for t in neighbours(best[key], key[0])], 0.3 * args.seconds / args.rounds)  # overlaps
     print(
-        f"{shape} batch {rows}: {best_us:.1f} us a step, {floor / best_us:.1%} of 4.44 TB/s; {len(failed)} tiles failed",
+        f"{name}: {best_us:.1f} us a step, {floor / best_us:.1%} of 4.44 TB/s; {len(failed)} tiles failed",
         flush=True,
     )
     for error in sorted(set(failed.values()))[:3]:
         print(f"    {error}", flush=True)
     for (op, N, K), tile in best.items():
         changed = [f"{f.name}={v!r}" for f in dataclasses.fields(tile) if (v := getattr(tile, f.name)) != f.default]
-        print(f'    ({sms}, "bf16", {padded_rows(rows)}, "{op}", {N}, {K}): Tile({", ".join(changed)}),', flush=True)
+        key = f'{sms}, "{formats[op, N, K]}", {padded_rows(rows)}, "{op}", {N}, {K}'
+        print(f"    ({key}): Tile({', '.join(changed)}),", flush=True)
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("shapes", nargs="+", choices=SHAPES)
+    add_flag(parser, "quantize", choices=MODES, help="tune the model quantised so")
     add_flag(parser, "batch_size", type=int, default=1)
     add_flag(parser, "context", type=int, default=96, help="cached tokens a sequence")
     add_flag(parser, "seconds", type=float, default=60, help="of measuring, for each shape")

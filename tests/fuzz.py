@@ -1,10 +1,10 @@
-"""Files from a stranger, by the thousand: a checkpoint's files are damaged or made hostile, then read as a user would read them.
+"""Files from a stranger, by the thousand: a checkpoint's files, damaged or made hostile, are read as a user would read them.
 
     python tests/fuzz.py --minutes 10 [--target safetensors]      # one core; `nice -n 19` keeps it out of the way
 
 What must hold of every input: it loads to something that works, or is refused by a ValueError or OSError of one line that names
 the file. No other exception, no crash, no hang, no more memory than MEMORY_BYTES, no file written, no process left.
-Each input is read in a forked child, so that a crash of a library is a finding and not the end. test_fuzz.py runs a share of it.
+Each input is read in a forked child, so that a crash of a library is a finding and not the end. test_fuzz.py runs a share.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import json
 import os
 import pickle
 import random
+import re
 import resource
 import select
 import signal
@@ -254,44 +255,57 @@ TOKENIZER_CONFIG = {
 }  # fmt: skip
 
 EXPRESSIONS = [
-    "messages", "messages[0].content", "messages[9].content", "bos_token", "none", "1", "9**9**9", "'x' * 10**9", "range(10**9)",
-    "messages.__class__", "''.__class__.__mro__", "cycler.__init__.__globals__.os.system('touch MARK')", "lipsum.__globals__",
-    "self._TemplateReference__context", "namespace(x=1)", "raise_exception('no')", "strftime_now('%s' * 99)", "messages | tojson",
-    "messages | attr('__class__')", "dict(a=1) | xmlattr", "['a'] * 10**8 | length", "(1, 2, 3) | random", "'%999999999d' % 1",
-    "'{0.__class__}'.format(1)", "'{:>999999999}'.format(1)", "messages | map(attribute='__class__') | list", "loop.index", "joiner()()",
-    "messages | groupby('role')", "'a' | replace('', 'b' * 10**6)", "'a\\ud800'", "'\\x1b[2J'", "messages[0].content | indent(10**9)", "x.y.z",
-    "'open' | attr('__globals__')", "config", "request", "messages.append(1)", "lipsum(n=10**6)", "'a' | center(10**9)",
+    "messages", "messages[0].content", "messages[9].content", "bos_token", "none", "1", "9**9**9", "'x' * 10**9",
+    "range(10**9)", "messages.__class__", "''.__class__.__mro__", "cycler.__init__.__globals__.os.system('touch MARK')",
+    "lipsum.__globals__", "self._TemplateReference__context", "namespace(x=1)", "raise_exception('no')",
+    "strftime_now('%s' * 99)", "messages | tojson", "messages | attr('__class__')", "dict(a=1) | xmlattr",
+    "['a'] * 10**8 | length", "(1, 2, 3) | random", "'%999999999d' % 1", "'{0.__class__}'.format(1)",
+    "'{:>999999999}'.format(1)", "messages | map(attribute='__class__') | list", "loop.index", "joiner()()",
+    "messages | groupby('role')", "'a' | replace('', 'b' * 10**6)", "'a\\ud800'", "'\\x1b[2J'",
+    "messages[0].content | indent(10**9)", "x.y.z", "'open' | attr('__globals__')", "config", "request", "messages.append(1)",
+    "lipsum(n=10**6)", "'a' | center(10**9)",
 ]  # fmt: skip
 
 
+OPERATORS = ("+", "~", "*", "**", "%", "==", "in", "and")
+FILTERS = ("trim", "upper", "list", "length", "tojson", "string", "reverse", "sort", "join", "batch(2)", "first")
+FRAGMENTS = (
+    *("", "<s>", "text", "{%", "{{", "{# ", "{% endfor %}", "{% break %}"),
+    *("{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% extends 'x' %}"),
+)
+BLOCKS = (  # around an expression E and a body B
+    "{% for a in E %}B{% endfor %}",
+    "{% for a in range(99) %}B{% endfor %}",
+    "{% for a in range(99999) %}B{% endfor %}",
+    "{% if E %}B{% endif %}",
+    "{% set ns = E %}B{{ ns }}",
+    "{% macro m() %}B{{ m() }}{% endmacro %}{{ m() }}",
+    "{% generation %}B{% endgeneration %}",
+)
+
+
 def template_sources() -> st.SearchStrategy[str]:
+    """Templates of what jinja2 has, put together without regard to sense."""
     expression = st.recursive(
         st.sampled_from(EXPRESSIONS),
         lambda e: st.one_of(
-            st.tuples(e, st.sampled_from(["+", "~", "*", "**", "%", "==", "in", "and"]), e).map(" ".join),
-            st.tuples(e, st.sampled_from(["trim", "upper", "list", "length", "tojson", "string", "reverse", "sort", "join", "batch(2)", "first"])).map(" | ".join),
-            st.tuples(e, e).map(lambda p: f"({p[0]})[{p[1]}]"),
+            st.tuples(e, st.sampled_from(OPERATORS), e).map(" ".join),
+            st.tuples(e, st.sampled_from(FILTERS)).map(" | ".join),
+            st.tuples(e, e).map(lambda pair: f"({pair[0]})[{pair[1]}]"),
             e.map(lambda x: f"[{x}, {x}]"),
         ),
         max_leaves=4,
-    )  # fmt: skip
+    )
+
+    def filled(parts):
+        block, e, body = parts
+        return re.sub("[EB]", lambda letter: e if letter[0] == "E" else body, block)
+
     return st.recursive(
-        st.one_of(
-            expression.map(lambda e: "{{ " + e + " }}"),
-            st.sampled_from(["", "<s>", "text", "{%", "{{", "{# ", "{% endfor %}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}", "{% break %}"]),
-            st.text(max_size=10),
-        ),
-        lambda body: st.one_of(
-            st.tuples(body, body).map("".join),
-            st.tuples(expression, body).map(lambda p: "{% for a in " + p[0] + " %}" + p[1] + "{% endfor %}"),
-            st.tuples(st.sampled_from(["99", "99999"]), body).map(lambda p: "{% for a in range(" + p[0] + ") %}" + p[1] + "{% endfor %}"),
-            st.tuples(expression, body).map(lambda p: "{% if " + p[0] + " %}" + p[1] + "{% endif %}"),
-            st.tuples(expression, body).map(lambda p: "{% set ns = " + p[0] + " %}" + p[1] + "{{ ns }}"),
-            body.map(lambda b: "{% macro m() %}" + b + "{{ m() }}{% endmacro %}{{ m() }}"),
-            body.map(lambda b: "{% generation %}" + b + "{% endgeneration %}"),
-        ),
+        st.one_of(expression.map(lambda e: "{{ " + e + " }}"), st.sampled_from(FRAGMENTS), st.text(max_size=10)),
+        lambda body: st.tuples(body, body).map("".join) | st.tuples(st.sampled_from(BLOCKS), expression, body).map(filled),
         max_leaves=5,
-    )  # fmt: skip
+    )
 
 
 class Hostile:
@@ -445,18 +459,37 @@ def targets(root: Path) -> dict[str, Target]:
             (root / kind / "tokenizer.model").read_bytes()
         )
 
-    return {
-        "safetensors": Target(read_checkpoint, ours, {"model.safetensors": headers}),
-        "config": Target(read_checkpoint, root / "hf", {"config.json": json_like(hf) | json_like(scaled) | json_like(hf | {"rope_parameters": {"rope_theta": 1e4} | llama3}) | damaged(json.dumps(hf).encode()), checkpoint.INDEX_NAME: json_like(index)}),
-        "our config": Target(read_checkpoint, ours, {"config.json": json_like(json.loads((ours / "config.json").read_text())), "generation_config.json": json_like({"temperature": 0.6, "eos_token_id": [1, 2], "top_k": 5})}),
-        "meta": Target(read_checkpoint, root / "meta", {"consolidated.00.pth": pickled, "params.json": json_like(params)}),
-        "tiktoken": Target(read_tokenizer, root / "tiktoken", {"tokenizer.model": damaged(TIKTOKEN), "tokenizer_config.json": config}),
-        "sentencepiece bpe": Target(read_tokenizer, root / "bpe", {"tokenizer.model": sp("bpe"), "tokenizer_config.json": config}),
-        "sentencepiece unigram": Target(read_tokenizer, root / "unigram", {"tokenizer.model": sp("unigram")}),
-        "tokenizer.json byte-level": Target(read_tokenizer, root / "byte-level", {"tokenizer.json": tokenizer_json("byte-level"), "tokenizer_config.json": config}),
-        "tokenizer.json llama-like": Target(read_tokenizer, root / "llama-like", {"tokenizer.json": tokenizer_json("llama-like")}),
-        "template": Target(read_template, root / "template", {"chat_template.jinja": template_sources().map(lambda s: s.encode("utf-8", "surrogatepass"))}),
-    }  # fmt: skip
+    scaled3 = hf | {"rope_parameters": {"rope_theta": 1e4} | llama3}
+    quantised = [
+        {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": True, "checkpoint_format": "gptq"},
+        {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"},
+        {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"},
+        {
+            "quant_method": "compressed-tensors",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}}},
+        },
+    ]
+    foreign = st.one_of([json_like(hf | {"quantization_config": q}) for q in quantised])
+    configs = foreign | json_like(hf) | json_like(scaled) | json_like(scaled3) | damaged(json.dumps(hf).encode())
+    our_config = json_like(json.loads((ours / "config.json").read_text()))
+    generation = json_like({"temperature": 0.6, "eos_token_id": [1, 2], "top_k": 5})
+    template = template_sources().map(lambda source: source.encode("utf-8", "surrogatepass"))
+    files = {
+        "safetensors": (read_checkpoint, "ours", {"model.safetensors": headers}),
+        "config": (read_checkpoint, "hf", {"config.json": configs, checkpoint.INDEX_NAME: json_like(index)}),
+        "our config": (read_checkpoint, "ours", {"config.json": our_config, "generation_config.json": generation}),
+        "meta": (read_checkpoint, "meta", {"consolidated.00.pth": pickled, "params.json": json_like(params)}),
+        "tiktoken": (read_tokenizer, "tiktoken", {"tokenizer.model": damaged(TIKTOKEN), "tokenizer_config.json": config}),
+        "sentencepiece bpe": (read_tokenizer, "bpe", {"tokenizer.model": sp("bpe"), "tokenizer_config.json": config}),
+        "sentencepiece unigram": (read_tokenizer, "unigram", {"tokenizer.model": sp("unigram")}),
+        "tokenizer.json byte-level": (
+            *(read_tokenizer, "byte-level"),
+            {"tokenizer.json": tokenizer_json("byte-level"), "tokenizer_config.json": config},
+        ),
+        "tokenizer.json llama-like": (read_tokenizer, "llama-like", {"tokenizer.json": tokenizer_json("llama-like")}),
+        "template": (read_template, "template", {"chat_template.jinja": template}),
+    }
+    return {name: Target(read, root / base, strategies) for name, (read, base, strategies) in files.items()}
 
 
 def limit_child() -> None:
@@ -506,7 +539,7 @@ def outcome(target: Target, directory: Path) -> tuple[str, str]:
         said = str(error)
         ok = len(said.splitlines()) == 1 and said.isprintable() and len(said) < 1000 and "File too large" not in said
         named = str(directory) in said or said.startswith("the built-in ")  # template, which is no file
-        ok = ok and ("expected" in said if isinstance(error, Refused) else named)
+        ok = ok and ("expected" in said or "NaN" in said if isinstance(error, Refused) else named)
         return "refused" if ok else "failed", f"{type(error).__name__}: {said[:2000]}" + (
             "" if ok else "\n" + traceback.format_exc()[-3000:]
         )

@@ -132,8 +132,8 @@ def test_a_long_prompt_does_not_stall_the_others(engine, monkeypatch):
     monkeypatch.setattr(runs, "CHUNK", 16)
     events = []
     engine.prepare(2, 128)
-    prefill, run = engine.prefill, engine.decoder.run
-    monkeypatch.setattr(engine, "prefill", lambda m, s, slot, x, start: events.append(len(x)) or prefill(m, s, slot, x, start))
+    prefill, run = engine.prefiller.run, engine.decoder.run
+    monkeypatch.setattr(engine.prefiller, "run", lambda ps: events.extend(len(p.tokens) for p in ps) or prefill(ps))
     monkeypatch.setattr(engine.decoder, "run", lambda *a, **k: events.append("step") or run(*a, **k))
     got = {r.id: outputs[0].tokens for r, outputs in engine.generate_many([short, long], 2)}
     assert got == expected

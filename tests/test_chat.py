@@ -20,6 +20,7 @@ from families import hf_model
 import chat
 import generate
 from generate import DEMO, Engine
+from prefill import Prefiller
 from sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -96,8 +97,8 @@ def test_only_what_is_new_is_prefilled(engine, directory, given, monkeypatch):
     other = Engine.load(directory, "cpu", torch.float32)
     engine.session = None
     messages = [{"role": "system", "content": "Short."}]
-    cached, whole, ran = 0, engine.prefill, []
-    monkeypatch.setattr(engine, "prefill", lambda m, s, row, x, start: ran.append(len(x)) or whole(m, s, row, x, start))
+    cached, whole, ran = 0, Prefiller.run, []
+    monkeypatch.setattr(Prefiller, "run", lambda s, pieces: ran.append(len(pieces[0].tokens)) or whole(s, pieces))
     for text in ("One", "and two", "three?", "four!"):
         messages.append(user(text))
         ids = engine.tokenizer.encode_chat(messages)
@@ -157,17 +158,17 @@ def test_an_answer_that_was_ended_early_leaves_a_true_cache(engine):
 def test_a_prefill_that_was_interrupted_claims_nothing(engine, monkeypatch):
     messages = [user("first words")]
     answer(engine, messages)
-    whole = engine.prefill
+    whole = engine.prefiller.run
 
-    def interrupted(*args):
-        whole(*args)
+    def interrupted(pieces):
+        whole(pieces)
         raise KeyboardInterrupt
 
     changed = [user("first other words")]
-    monkeypatch.setattr(engine, "prefill", interrupted)
+    monkeypatch.setattr(engine.prefiller, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         answer(engine, changed)
-    monkeypatch.setattr(engine, "prefill", whole)
+    monkeypatch.setattr(engine.prefiller, "run", whole)
     _, stream = answer(engine, messages)
     assert 0 < stream.timing.kept_tokens < len(engine.tokenizer.encode_chat(messages)) - 1
     assert stream.output.tokens == fresh_answer(engine, messages).tokens
@@ -267,8 +268,8 @@ def test_ctrl_c_ends_a_script(smiling, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    whole = smiling.prefill
-    monkeypatch.setattr(smiling, "prefill", lambda m, s, row, x, start: interrupted() if start else whole(m, s, row, x, start))
+    whole = Prefiller.run
+    monkeypatch.setattr(Prefiller, "run", lambda s, pieces: interrupted() if pieces[0].start else whole(s, pieces))
     smiling.session = None  # the greeting that warms it up is prefilled from 0
     with pytest.raises(KeyboardInterrupt):
         talk(monkeypatch, smiling, "one", "two")

@@ -12,9 +12,12 @@ import checkpoints
 import pytest
 import torch
 
+import chat
 import generate
+from chat_template import ChatTemplate
 from generate import DEMO, Engine
 from model import ModelConfig, Transformer
+from runs import Request
 from sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
@@ -146,6 +149,16 @@ def test_no_file_speaks_to_the_terminal(tmp_path, capsys):
     assert stderr[:-1].isprintable()
 
 
+def test_no_template_speaks_to_the_terminal(demo, capsys, monkeypatch):
+    """In a conversation too, where errors are told between the answers."""
+    source = "{{ raise_exception('\x1b]0;owned\x07\x1b[2J') }}"
+    monkeypatch.setattr(demo.tokenizer, "chat", ChatTemplate(source, "chat_template.jinja", {}, ["<s>"]))
+    chat.Chat(demo, SamplingParams(max_new_tokens=3)).handle("hello")
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: chat_template.jinja: TemplateError: ")
+    assert stderr[:-1].isprintable()
+
+
 def test_vocabularies_that_differ(tmp_path):
     """A tokenizer with more tokens than the model has rows would index beyond them."""
     from safetensors.torch import load_file, save_file
@@ -160,6 +173,20 @@ def test_vocabularies_that_differ(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
     with pytest.raises(ValueError, match=r"tokenizer\.model: found \d+ tokens, expected at most the model's vocabulary, 1000"):
         Engine.load(tmp_path, "cpu")
+
+
+def test_a_run_that_was_ended_touches_nothing_of_the_next(demo):
+    """Two answers of one run meet a stop string in one step; between them another run begins, in the same rows."""
+    (free,), _ = demo.generate(["ROMEO:"], SamplingParams(max_new_tokens=40))
+    stopped = SamplingParams(max_new_tokens=40, stop=(free.text[5:8],))
+    results = demo.generate_many([Request("ROMEO:", stopped)] * 2, batch_size=2)
+    next(results)
+    following = demo.generate_many([Request("ROMEO:", SamplingParams(max_new_tokens=n)) for n in (1, 40)], batch_size=2)
+    next(following)
+    with pytest.raises(RuntimeError, match="the engine has begun another run"):
+        next(results)
+    ((_, (output,)),) = following
+    assert output.tokens == free.tokens
 
 
 # ---------------------------------------------------------------- repetition

@@ -3,6 +3,7 @@
 A call of each operator is brought as far as its launch, with early launches on; that launch is compiled for sm_90.
 """
 
+import re
 import sys
 
 import pytest
@@ -13,14 +14,14 @@ from triton.compiler import ASTSource
 
 import kernels
 from kernels import _common
-from kernels.formats import Weight
+from kernels.formats import PackedFormat, Weight
 from kernels.tiles import MEASURED, Tile, override_tiles
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
@@ -64,19 +65,23 @@ def compile_for_hopper(kernel, args, kwargs):
 
 def check(launches, count):
     assert len(launches) == count
-    for kernel, args, kwargs in launches:
-        compiled = compile_for_hopper(kernel, args, dict(kwargs))
+    out = [compile_for_hopper(kernel, args, dict(kwargs)) for kernel, args, kwargs in launches]
+    for compiled in out:
         assert "griddepcontrol.wait" in compiled.asm["ptx"], "every kernel of a step waits for the ones before it"
+    return out
 
 
 def empty(*size, dtype=torch.bfloat16):
     return torch.empty(*size, dtype=dtype)
 
 
-def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16):
+def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16, packed=None):
     """The operator `op` of tiles.OPS at a shape, on memory that nothing reads."""
     x, norm = empty(M, K), empty(K)
-    weight = Weight(N, K, bias=bias)  # never touched, so that a large one takes no memory
+    weight = Weight(N, K, bias=bias, packed=packed)  # never touched, so that a large one takes no memory
+    if packed:
+        weight.weight.zero_()  # `tile` looks for codes that stand for no number
+    weight.tile()
     lengths = empty(M, dtype=torch.int32)
     if op == "linear":
         kernels.linear(x, weight, residual=empty(M, N))
@@ -119,8 +124,6 @@ def test_rules(launches, op, N, K, M):
         ("silu_mul", 16384, 2048, 1, Tile(2, 256, 1, stream=True, registers=128)),
         ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2, prefetch=32)),
         ("linear", 201, 192, 3, Tile(4, 64, 1)),
-        ("linear", 2048, 2048, 16, Tile(16, 2048, 8, preload=1, dot=True, slices=8)),
-        ("qkv", 3072, 2048, 16, Tile(16, 1024, 8, preload=1, dot=True, slices=8, stages=2)),
     ],
     ids=str,
 )
@@ -128,6 +131,28 @@ def test_tiles_that_a_tuner_may_try(launches, op, N, K, M, tile):
     with override_tiles({op: tile}):
         call(op, N, K, M)
     check(launches, 1)
+
+
+INT4 = [PackedFormat("int4", g, s, torch.bfloat16) for g, s in ((128, True), (128, False), (64, True), (32, False))]
+
+
+@pytest.mark.parametrize("packed", [PackedFormat("int8"), PackedFormat("fp8"), *INT4], ids=str)
+@pytest.mark.parametrize(("op", "N", "K", "M"), [("silu_mul", 512, 512, 1), ("linear", 512, 896, 12)])
+def test_packed(launches, op, N, K, M, packed):
+    """No weight passes through shared memory or another thread on its way to the tensor cores."""
+    call(op, N, K, M, head_dim=128, packed=packed)
+    (compiled,) = check(launches, 1)
+    assert set(re.findall(r"kWidth = (\d+)", compiled.asm["ttgir"])) == {"4"}, "formats.py's order is that of such a dot"
+    if op == "linear":
+        assert "shfl" not in compiled.asm["ptx"]
+
+
+def test_packed_head_and_qk_norm(launches):
+    call("head", 1000, 256, 3, packed=PackedFormat("int8"))
+    call("qkv", 1536, 256, 2, head_dim=128, qk_norm=True, bias=True, packed=INT4[0])
+    call("qkv", 768, 512, 40, head_dim=128, packed=PackedFormat("fp8"))
+    call("linear", 512, 512, 40, packed=INT4[1])
+    check(launches, 4)
 
 
 def test_qk_norm_and_bias(launches):

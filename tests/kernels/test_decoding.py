@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from decoding import choose_in_kernels
 from generate import Engine, fill_randomly
 from model import SHAPES, PrefillStep, Transformer
-from sampling import SamplingParams
+from sampling import KINDS, SamplingParams, SamplingState, choose
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = {"num_layers": 1, "hidden_size": 128, "intermediate_size": 192, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 260}
@@ -43,3 +44,19 @@ def test_penalty_and_logprobs_through_the_kernels():
         assert entry.token == first.tokens[i]
         assert entry.logprob == pytest.approx(logprobs[entry.token].item(), abs=0.05)
         assert [v for _, v in entry.top] == pytest.approx(logprobs.topk(3).values.tolist(), abs=0.05)
+
+
+def test_choices_of_many_rows():
+    """More sequences than the kernels take at once, each with settings of its own, from the middle of a session."""
+    B, V, rows = 75, 301, slice(3, 73)
+    state = SamplingState(B, V, DEVICE)
+    state.temperature.copy_(torch.arange(B) % 4 * 0.4)  # every fourth is greedy
+    state.top_k.copy_(torch.arange(B) % 3 * 5)
+    state.top_p.copy_(torch.where(torch.arange(B) % 5 == 0, 0.7, 1.0))
+    state.seed.copy_(torch.arange(B) * 11)
+    logits = torch.randn(B, V, device=DEVICE)[rows] * 3
+    lengths = (torch.arange(70, dtype=torch.int32, device=DEVICE) + 5) % 40
+    _, token = choose_in_kernels(logits, state, rows, lengths)
+    _, expected = choose(logits, lengths, **{name: getattr(state, name)[rows] for name in KINDS["truncate"]})
+    assert token.shape == (70, 1)
+    assert torch.equal(token, expected)

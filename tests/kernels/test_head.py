@@ -7,6 +7,7 @@ import pytest
 import torch
 from tolerance import assert_within
 
+from kernels._matmul import Operand
 from kernels._random import gumbel_ref, philox_ref
 from kernels.formats import Weight
 from kernels.head import PARTIALS, advance, advance_ref, head, head_ref
@@ -53,7 +54,6 @@ TILES = [
     (2, Tile(16, 64, 4, grid=1)),
     (3, Tile(64, 64, 4, dot=True, preload=1)),
     (20, Tile(32, 32, 4, dot=True, preload=2)),
-    (20, Tile(32, 128, 4, dot=True, slices=4, preload=2)),
 ]
 
 
@@ -259,7 +259,8 @@ def test_opcheck():
     draw = sampling([0.0, 1.0])
     lengths = torch.ones(2, dtype=torch.int32, device=DEVICE)
     with override_tiles({"head": Tile(32, 64, 4)}):
-        torch.library.opcheck(torch.ops.rooflama.head.default, (x, weight.weight, norm, EPS, 90, *draw.values(), lengths))
+        arguments = (x, *Operand.of(weight), norm, EPS, 90, *draw.values(), lengths)
+        torch.library.opcheck(torch.ops.rooflama.head.default, arguments)
     value, ids, state = make_state(20)
     order = ("token", "ring", "cursor", "done", "flag", "lengths", "limit", "stop_ids", "embedding", "x")
     torch.library.opcheck(torch.ops.rooflama.advance.default, (value, ids, *(state[name] for name in order), None))

@@ -8,6 +8,7 @@ import torch
 from tolerance import assert_within
 
 from kernels._common import INTERPRET
+from kernels._matmul import Operand
 from kernels.formats import Weight
 from kernels.linear import MAX_ROWS, linear, linear_ref, qkv_rope_append, qkv_rope_append_ref
 from kernels.tiles import (
@@ -37,7 +38,6 @@ DOT_TILES = [
     Tile(16, 64, 4, preload=64, dot=True),  # everything preloaded
     Tile(32, 128, 4, preload=1, dot=True, split=4, stages=2),  # more parts of K than chunks of it
     Tile(128, 32, 8, preload=3, dot=True, split=2),
-    Tile(16, 128, 4, preload=1, dot=True, slices=4, stages=2),  # a slice of K for each warp
 ]
 
 
@@ -245,7 +245,6 @@ def test_qkv(shape, dtype):
         Tile(32, 128, 4, preload=2),  # the whole head in one program
         Tile(8, 64, 2, split=2, late=True),
         Tile(16, 64, 4, dot=True, split=3, preload=1, stages=2),
-        Tile(16, 128, 4, dot=True, slices=2, preload=1),
         Tile(64, 64, 4, dot=True),  # more rows than a head has
     ],
     ids=lambda t: f"{t.rows}x{t.chunk}-{t.split}-{t.dot}",
@@ -304,11 +303,11 @@ def operator_arguments(dtype):
     a = make_qkv(B=2, T=2, K=64, Hq=2, Hkv=1, D=16, lengths=[2, 7], dtype=dtype, bias=True, qk_norm=True)
     weight = a.pop("weight")
     a["k_cache"].zero_(), a["v_cache"].zero_()
-    qkv = (a["x"], weight.weight, weight.bias, *list(a.values())[1:], None)
+    qkv = (a["x"], *Operand.of(weight), weight.bias, *list(a.values())[1:], None)
     w, x, res = make_weight(32, 64, dtype, True), randn(3, 64, dtype=dtype), randn(3, 16, dtype=dtype)
     yield torch.ops.rooflama.qkv_rope_append.default, qkv
-    yield torch.ops.rooflama.linear.default, (x, w.weight, w.bias, randn(64, dtype=dtype), EPS, "silu_mul", res, None)
-    yield torch.ops.rooflama.linear.default, (x, w.weight, None, None, 0.0, "none", None, w.weight)
+    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), w.bias, randn(64, dtype=dtype), EPS, "silu_mul", res, None)
+    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), None, None, 0.0, "none", None, w.weight)
 
 
 def test_opcheck():

@@ -53,6 +53,21 @@ def widened(arguments):
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in arguments]
 
 
+def test_an_fp8_cache_saturates():
+    """The values of a cache in the model's dtype, each rounded to e4m3 or, beyond its range, its largest."""
+    arguments = case(4, 2, 64, False, torch.bfloat16)
+    arguments[0][:, ::7] *= 300
+    names = ("cos", "sin", "position", "slot", "k_cache", "v_cache", "num_heads")
+    given = dict(zip(names, [*arguments[1:7], 4], strict=True))
+    narrow = given | {n: torch.zeros_like(given[n], dtype=torch.float8_e4m3fn) for n in ("k_cache", "v_cache")}
+    rope_append(arguments[0], **given)
+    rope_append(arguments[0], **narrow)
+    for n in ("k_cache", "v_cache"):
+        wide, found = given[n].nan_to_num().float(), narrow[n].float()
+        assert wide.abs().max() > 448
+        assert ((found - wide.clamp(-448, 448)).abs() <= wide.abs() / 15 + 2**-9).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize(
     ("Hq", "Hkv", "D", "qk_norm"), [(4, 2, 64, False), (7, 1, 96, False), (6, 3, 32, True), (2, 2, 128, True)]
@@ -74,6 +89,24 @@ def test_rope_append(Hq, Hkv, D, qk_norm, dtype):
         f, p, t = (c.transpose(1, 2) for c in (f, p, t))
         assert_within(f[written], p[written], t[written])
         assert f[~written].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_rope_append_into_fp8(dtype):
+    """The nearest e4m3 to float64's rows, but for what a rounding to 16 bits before it adds; beyond 448, 448."""
+    got = case(4, 2, 64, False, dtype)
+    got[0][:, 4 * 64 :].mul_(torch.logspace(-3, 3, 4 * 64, device=DEVICE).to(dtype))  # small keys, large values
+    exact = widened(got)
+    got[5:7] = [c.to(torch.float8_e4m3fn) for c in got[5:7]]
+    rope_append_ref(*exact)
+    names = ("cos", "sin", "position", "slot", "k_cache", "v_cache", "q_norm", "k_norm", "eps", "num_heads")
+    rope_append(got[0], **dict(zip(names, got[1:], strict=True)))
+    for f, t in zip(got[5:7], exact[5:7], strict=True):
+        written, f, t = t.isfinite(), f.double(), t.clamp(-448, 448)
+        assert torch.equal(f.isfinite(), written)
+        bound = (t.abs() / 16).clamp(min=2.0**-10) + t.abs() * 2.0**-7 + 1e-6
+        assert ((f - t).abs() <= bound)[written].all()
+    assert (exact[6].nan_to_num().abs() > 448).any(), "else nothing saturates"
 
 
 def test_rope_append_is_an_operator():
