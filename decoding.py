@@ -61,7 +61,8 @@ class Session(nn.Module):
     """The cache and every other buffer that decode steps of up to `batch_size` sequences read and write.
 
     A row is a sequence's place in the buffers, a slot its place in the cache: `cache.table` says which slot a row has, so that
-    a sequence may change its row and its K and V stay. Steps may run over the leading rows only.
+    a sequence may change its row and its K and V stay. Steps may run over the leading rows only. `spare`: as in KVCache;
+    `cache`: one that is there, for a drafter that shares it.
     `cached[slot]` is the host's note of whose K and V a slot holds: the ids of its rows 0, 1, ...
     """
 
@@ -72,14 +73,17 @@ class Session(nn.Module):
         max_seq_len: int,
         cache_dtype: torch.dtype | None = None,
         batch_invariant=False,
+        spare: int = 0,
+        cache: KVCache | None = None,
     ):
         super().__init__()
         self.batch_invariant = batch_invariant  # what a sequence computes is the same, bit for bit, whatever the others are
         config, weight = model.config, model.norm.weight
         device = weight.device
-        self.batch_size, self.max_seq_len, self.num_layers = batch_size, max_seq_len, config.num_layers
+        self.batch_size, self.max_seq_len, self.num_layers, self.spare = batch_size, max_seq_len, config.num_layers, spare
         split_size = INVARIANT_SPLIT if batch_invariant else None
-        self.cache = KVCache(config, batch_size, max_seq_len, device, cache_dtype or weight.dtype, split_size)
+        dtype = cache_dtype or weight.dtype
+        self.cache = cache or KVCache(config, batch_size, max_seq_len, device, dtype, split_size, spare)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
         buffers = {
@@ -185,12 +189,9 @@ class Session(nn.Module):
 # ---------------------------------------------------------------- stages
 
 
-def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:
-    """Hidden states of the sequences in `rows` -> their next tokens, and everything that follows from them, in the session.
-
-    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
-    the most general among the sequences; `logprobs`: note them beside the ring. Returns the logits [B, V].
-    """
+def candidates(model: Transformer, session: Session, hidden, rows: slice, kind: str) -> tuple[torch.Tensor, ...]:
+    """Hidden states [B * T, H] of the last T tokens of the sequences in `rows` -> logits [B * T, V], and the candidates (value,
+    id), [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` as for choose_token."""
     lengths = session.cache.lengths[rows]
     settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
@@ -209,10 +210,26 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
         logits = model.logits(hidden)
         penalized = penalize(logits, **history) if history else logits
         if settings and kernels.runs_kernels(logits):
-            best, token = choose_in_kernels(penalized, session.sampling, rows, lengths)
+            settings = {name: getattr(session.sampling, name)[rows] for name in KINDS["truncate"]}
+        if len(hidden) > len(lengths):  # T tokens each
+            sequence, position = kernels.token_positions(lengths, len(hidden))
+            lengths, settings = position.int(), {name: setting[sequence] for name, setting in settings.items()}
+        if settings and kernels.runs_kernels(logits):
+            best, token = choose_in_kernels(penalized, settings | {"lengths": lengths})
         else:
             best, token = choose(penalized, lengths, **settings)
-    slot = session.cursor[rows] % RING if logprobs else None  # where `advance` puts the token
+    return logits, best, token
+
+
+def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:
+    """Hidden states of the sequences in `rows` -> their next tokens, and everything that follows from them, in the session.
+
+    The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
+    the most general among the sequences; `logprobs`: note them beside the ring. Returns the logits [B, V].
+    """
+    logits, best, token = candidates(model, session, hidden, rows, kind)
+    lengths = session.cache.lengths[rows]
+    slots = session.cursor[rows, None] % RING if logprobs else None  # where `advance` puts the token
     kernels.advance(
         best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
         token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
@@ -222,13 +239,12 @@ def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind
     if kind == "penalize":
         session.sampling.seen[rows].scatter_(1, session.token[rows, None].long(), True)
     if logprobs:
-        note_logprobs(session, logits, rows, slot)
+        note_logprobs(session, logits, rows, slots)
     return logits
 
 
-def choose_in_kernels(logits, sampling: SamplingState, rows: slice, lengths) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.choose` for the sequences in `rows`, however many: logits [B, V] -> each one's (value, id), [B, 1] both."""
-    settings = {name: getattr(sampling, name)[rows] for name in KINDS["truncate"]} | {"lengths": lengths}
+def choose_in_kernels(logits, settings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`kernels.choose` of however many logits [B, V], with its settings [B] -> each one's (value, id), [B, 1] both."""
     chosen = []
     for begin in range(0, logits.shape[0], kernels.MAX_ROWS):
         part = slice(begin, begin + kernels.MAX_ROWS)
@@ -238,15 +254,15 @@ def choose_in_kernels(logits, sampling: SamplingState, rows: slice, lengths) -> 
     return torch.cat(best), torch.cat(token)
 
 
-def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slot: torch.Tensor) -> None:
-    """Entry `slot` [B] of each ring: the log-probabilities of the chosen token and of the likeliest, from the logits as they
-    are: before penalty, temperature and cuts."""
-    logprobs, token = logits.log_softmax(dim=-1), session.token[rows, None]
+def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slots: torch.Tensor) -> None:
+    """Entries `slots` [B, T] of each ring: the log-probabilities of the token there and of the likeliest, from its logits
+    [B * T, V] as they are: before penalty, temperature and cuts."""
+    logprobs, slots = logits.log_softmax(dim=-1).unflatten(0, slots.shape), slots.long()
+    token = session.ring[rows].gather(1, slots)[..., None]
     top = logprobs.topk(session.logprobs.shape[2] - 1, dim=-1)
-    entry = slot[:, None, None].long().expand(-1, 1, session.logprobs.shape[2])
-    values = torch.cat([logprobs.gather(1, token.long()), top.values], dim=1)
-    session.logprobs[rows].scatter_(1, entry, values[:, None])
-    session.logprob_ids[rows].scatter_(1, entry, torch.cat([token, top.indices.int()], dim=1)[:, None])
+    entry = slots[..., None].expand(-1, -1, session.logprobs.shape[2])
+    session.logprobs[rows].scatter_(1, entry, torch.cat([logprobs.gather(2, token.long()), top.values], dim=2))
+    session.logprob_ids[rows].scatter_(1, entry, torch.cat([token, top.indices.int()], dim=2))
 
 
 def decode_one_token(

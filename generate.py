@@ -26,6 +26,7 @@ from model import DTYPES, SHAPES, Transformer
 from prefill import CHUNK_ROWS, Prefiller
 from runs import Output, Request, Run
 from sampling import SamplingParams
+from speculative import MAX_DRAFTS, Drafter, ModelDrafter, NgramDrafter, SelfDrafter, Speculator
 from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
 from tokenizer import load_tokenizer
 
@@ -42,6 +43,7 @@ __all__ = [  # for the scripts, beside what is defined below
 DEMO = Path(__file__).parent / "assets" / "demo"
 CHAT_TOKENS = 4096  # max_new_tokens of an answer in a conversation, unless told
 WARM_UP_TOKENS = STEPS_PER_GRAPH + 2  # both sizes of graph
+DRAFTS = 5  # of a round, unless told; gpt-fast's default
 CHAT_ROWS = 8192  # cache rows that a conversation begins with, where the context is longer
 
 # ---------------------------------------------------------------- the Python API
@@ -144,7 +146,9 @@ class Engine:
         self.decoder: Decoder | None = None
         self.prefiller: Prefiller | None = None
         self.running: Run | None = None  # whose sequences the session holds
-        model.setup_rope(max_seq_len or context)
+        self.speculation: dict | None = None  # what `speculate` was asked for
+        self.speculator: Speculator | None = None  # of the present session
+        model.setup_rope((max_seq_len or context) + MAX_DRAFTS)
 
     @classmethod
     def load(cls, checkpoint_path, device=None, dtype=None, *, progress=False, **options) -> "Engine":
@@ -282,12 +286,17 @@ class Engine:
         """Makes a session for up to so many sequences of up to `length` tokens, unless the present one serves."""
         self.model.tile_weights()
         s = self.session
-        if s and s.max_seq_len >= min(length, self.context) and self.decoder.serves(batch_size):
+        serves = s and s.max_seq_len >= min(length, self.context) and self.decoder.serves(batch_size)
+        if serves and (not self.speculation or s.batch_size == batch_size):  # a round works on all rows
             return
-        self.session = self.decoder = self.prefiller = None  # frees the memory of the old one first
+        self.session = self.decoder = self.prefiller = self.speculator = None  # frees the memory of the old one first
         rows = self._session_rows(length)
         try:
-            self.session = Session(self.model, batch_size, rows, self.cache_dtype, self.batch_invariant)
+            spare = MAX_DRAFTS if self.speculation else 0
+            session = Session(self.model, batch_size, rows, self.cache_dtype, self.batch_invariant, spare)
+            if self.speculation:
+                self.speculator = Speculator(self.model, session, **self.speculation)
+            self.session = session
         except RuntimeError as error:
             if not checkpoint.is_out_of_memory(error):
                 raise
@@ -297,6 +306,27 @@ class Engine:
         graphs = self.compile_prefill or self.decoder.mode == "graph"
         options = {"graphs": graphs, "compiled": self.compile_prefill, "alone": self.batch_invariant, "pool": self.decoder.pool}
         self.prefiller = Prefiller(self.model, self.session.cache, **options)
+
+    def speculate(self, drafter: Drafter, k: int = DRAFTS, adaptive: bool = True) -> None:
+        """From now on runs draft up to k tokens a round; what they give stays the same (speculative.py). `adaptive` lowers k,
+        down to none, where that is faster. ValueError: a k, a draft model or a decode_mode that does not fit."""
+        device, mode = self.device.type, self.decode_mode
+        if not 1 <= k <= MAX_DRAFTS:
+            raise ValueError(f"speculate_k: found {k}, expected 1 to {MAX_DRAFTS}")
+        if mode not in ("auto", "eager", "graph"):
+            raise ValueError(f"decode_mode: found {mode} with speculation, expected auto, eager or graph")
+        if isinstance(drafter, ModelDrafter):
+            draft = drafter.model
+            if draft.vocab_limit != self.model.vocab_limit:
+                found, expected = draft.vocab_limit, self.model.vocab_limit
+                raise ValueError(f"the draft model's vocabulary: found {found} tokens, expected the target's {expected}")
+            if draft.config.max_position_embeddings < self.context:
+                found = draft.config.max_position_embeddings
+                raise ValueError(f"the draft model's context: found {found}, expected at least {self.context} (max_seq_len)")
+            draft.setup_rope(self.context + MAX_DRAFTS)
+        mode = "graph" if mode == "graph" or (mode == "auto" and device == "cuda") else "eager"
+        self.speculation = {"drafter": drafter, "k": k, "adaptive": adaptive, "mode": mode}
+        self.session = self.decoder = self.prefiller = self.speculator = None
 
     def _session_rows(self, length: int) -> int:
         """Cache rows a sequence of a new session: few sessions for many lengths."""
@@ -401,6 +431,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
     )
     flag("batch_invariant", action="store_true", help="the same tokens for a prompt whatever shares its batch; slower")
+    flag("draft_checkpoint_path", type=Path, help="speculate with this smaller model of the same vocabulary")
+    flag("speculate", choices=("ngram", "self"), help="speculate without one: by look-up in the text, or the model in int4")
+    flag(
+        "speculate_k", type=int, help=f"the most tokens that are drafted at once (default {DRAFTS}); fewer where that is faster"
+    )
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
     flag(
         "kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the cache's bytes (default: the model's dtype)"
@@ -421,6 +456,10 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--prompt_file, --output_file: found one of them, expected both")
     if args.prompt_file and (args.interactive or args.num_samples > 1 or args.profile):
         parser.error("--prompt_file: found with --interactive, --num_samples or --profile, expected none of them")
+    if args.speculate and args.draft_checkpoint_path:
+        parser.error("--speculate: found with --draft_checkpoint_path, expected one of them")
+    if args.speculate_k is not None and not (args.speculate or args.draft_checkpoint_path):
+        parser.error("--speculate_k: found without a drafter, expected --draft_checkpoint_path or --speculate")
     return args
 
 
@@ -439,6 +478,26 @@ def load_engine(args: argparse.Namespace) -> Engine:
 
         quantize.quantize_at_load(engine.model, args.quantize, engine.tokenizer)
     return engine
+
+
+def set_up_speculation(args: argparse.Namespace, engine: Engine) -> None:
+    """The drafter that the command line asks for, if any."""
+    if args.draft_checkpoint_path:
+        dtype = DTYPES[args.dtype] if args.dtype else None
+        draft = Engine.load(args.draft_checkpoint_path, args.device, dtype, progress=True)
+        if engine.tokenizer and draft.tokenizer:
+            for i in range(min(e.tokenizer.vocab_size for e in (engine, draft))):
+                found, expected = (e.tokenizer.token_bytes(i, skip_special=False) for e in (draft, engine))
+                if found != expected:
+                    raise ValueError(
+                        f"{args.draft_checkpoint_path}: token {i}: found {found}, expected the target's {expected}"
+                    )
+        drafter = ModelDrafter(draft.model, f"draft model {args.draft_checkpoint_path.name}")
+    elif args.speculate:
+        drafter = NgramDrafter() if args.speculate == "ngram" else SelfDrafter(engine.model)
+    else:
+        return
+    engine.speculate(drafter, DRAFTS if args.speculate_k is None else args.speculate_k)
 
 
 def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
@@ -504,6 +563,7 @@ def main(argv=None) -> int:
         engine = load_engine(args)
         for note in engine.load_notes:
             print(convert_hf_checkpoint.one_line(note), file=sys.stderr)
+        set_up_speculation(args, engine)
         params = sampling_params(args, engine)
         if args.interactive:
             import chat

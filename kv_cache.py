@@ -10,6 +10,8 @@ Rows are kept in the model's dtype, or in fp8: e4m3 without a scale, half the by
 6% of a value, below 2**-6 by up to 2**-10; what exceeds 448 saturates. Whoever reads a row widens it.
 """
 
+import copy
+
 import torch
 from torch import nn
 
@@ -21,10 +23,13 @@ class KVCache(nn.Module):
 
     k, v: one tensor a layer, [slots, Hkv, S, D]. lengths [B] int32: rows of sequence b that are valid once the running step has
     appended its own; 0 = no sequence here. table [B, 1] int32: the slot of sequence b. split_size: rows that attention takes
-    at a time, where a sequence's result must not depend on the others.
+    at a time, where a sequence's result must not depend on the others. spare: rows beyond max_seq_len, which a round of
+    speculation may write and nobody reads.
     """
 
-    def __init__(self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, split_size: int | None = None):
+    def __init__(
+        self, config, batch_size: int, max_seq_len: int, device=None, dtype=None, split_size: int | None = None, spare: int = 0
+    ):
         super().__init__()
         self.split_size = split_size
         if not 1 <= max_seq_len <= config.max_position_embeddings:
@@ -34,7 +39,7 @@ class KVCache(nn.Module):
         dtype = dtype or config.dtype
         self.batch_size, self.max_seq_len = batch_size, max_seq_len
         self.bytes_per_row = bytes_per_row(config, dtype)
-        shape = (batch_size, config.num_kv_heads, max_seq_len, config.head_dim)
+        shape = (batch_size, config.num_kv_heads, max_seq_len + spare, config.head_dim)
         for layer in range(config.num_layers):
             self.register_buffer(f"k{layer}", torch.zeros(shape, dtype=dtype, device=device))
             self.register_buffer(f"v{layer}", torch.zeros(shape, dtype=dtype, device=device))
@@ -47,6 +52,12 @@ class KVCache(nn.Module):
     def num_bytes(self) -> int:
         """Bytes of K and V, all layers."""
         return self.bytes_per_row * self.batch_size * self.max_seq_len
+
+    def twin(self) -> "KVCache":
+        """The same K and V with lengths and a table of its own: for a drafter, whose rows are then written again."""
+        twin = copy.copy(self)
+        twin._buffers = self._buffers | {name: self._buffers[name].clone() for name in ("lengths", "table")}
+        return twin
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one layer, [slots, Hkv, S, D] each."""

@@ -156,6 +156,7 @@ class _Launch:
     """What the host notes of steps that it has launched."""
 
     steps: int
+    tokens: int  # the most that they may bring a sequence
     answers: list[Answer | None]  # by row
     queued: bool  # prompts were waiting
 
@@ -234,6 +235,10 @@ class Run:
             raise ValueError(f"stop_token_ids: found {max(params.stop_token_ids)}, expected 0 to {vocab - 1}")
         if (number := len(self.engine.stop_ids_of(params))) > MAX_STOP_IDS:
             raise ValueError(f"stop_token_ids: found {number}, expected at most {MAX_STOP_IDS} with the model's own")
+        if self.engine.speculation and isinstance(prompt, torch.Tensor):
+            raise ValueError("prompt: found embeddings with speculation, expected text or token ids")
+        if self.engine.speculation and params.repetition_penalty != 1:
+            raise ValueError(f"repetition_penalty: found {params.repetition_penalty} with speculation, expected 1")
 
     def pieces(self) -> Iterator[tuple[Answer, str]]:
         """Runs it all; yields text as it becomes final, and every answer when it ends."""
@@ -262,7 +267,9 @@ class Run:
 
     def _decode(self) -> Iterator[tuple[Answer, str]]:
         self._check_running()
-        timing, reader = self.timing, self.reader
+        timing, reader, speculator = self.timing, self.reader, self.engine.speculator
+        if speculator:
+            speculator.begin(*self._what(self.answers))
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
         started, captured = time.perf_counter(), self.engine.prefiller.capture_sec
@@ -276,7 +283,7 @@ class Run:
             self._check_running()
             admitted = self._prefill()
             before = time.perf_counter()
-            steps = self._launch()
+            steps = self._launch_round(speculator) if speculator else self._launch()
             if steps or admitted:
                 self._request(steps)
             if self.waiting:
@@ -286,6 +293,9 @@ class Run:
             timing.host_sec += time.perf_counter() - before
             while reader.pending and (len(reader.pending) > self.ahead or not steps):
                 yield from self._read()
+        if speculator:
+            longest = max(len(answer.tokens) for answer in self.answers)  # many prompts: answers that were given out have none
+            timing.speculation = speculator.statistics(timing, max(longest - 1, timing.decode_tokens // self.batch_size))
 
     # ------------------------------------------------------------ into rows
 
@@ -350,6 +360,9 @@ class Run:
             hidden = torch.cat([answer.job.hidden for answer in group])
             rows = slice(group[0].row, group[-1].row + 1)
             engine.decoder.choose_token(hidden, rows, *self._what(group))
+        if engine.speculator:
+            for answer in answers:
+                engine.speculator.admit(answer.row, answer.job.ids)
 
     def _free(self, answer: Answer) -> None:
         """Its row and its slot may be taken by another. The slot keeps what is known to be in it."""
@@ -383,6 +396,15 @@ class Run:
                 answer.steps_left = max(0, answer.steps_left - steps)
         return steps
 
+    def _launch_round(self, speculator) -> int:
+        """Launches a round of speculation of all rows, unless those before it may have brought all that is asked for; returns
+        how many. `steps_left` stays as it was at first: a round says only afterwards how many tokens it brought."""
+        left = (answer.steps_left + 1 - max(1, len(answer.tokens)) for answer in self.rows if answer)
+        if sum(launch.tokens for _, _, launch in self.reader.pending) >= max(left, default=0):
+            return 0
+        self.tokens_launched = speculator.launch()
+        return 1
+
     def _rows(self) -> int:
         """Leading rows that a step works on: those with sequences, and those that waiting prompts are about to take."""
         reach = max((row + 1 for row, answer in enumerate(self.rows) if answer), default=1)
@@ -405,7 +427,8 @@ class Run:
     def _request(self, steps: int) -> None:
         """Asks for what the device will have chosen after everything that was launched, `steps` since the last request."""
         reach = max((row + 1 for row, answer in enumerate(self.rows) if answer), default=1)
-        launch = _Launch(steps, self.rows[:reach], bool(self.waiting))
+        tokens = self.tokens_launched if self.engine.speculator and steps else steps
+        launch = _Launch(steps, tokens, self.rows[:reach], bool(self.waiting))
         self.reader.request(reach, any(a.logprobs is not None for a in launch.answers if a), launch)
 
     def _read(self) -> Iterator[tuple[Answer, str]]:
@@ -419,7 +442,11 @@ class Run:
         going = [a for a in launch.answers if a and not a.finish_reason]
         timing.context_sum += steps * sum(len(a.job.prompt) + len(a.tokens) for a in going)
         timing.queued_slot_steps += steps * self.batch_size * launch.queued
+        before = timing.decode_tokens
         yield from self._emit(status, launch)
+        if self.engine.speculator and steps:
+            self.engine.speculator.observe()
+            timing.step_ms[-1] *= len(going) / max(1, timing.decode_tokens - before)  # of a token
 
     def _emit(self, status: torch.Tensor, launch: _Launch) -> Iterator[tuple[Answer, str]]:
         """Takes over the tokens that are new in a status (Session.status)."""

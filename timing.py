@@ -31,6 +31,7 @@ class Timing:
     host_sec: float = 0.0  # what launching cost the host
     context_sum: int = 0  # cached rows read, summed over steps and sequences
     steps: int = 0
+    speculation: dict | None = None  # Speculator.statistics, where it drafted; step_ms is then of a token, steps are rounds
     queued_slot_steps: int = 0  # while prompts waited for a slot: slots, summed over steps
     queued_busy_steps: int = 0  # of these, slots whose sequence went on
 
@@ -59,7 +60,7 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
         "decode_tok_per_sec": timing.decode_tokens / timing.decode_sec if timing.decode_sec else None,
         "tpot_ms": {"p50": quantile(0.5), "p90": quantile(0.9), "p99": quantile(0.99)},
         "host_ms_per_step": timing.host_sec / timing.steps * 1e3 if timing.steps else None,
-        "path": engine.decoder.path,
+        "path": (engine.speculator or engine.decoder).path,
         "prefill_path": engine.prefiller.path,
     }
     if engine.device.type == "cuda":
@@ -67,7 +68,9 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
         out["peak_reserved_bytes"] = torch.cuda.max_memory_reserved(engine.device)
     else:
         out["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    if timing.steps:
+    if timing.speculation:  # of the bytes of a round, many are a drafter's
+        out["speculation"] = timing.speculation
+    elif timing.steps:
         kv_bytes = timing.context_sum / timing.steps * bytes_per_row(engine.model.config, engine.cache_dtype)
         out["bytes_per_step"] = weight_bytes_per_step(engine.model) + kv_bytes
         rate = out["bytes_per_step"] / (statistics.median(steps_ms) / 1e3)
@@ -93,12 +96,32 @@ def report(m: dict, timing: Timing) -> None:
     )
     if timing.steps:
         print(
-            f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a step "
+            f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a {'token' if timing.speculation else 'step'} "
             f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), host {m['host_ms_per_step']:.3f} ms",
             file=out,
         )
+    if timing.speculation:
+        print(describe_speculation(timing.speculation), file=out)
+    elif timing.steps:
         line = f"{m['bytes_per_step'] / 1e9:.3f} GB a step at {m['bandwidth_gbps']:.0f} GB/s"
         if m["mbu"]:
             line += f", MBU {m['mbu']:.1%} of {m['mbu_divided_by_gbps']:.0f} GB/s ({m['device']})"
         print(line, file=out)
     print(f"peak memory {m['peak_memory_bytes'] / 2**30:.2f} GiB", file=out)
+
+
+def describe_speculation(s: dict) -> str:
+    """What Speculator.statistics says, in two lines."""
+    percent = lambda share: "none" if share is None else f"{share:.1%}"
+    line = f"speculation: {s['rounds']} rounds, {percent(s['acceptance_rate'])} of {s['drafted']} drafts accepted"
+    if s["rounds"]:
+        line += f", {s['acceptance_length']:.2f} tokens a round; by position " + " ".join(
+            map(percent, s["acceptance_by_position"])
+        )
+    uses = ", ".join(f"k {k}: {n}" for k, n in s["launches_by_k"].items())
+    line += f"\nlaunches {uses}" + (
+        f"; switched off for the most part, {s['plain_steps']} plain steps" if s["switched_off"] else ""
+    )
+    rounds = ", ".join(f"k {k}: {ms:.3f} + {s['verify_ms'][k]:.3f}" for k, ms in s["draft_ms"].items())
+    line += f"; draft + verify ms {rounds}, plain {s['plain_ms']:.3f}"
+    return line + (f"; {s['speedup']:.2f} times plain decoding" if s["speedup"] else "")

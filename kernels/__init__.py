@@ -1,19 +1,23 @@
 """The public operators: what the model calls, whatever the device."""
 
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
+from kernels._random import gumbel_ref as gumbel
+from kernels._random import token_positions
+from kernels.accept import accept
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
 from kernels.flash_prefill import launched as attention_launched
 from kernels.head import advance, head
-from kernels.head import gumbel_ref as gumbel
 from kernels.linear import MAX_ROWS, linear, qkv_rope_append
+from kernels.lookup import lookup
 from kernels.rows import rms_norm, rope_append, silu_mul
 from kernels.tiles import batch_invariant, is_batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
+    "accept",
     "advance",
     "attention_launched",
     "batch_invariant",
@@ -25,6 +29,7 @@ __all__ = [
     "head",
     "is_batch_invariant",
     "linear",
+    "lookup",
     "pdl_disabled",
     "pdl_supported",
     "qkv_rope_append",
@@ -32,4 +37,5 @@ __all__ = [
     "rope_append",
     "runs_kernels",
     "silu_mul",
+    "token_positions",
 ]

@@ -17,6 +17,7 @@ from model import SHAPES, PackStep, PrefillStep
 from prefill import Piece, Prefiller
 from runs import Request
 from sampling import SamplingParams
+from speculative import ModelDrafter, NgramDrafter
 
 pytestmark = [
     pytest.mark.gpu,
@@ -267,6 +268,45 @@ def test_many_rows_decode_as_few_do(params, tokens):
     same = sum(a == b for x, y in zip(together, few, strict=True) for a, b in zip(x, y, strict=True))
     print(f"{same} of 200 tokens are the same")  # bf16 in another order parts some
     assert same >= 165
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 7}, {"temperature": 0.9, "top_k": 50}], ids=str)
+def test_speculation_in_graphs(params, tokens):
+    """Captured rounds give what eager ones give; nearly all drafts of a twin stand, its cache catches up after plain steps, and
+    each greedy token is a rounding from plain PyTorch's best."""
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True, **params)
+    prompts, got = [tokens[:20].tolist(), tokens[:50].tolist()], {}
+    for mode in ("eager", "graph"):
+        engine = small(decode_mode=mode)
+        engine.speculate(ModelDrafter(engine.model), 3, adaptive=False)
+        outputs, timing = engine.generate(prompts, params)
+        got[mode] = [o.tokens for o in outputs]
+        assert timing.speculation["acceptance_rate"] > 0.5, timing.speculation
+    assert got["graph"] == got["eager"]
+
+    engine.speculate(ModelDrafter(engine.model), 3, adaptive=True)
+    engine.prepare(2, 110)
+    engine.speculator.acceptance.kept = 0.0  # off, until it is seen to be right
+    outputs, timing = engine.generate(prompts, params)
+    assert timing.speculation["launches_by_k"][0] > 0
+    assert timing.speculation["acceptance_rate"] > 0.5, timing.speculation
+    if params.temperature == 0:
+        for prompt, out in zip(prompts, outputs, strict=True):
+            ids = torch.tensor(prompt + out.tokens, device="cuda")
+            logits = engine.model.logits(engine.model(engine.model.embed(ids), PrefillStep(len(ids))))[len(prompt) - 1 : -1]
+            behind = logits.max(dim=1).values - logits.gather(1, ids[len(prompt) :, None])[:, 0]
+            assert behind.max() < 0.1 * logits.std()
+
+
+def test_n_gram_speculation_in_graphs(tokens):
+    engine = small(decode_mode="graph")
+    engine.speculate(NgramDrafter(), 5, adaptive=False)
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    prompt = tokens[:10].tolist() * 4
+    graph, _ = engine.generate([prompt], params)
+    eager = small(decode_mode="eager")
+    eager.speculate(NgramDrafter(), 5, adaptive=False)
+    assert graph[0].tokens == eager.generate([prompt], params)[0][0].tokens
 
 
 ORDER = """

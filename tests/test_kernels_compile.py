@@ -214,3 +214,16 @@ def test_choose_and_advance(launches):
         lengths=integers["lengths"], top_k=integers["cursor"], **floats,
     )  # fmt: skip
     check(launches, 4)
+
+
+def test_accept_and_lookup(launches):
+    integers = {n: empty(2, dtype=torch.int32) for n in ("token", "cursor", "done", "flag", "lengths", "limit")}
+    histories = empty(2, 1024, dtype=torch.int32)
+    for k in (0, 1, 4, 15):
+        best, ids = empty(2 * (k + 1), 4096, dtype=torch.float32), empty(2 * (k + 1), 4096, dtype=torch.int32)
+        kernels.accept(
+            best, ids, empty(2, k, dtype=torch.int32), ring=empty(2, 256, dtype=torch.int32),
+            stop_ids=empty(2, 16, dtype=torch.int32), history=histories, tally=empty(2, 2, 16, dtype=torch.int32), **integers,
+        )  # fmt: skip
+        kernels.lookup(histories, integers["lengths"], max(k, 1))
+    check(launches, 12)
