@@ -148,7 +148,7 @@ class Engine:
         self.running: Run | None = None  # whose sequences the session holds
         self.speculation: dict | None = None  # what `speculate` was asked for
         self.speculator: Speculator | None = None  # of the present session
-        model.setup_rope((max_seq_len or context) + MAX_DRAFTS)
+        model.setup_rope(max_seq_len or context, MAX_DRAFTS)
 
     @classmethod
     def load(cls, checkpoint_path, device=None, dtype=None, *, progress=False, **options) -> "Engine":
@@ -323,7 +323,7 @@ class Engine:
             if draft.config.max_position_embeddings < self.context:
                 found = draft.config.max_position_embeddings
                 raise ValueError(f"the draft model's context: found {found}, expected at least {self.context} (max_seq_len)")
-            draft.setup_rope(self.context + MAX_DRAFTS)
+            draft.setup_rope(self.context, MAX_DRAFTS)
         mode = "graph" if mode == "graph" or (mode == "auto" and device == "cuda") else "eager"
         self.speculation = {"drafter": drafter, "k": k, "adaptive": adaptive, "mode": mode}
         self.session = self.decoder = self.prefiller = self.speculator = None

@@ -637,11 +637,12 @@ class Transformer(nn.Module):
                 if isinstance(module, Weight):
                     module.tile()
 
-    def setup_rope(self, length: int) -> None:
-        """Builds the RoPE tables for positions below `length`. Call once, before the first forward. ValueError: too many."""
+    def setup_rope(self, length: int, spare: int = 0) -> None:
+        """Builds the RoPE tables for positions below `length`, and `spare` more. Call once, before the first forward.
+        ValueError: too many."""
         if length > (most := MAX_ROPE_BYTES // (self.config.head_dim * 4)):
             raise ValueError(f"max_seq_len: found {length}, expected at most {most} (RoPE tables of 0.5 GiB)")
-        self.cos, self.sin = rope_tables(self.config, length, self.norm.weight.device)
+        self.cos, self.sin = rope_tables(self.config, length + spare, self.norm.weight.device)
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
         """tokens [N] -> [N, H]."""

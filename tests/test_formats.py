@@ -173,12 +173,12 @@ def test_kernels_refuse_what_they_do_not_read(fmt):
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"format": "int3"}, "format of int3: found 'int3'"),
-        ({"format": "int4", "group_size": 48}, "group_size of int4: found 48, supported: 32, 64, 128"),
-        ({"format": "int8", "group_size": 128}, "group_size of int8: found 128"),
-        ({"format": "fp8", "symmetric": False}, "symmetric of fp8: found False"),
-        ({"format": "int8", "scale_dtype": torch.bfloat16}, "scale_dtype of int8: found torch.bfloat16"),
-        ({"format": "int4", "group_size": 32, "scale_dtype": torch.int8}, "scale_dtype of int4: found torch.int8"),
+        ({"format": "int3"}, "format of 'int3': found 'int3'"),
+        ({"format": "int4", "group_size": 48}, "group_size of 'int4': found 48, supported: 32, 64, 128"),
+        ({"format": "int8", "group_size": 128}, "group_size of 'int8': found 128"),
+        ({"format": "fp8", "symmetric": False}, "symmetric of 'fp8': found False"),
+        ({"format": "int8", "scale_dtype": torch.bfloat16}, "scale_dtype of 'int8': found torch.bfloat16"),
+        ({"format": "int4", "group_size": 32, "scale_dtype": torch.int8}, "scale_dtype of 'int4': found torch.int8"),
     ],
 )
 def test_formats_that_are_none(fields, named):
