@@ -321,7 +321,9 @@ class Decoder:
 
     def in_kernels(self, rows: int) -> bool:
         """Whether every linear of a step of so many rows is one of our kernels."""
-        return fused(self.session.x[:rows], self.model.head, *(layer.attention.wqkv for layer in self.model.layers))
+        weights = self.model.head, *(layer.attention.wqkv for layer in self.model.layers)
+        with kernels.batch_invariant(self.session.batch_invariant):
+            return fused(self.session.x[:rows], *weights)
 
     def serves(self, batch_size: int) -> bool:
         """Whether so many sequences can run in this session, at their own cost."""
