@@ -56,7 +56,8 @@ def test_choices_of_many_rows():
     state.seed.copy_(torch.arange(B) * 11)
     logits = torch.randn(B, V, device=DEVICE)[rows] * 3
     lengths = (torch.arange(70, dtype=torch.int32, device=DEVICE) + 5) % 40
-    _, token = choose_in_kernels(logits, state, rows, lengths)
-    _, expected = choose(logits, lengths, **{name: getattr(state, name)[rows] for name in KINDS["truncate"]})
+    settings = {name: getattr(state, name)[rows] for name in KINDS["truncate"]}
+    _, token = choose_in_kernels(logits, settings | {"lengths": lengths})
+    _, expected = choose(logits, lengths, **settings)
     assert token.shape == (70, 1)
     assert torch.equal(token, expected)
