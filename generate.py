@@ -309,12 +309,14 @@ class Engine:
 
     def speculate(self, drafter: Drafter, k: int = DRAFTS, adaptive: bool = True) -> None:
         """From now on runs draft up to k tokens a round; what they give stays the same (speculative.py). `adaptive` lowers k,
-        down to none, where that is faster. ValueError: a k, a draft model or a decode_mode that does not fit."""
+        down to none, where that is faster. ValueError: a k, a draft model or a mode that does not fit."""
         device, mode = self.device.type, self.decode_mode
         if not 1 <= k <= MAX_DRAFTS:
             raise ValueError(f"speculate_k: found {k}, expected 1 to {MAX_DRAFTS}")
         if mode not in ("auto", "eager", "graph"):
             raise ValueError(f"decode_mode: found {mode} with speculation, expected auto, eager or graph")
+        if self.batch_invariant:  # how many tokens a round feeds follows what all sequences accept
+            raise ValueError("batch_invariant: found with speculation, expected one of them")
         if isinstance(drafter, ModelDrafter):
             draft = drafter.model
             if draft.vocab_limit != self.model.vocab_limit:

@@ -265,8 +265,7 @@ class Speculator:
             return
         started = time.perf_counter()
         self.session.retire()
-        with kernels.batch_invariant(self.session.batch_invariant):
-            self._capture(kind, logprobs)
+        self._capture(kind, logprobs)
         self.capture_sec += time.perf_counter() - started
 
     def _capture(self, kind: str, logprobs: bool) -> None:
@@ -312,8 +311,7 @@ class Speculator:
     def launch(self) -> int:
         """Launches the round that should pay most; returns before it has run. Gives the most tokens that a sequence may get."""
         k = best_k(self.acceptance.alpha, self.round_ms[self.what[0]]) if self.adaptive else self.k
-        with kernels.batch_invariant(self.session.batch_invariant):
-            self.work[k, *self.what]()
+        self.work[k, *self.what]()
         self.launches[k] += 1
         tally = self.tally.sum(dim=0, dtype=torch.int32)
         if tally.is_cuda:

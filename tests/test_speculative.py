@@ -442,6 +442,7 @@ def test_the_command_line(capsys, monkeypatch):
         (["--speculate", "eagle"], 2, ["--speculate", "eagle", "ngram"]),
         (["--speculate", "self", "--draft_checkpoint_path", "x"], 2, ["--speculate", "one of them"]),
         (["--speculate", "ngram", "--decode_mode", "compile"], 1, ["decode_mode", "compile", "eager"]),
+        (["--speculate", "ngram", "--batch_invariant"], 1, ["batch_invariant", "speculation", "one of them"]),
         (["--speculate", "ngram", "--repetition_penalty", "1.2"], 1, ["repetition_penalty", "1.2", "speculation"]),
         (["--speculate", "self", "--quantize", "int8"], 1, ["self", "int8", "plain weights"]),
         (["--draft_checkpoint_path", "/nowhere"], 1, ["/nowhere"]),
