@@ -121,6 +121,9 @@ class Prefiller:
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)
 
     def _run_pack(self, parts: list[Piece]) -> torch.Tensor:
+        alike = [list(group) for _, group in itertools.groupby(parts, key=lambda part: part.start > 0)]
+        if len(alike) > 1 and self.cache.k0.dtype.itemsize == 1:  # beside older rows, every piece would read its own rounded
+            return torch.cat([self._run_pack(group) for group in alike])
         counts = [len(part.tokens) for part in parts]
         rows, fresh = sum(counts), not any(part.start for part in parts)
         bucket = graph_bucket(rows, len(parts)) if self.use_graphs else None

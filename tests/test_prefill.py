@@ -70,6 +70,16 @@ def test_alone_no_piece_shares_a_forward(model):
     assert packs == [1] * len(PROMPTS)
 
 
+def test_what_shares_a_pack_rounds_nothing(model):
+    """A prompt reads its own rows as they are, and older ones as an fp8 cache has them, whatever is beside it."""
+    together, alone = (KVCache(model.config, 3, 80, dtype=torch.float8_e4m3fn) for _ in range(2))
+    pieces = [Piece(0, PROMPTS[1]), Piece(1, PROMPTS[3][20:], 20), Piece(2, PROMPTS[2])]
+    for cache in (together, alone):
+        Prefiller(model, cache).run([Piece(1, PROMPTS[3][:20])])
+    expected = torch.cat([Prefiller(model, alone).run([piece]) for piece in pieces])
+    torch.testing.assert_close(Prefiller(model, together).run(pieces), expected, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.parametrize("rows", [1, 7, 16, 40])
 def test_chunks_equal_the_whole(model, monkeypatch, rows):
     """Prompts longer than a forward may be are continued from the cache, beside others that begin."""
