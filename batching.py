@@ -190,7 +190,7 @@ def run(engine: Engine, params: SamplingParams, prompt_file: Path, output_file: 
         cache = engine.session.cache
         print(
             f"batch size {results.batch_size}{'' if batch_size else ' (the largest that fits, and is of use)'}; KV cache: "
-            f"{cache.batch_size} x {cache.max_seq_len} tokens, {cache.num_bytes / 2**30:.2f} GiB\npath: {engine.decoder.path}",
+            f"{cache.batch_size} x {cache.max_seq_len} tokens, {cache.num_bytes / 2**30:.2f} GiB\npath: {engine.path}",
             file=sys.stderr,
         )
         try:
@@ -208,7 +208,8 @@ def run(engine: Engine, params: SamplingParams, prompt_file: Path, output_file: 
     timing = results.timing
     total_sec = time.perf_counter() - progress.started
     out = {"prompts": len(todo), "tokens": progress.tokens, "total_sec": total_sec, "tok_per_sec": progress.tokens / total_sec}
-    out |= {"batch_size": results.batch_size, "capture_sec": engine.decoder.capture_sec + engine.prefiller.capture_sec}
+    capture_sec = sum(part.capture_sec for part in (engine.decoder, engine.prefiller, engine.speculator) if part)
+    out |= {"batch_size": results.batch_size, "capture_sec": capture_sec}
     busy = timing.queued_busy_steps / timing.queued_slot_steps if timing.queued_slot_steps else None
     waited = f"slots {busy:.1%} busy while prompts waited" if busy else "no prompt waited for a slot"
     line = f"{out['tokens']:,} tokens in {total_sec:.1f} s; {waited}; capturing graphs took {out['capture_sec']:.1f} s of it"

@@ -191,5 +191,5 @@ def _check(chat: Chat) -> None:
     for text in ("Hello", "Good morning") if compiles else ("Hello",):  # the second one is prefilled from within the cache
         for _ in engine.chat([*chat.system, {"role": "user", "content": text}], params):
             pass
-    say(f"path: {(engine.speculator or engine.decoder).path}")
+    say(f"path: {engine.path}")
     say(f"template: {engine.tokenizer.chat.name}; context: {engine.context} tokens")

@@ -205,6 +205,11 @@ class Engine:
     def device(self) -> torch.device:
         return self.model.norm.weight.device
 
+    @property
+    def path(self) -> str:
+        """How the present session's tokens are made, for people."""
+        return (self.speculator or self.decoder).path
+
     def stop_ids_of(self, params: SamplingParams) -> set[int]:
         """The ids that end an answer."""
         return set(params.stop_token_ids) | (set() if params.ignore_eos else self.stop_ids)
@@ -341,7 +346,11 @@ class Engine:
         free += self.session.cache.num_bytes if self.session else 0
         prefill = CHUNK_ROWS * (5 * c.hidden_size + 3 * c.q_size + 3 * c.intermediate_size) * size
         step = c.vocab_size * 4 * 4 + 4 * c.intermediate_size * size  # logits, as they are and as they are cut
-        fits = int(free * 0.9 - prefill) // (rows * bytes_per_row(c, self.cache_dtype) + step)
+        row = bytes_per_row(c, self.cache_dtype)
+        each = rows * row + step
+        if asked := self.speculation:  # k + 1 tokens a step, spare rows, and a drafter's cache
+            each = (rows + MAX_DRAFTS) * (row + asked["drafter"].bytes_per_row) + (asked["k"] + 1) * step
+        fits = int(free * 0.9 - prefill) // each
         if fits < 1:
             raise MemoryError(self._no_room(1, rows))
         return min(fits, MAX_ROWS if self.batch_invariant else BUCKETS[-1])

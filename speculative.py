@@ -23,6 +23,7 @@ import torch
 import kernels
 from decoding import RING, Session, candidates, choose_token, decode_one_token, note_logprobs
 from kernels.formats import GROUP_SIZES, PackedFormat, Weight
+from kv_cache import bytes_per_row
 from model import DecodeStep, Scale, Transformer
 from prefill import Piece, Prefiller
 from timing import Timing
@@ -39,6 +40,7 @@ class Drafter:
     """Proposes tokens. The next kind (EAGLE heads, say) is a subclass: `propose`; `bind` and `admit` where it has a state."""
 
     name = "none"
+    bytes_per_row = 0  # of a cache of its own, that one token takes
 
     def bind(self, target: Session, history: torch.Tensor) -> None:
         """Makes the buffers to draft for a session's sequences. history [B, S] int32 has the token of each position, the last
@@ -70,6 +72,7 @@ class ModelDrafter(Drafter):
 
     def __init__(self, model: Transformer, name: str = "draft model"):
         self.model, self.name = model, name
+        self.bytes_per_row = bytes_per_row(model.config, model.norm.weight.dtype)
 
     def bind(self, target, history):
         super().bind(target, history)
@@ -107,6 +110,7 @@ class SelfDrafter(ModelDrafter):
 
     def __init__(self, target: Transformer):
         super().__init__(quantized_copy(target), "self (int4)")
+        self.bytes_per_row = 0
 
     def bind(self, target, history):
         super().bind(target, history)

@@ -60,7 +60,7 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
         "decode_tok_per_sec": timing.decode_tokens / timing.decode_sec if timing.decode_sec else None,
         "tpot_ms": {"p50": quantile(0.5), "p90": quantile(0.9), "p99": quantile(0.99)},
         "host_ms_per_step": timing.host_sec / timing.steps * 1e3 if timing.steps else None,
-        "path": (engine.speculator or engine.decoder).path,
+        "path": engine.path,
         "prefill_path": engine.prefiller.path,
     }
     if engine.device.type == "cuda":

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import generate
 from generate import DEMO, Engine
+from kv_cache import bytes_per_row
 from model import PrefillStep, Transformer
 from runs import Request, Run
 from sampling import SamplingParams, truncate
@@ -186,6 +187,16 @@ def test_a_conversation_goes_on(plain):
             turns += [[7, 8, 9], run.outputs()[0].tokens]
             assert turns[-1] == results(plain, [prompt], params)[0][0]
         assert run.timing.kept_tokens > 25
+
+
+def test_the_largest_batch_leaves_room_for_the_drafter(plain, monkeypatch):
+    """A round's logits of k + 1 tokens, spare rows, and a draft model's cache; look-up has none, `self` shares the target's."""
+    monkeypatch.setattr(Engine, "_free_bytes", lambda self: 2**25)
+    sizes = {name: speculating(plain, name, 4).largest_batch(100) for name in DRAFTERS}
+    none = Engine(plain.model, max_seq_len=plain.max_seq_len).largest_batch(100)
+    row = bytes_per_row(plain.model.config, torch.float32)
+    assert [DRAFTERS[name](plain.model).bytes_per_row for name in ("model", "ngram", "self")] == [row, 0, 0]
+    assert sizes["model"] < sizes["ngram"] == sizes["self"] < none < 256
 
 
 def test_logprobs(plain):
@@ -432,6 +443,15 @@ def test_the_command_line(capsys, monkeypatch):
     assert s["drafter"] == "draft model draft"
     assert {"acceptance_rate", "acceptance_length", "acceptance_by_position", "draft_ms", "verify_ms", "speedup"} <= set(s)
     assert "drafts accepted" in captured.err
+
+
+def test_a_prompt_file_says_who_drafts(tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"id": 1, "prompt": "To be", "max_new_tokens": 4}\n')
+    files = ["--prompt_file", str(prompts), "--output_file", str(out)]
+    assert generate.main(["--device", "cpu", "--speculate", "ngram", "--batch_size", "1", *files]) == 0
+    assert "path: speculation: ngram" in capsys.readouterr().err
+    assert len(json.loads(out.read_text())["outputs"][0]["tokens"]) == 4
 
 
 @pytest.mark.parametrize(
