@@ -508,6 +508,7 @@ def read_in_child(target: Target, directory: Path) -> tuple[str, str]:
             os.close(answer)
             quiet = os.open(os.devnull, os.O_WRONLY)
             os.dup2(quiet, 1), os.dup2(quiet, 2)
+            torch.set_num_threads(1)  # the threads of the parent's pool did not survive the fork: to wait for them has no end
             limit_child()
             os.write(end, json.dumps(outcome(target, directory)).encode()[:60_000])
         finally:
