@@ -368,15 +368,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None, ahead=None) -> torch.Tensor:
+def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None) -> torch.Tensor:
     """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual.
 
-    `ahead`: the weight that the next linear reads; a kernel may bring some of it into L2 while it waits. `residual`, of many
-    rows, is overwritten with the result.
+    `residual`, of many rows, is overwritten with the result.
     """
     if fused(x, weight):
-        ahead = ahead if ahead is None or ahead.in_kernels else None
-        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, ahead=ahead)
+        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
@@ -525,8 +523,8 @@ class Attention(nn.Module):
         self.q_norm = Scale(config.head_dim, **where) if config.qk_norm else None
         self.k_norm = Scale(config.head_dim, **where) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, norm: torch.Tensor, rope, step: Step, ahead: Weight) -> torch.Tensor:
-        """x [N, H] -> x + attention(norm(x)) [N, H]; `ahead` as in `linear`."""
+    def forward(self, x: torch.Tensor, norm: torch.Tensor, rope, step: Step) -> torch.Tensor:
+        """x [N, H] -> x + attention(norm(x)) [N, H]."""
         c = self.config
         if fused(x, self.wqkv) and isinstance(step, DecodeStep):
             k_cache, v_cache = step.cache.layer(self.layer)
@@ -535,7 +533,6 @@ class Attention(nn.Module):
                 q_norm=self.q_norm and self.q_norm.weight, k_norm=self.k_norm and self.k_norm.weight,
                 cos=rope[0], sin=rope[1], lengths=step.lengths, table=step.table, k_cache=k_cache, v_cache=v_cache,
                 page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-                ahead=self.wo,
             )  # fmt: skip
             k = v = None
         elif kernels.runs_kernels(x) and not isinstance(step, PrefillStep):
@@ -551,7 +548,7 @@ class Attention(nn.Module):
             q, k, v = self._project(x, norm, rope, step.place()[0])
             step.append(self.layer, k, v)
         attended = step.attend(self.layer, q, k, v, self.window, self.scale)
-        return add_projection(x, attended.flatten(1), self.wo, ahead)
+        return add_projection(x, attended.flatten(1), self.wo)
 
     def _project(self, x, norm, rope, positions):
         """q [N, Hq, D], k and v [N, Hkv, D] in plain PyTorch, normed and rotated."""
@@ -575,17 +572,17 @@ class FeedForward(nn.Module):
         self.w13 = Weight(2 * config.intermediate_size, config.hidden_size, packed=config.layer_format, **where)
         self.w2 = Weight(config.hidden_size, config.intermediate_size, packed=config.layer_format, **where)
 
-    def forward(self, x: torch.Tensor, norm: torch.Tensor, ahead: Weight) -> torch.Tensor:
-        """x [N, H] -> x + feed_forward(norm(x)) [N, H]; `ahead` as in `linear`."""
-        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", ahead=self.w2)
-        return add_projection(x, hidden, self.w2, ahead)
+    def forward(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        """x [N, H] -> x + feed_forward(norm(x)) [N, H]."""
+        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul")
+        return add_projection(x, hidden, self.w2)
 
 
-def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight, ahead: Weight) -> torch.Tensor:
+def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """residual + all_reduce(x @ weight.T); on one device the sum is the kernel's own epilogue."""
     if WORLD_SIZE == 1:
-        return linear(x, weight, residual=residual, ahead=ahead)
-    return residual + all_reduce(linear(x, weight, ahead=ahead))
+        return linear(x, weight, residual=residual)
+    return residual + all_reduce(linear(x, weight))
 
 
 class Scale(nn.Module):
@@ -604,9 +601,9 @@ class Layer(nn.Module):
         self.ffn_norm = Scale(config.hidden_size, **where)
         self.feed_forward = FeedForward(config, **where)
 
-    def forward(self, x: torch.Tensor, rope, step: Step, ahead: Weight) -> torch.Tensor:
-        x = self.attention(x, self.attention_norm.weight, rope, step, ahead=self.feed_forward.w13)
-        return self.feed_forward(x, self.ffn_norm.weight, ahead)
+    def forward(self, x: torch.Tensor, rope, step: Step) -> torch.Tensor:
+        x = self.attention(x, self.attention_norm.weight, rope, step)
+        return self.feed_forward(x, self.ffn_norm.weight)
 
 
 class Transformer(nn.Module):
@@ -651,9 +648,8 @@ class Transformer(nn.Module):
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm."""
         x = x.clone() if many(x) else x  # products will be added to it in place
-        following = [*(layer.attention.wqkv for layer in self.layers[1:]), self.head]
-        for layer, ahead in zip(self.layers, following, strict=True):
-            x = layer(x, (self.cos, self.sin), step, ahead)
+        for layer in self.layers:
+            x = layer(x, (self.cos, self.sin), step)
         return x
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

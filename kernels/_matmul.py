@@ -2,7 +2,7 @@
 """What the small-batch matmul kernels share: sums[n, m] = sum_k W[n, k] x[m, k] for 1 to MAX_ROWS rows m.
 
 Owns: loading weight tiles before the dependency wait, multiplying by FMA or on the tensor cores, the RMSNorm prologue, the
-merge of programs that share a tile, L2 prefetch, and what a launch needs. Knows no epilogue: linear.py and head.py add those.
+merge of programs that share a tile, and what a launch needs. Knows no epilogue: linear.py and head.py add those.
 Letters: M rows of x (MP padded to a power of two), N output features, K input features, R weight rows of a program's tile.
 
 The RMSNorm costs no pass of its own: a program multiplies by x * norm and sums x^2 from the same loads; the factor
@@ -71,43 +71,6 @@ def preload(
             k = k0 + c * CHUNK + tl.arange(0, CHUNK)
             norms = norms + (load_vector(norm_ptr, k, K, MASK_K),)
     return tiles, norms
-
-
-@triton.jit
-def prefetch_l2(address, num_bytes, LANES: tl.constexpr):
-    """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred own; .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.lt.u32 own, thread, $3;
-        @own cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r,n",
-        [address.to(tl.int64), num_bytes, LANES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_rows(w_ptr, rows, k, N, K, wanted_bytes):
-    """Brings up to `wanted_bytes` of W[rows, k:] into L2."""
-    R: tl.constexpr = rows.shape[0]
-    num_bytes = tl.minimum(wanted_bytes // R, (K - k) * (w_ptr.dtype.element_ty.primitive_bitwidth // 8))
-    if num_bytes >= 16:
-        prefetch_l2(w_ptr + tl.minimum(rows, N - 1).to(tl.int64) * K + k, num_bytes // 16 * 16, R)
-
-
-@triton.jit
-def prefetch_ahead(ptr, total_bytes, ahead_bytes):
-    """Each program brings its share of the first `ahead_bytes` of the next kernel's weight into L2."""
-    share = (tl.cdiv(ahead_bytes, tl.num_programs(0)) + 127) // 128 * 128
-    start = tl.program_id(0).to(tl.int64) * share
-    if start + share <= total_bytes:
-        prefetch_l2(ptr.to(tl.int64) + start, share, 1)
 
 
 # ---------------------------------------------------------------- FMA
@@ -469,11 +432,9 @@ def matmul_arguments(tile: Tile, x, w: Operand) -> tuple[dict, dict]:
         "STAGES": tile.stages,
         "MASK_N": N % tile.rows != 0,
         "MASK_K": chunk * chunks * tile.split != columns,
-        "LATE": tile.late,
         "STREAM": tile.stream,
         # x * norm before its division by the root mean square must not overflow float16
         "X_SCALE": 1.0 / 64 if tile.dot and x.dtype == torch.float16 else 1.0,
-        "PREFETCH": tile.prefetch,
         "scale_ptr": None,
         "zero_ptr": None,
         "FORMAT": "plain",
@@ -512,10 +473,8 @@ def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
         "STAGES": 1,
         "MASK_N": w.rows % tile.rows != 0,
         "MASK_K": parts * steps * tile.split * UNIT_COLUMNS[w.format] != K,
-        "LATE": tile.late,
         "STREAM": tile.stream,
         "X_SCALE": 1.0 / 64 if x.dtype == torch.float16 else 1.0,
-        "PREFETCH": 0,
         "FORMAT": w.format,
         "GROUPS": w.scale.shape[-1] if w.format == "int4" else 0,
         "WARPS": tile.warps,

@@ -22,8 +22,6 @@ from kernels._matmul import (
     fma_again,
     matmul_arguments,
     multiply,
-    prefetch_l2,
-    prefetch_rows,
     preload,
     rms_factor,
     rms_norm_ref,
@@ -103,14 +101,12 @@ def _head_kernel(
     PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits and best candidate of tile program_id, and of each num_programs-th tile after it where LOOPS."""
-    if not LATE:
-        pdl_trigger(PDL)
+    pdl_trigger(PDL)
     pid, programs = tl.program_id(0), tl.num_programs(0)
     m, r = tl.arange(0, MP), tl.arange(0, R)
     rows = pid * R + r
@@ -120,13 +116,6 @@ def _head_kernel(
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, True, MASK_N, MASK_K, STREAM)
-    if LATE:
-        pdl_trigger(PDL)
-    if PDL and PREFETCH > 0:
-        if LOOPS:
-            prefetch_rows(w_ptr, rows + programs * R, 0, N, columns, PREFETCH * 1024)
-        else:
-            prefetch_rows(w_ptr, rows, PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
     if temperature_ptr is not None:  # the host writes these between steps, never during one
         sequence = m // T
         real = m < M
@@ -185,6 +174,25 @@ def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constex
 
 
 @triton.jit
+def _prefetch_l2(address, num_bytes, LANES: tl.constexpr):
+    """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred own; .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.lt.u32 own, thread, $3;
+        @own cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,n",
+        [address.to(tl.int64), num_bytes, LANES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _advance_kernel(
     max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
     embedding_ptr, x_ptr, ahead_ptr, sequences, partials, ring_size, stops, K, ahead_bytes,
@@ -205,7 +213,7 @@ def _advance_kernel(
         if PDL and ahead_ptr is not None:
             share = ahead_bytes // (tl.num_programs(0) - sequences) // 128 * 128
             if share > 0:
-                prefetch_l2(ahead_ptr.to(tl.int64) + (b - sequences).to(tl.int64) * share, share, 1)
+                _prefetch_l2(ahead_ptr.to(tl.int64) + (b - sequences).to(tl.int64) * share, share, 1)
 
 
 @triton.jit
@@ -423,7 +431,8 @@ def advance(
     A sequence that is done, or has length 0, is left alone. One whose token is in stop_ids, or whose length + 1 exceeds
     limit (the rows of the cache that it may use), is done: its length becomes 0, which ends its work. Where a logit is NaN or
     infinite, flag becomes 1, nothing is emitted and the sequence is done.
-    x [B, K] receives the embedding's row of each token. `ahead` is the weight that the next step reads first, as in `linear`.
+    x [B, K] receives the embedding's row of each token. `ahead` is the weight that the next step reads first: some of it may be
+    brought into L2 meanwhile. It changes no result.
     ValueError: a shape or dtype that does not fit.
     """
     torch.ops.rooflama.advance(

@@ -28,8 +28,6 @@ from kernels._matmul import (
     members,
     merge,
     multiply,
-    prefetch_ahead,
-    prefetch_rows,
     preload,
     rms_factor,
     rms_norm_ref,
@@ -145,17 +143,16 @@ def _linear_epilogue(
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr,
-    ahead_ptr, ahead_bytes, M, N, F, K, columns, eps,
+    M, N, F, K, columns, eps,
     SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
-    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr,
-    STREAM: tl.constexpr, X_SCALE: tl.constexpr, PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
+    GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
+    STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual. `columns` is K in units of w_ptr and x_ptr."""
-    if not LATE:
-        pdl_trigger(PDL)
+    pdl_trigger(PDL)
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     k0 = part * (CHUNKS * CHUNK)
     m = tl.arange(0, MP)
@@ -180,16 +177,6 @@ def _linear_kernel(
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
-    if LATE:
-        pdl_trigger(PDL)
-    if PDL and PREFETCH > 0:
-        if GRID:
-            next_loaded = _loaded_rows(_linear_rows(tile + tl.num_programs(0), F, R, SILU_MUL), R)
-            prefetch_rows(w_ptr, next_loaded, 0, N, columns, PREFETCH * 1024)
-        else:
-            prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
-    if PDL and AHEAD > 0:
-        prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
     pdl_wait(PDL)
 
     residual = _linear_residual(residual_ptr, rows[0], m, M, F)
@@ -292,20 +279,18 @@ def _qkv_epilogue(
 @triton.jit(do_not_specialize=["M", "T", "P"])
 def _qkv_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, lengths_ptr, table_ptr,
-    q_ptr, k_ptr, v_ptr, partial_ptr, squares_ptr, counter_ptr, ahead_ptr, ahead_bytes,
+    q_ptr, k_ptr, v_ptr, partial_ptr, squares_ptr, counter_ptr,
     M, T, P, N, K, columns, eps, qk_eps, page_size,
     HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
-    MASK_N: tl.constexpr, MASK_K: tl.constexpr, LATE: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
-    PREFETCH: tl.constexpr, AHEAD: tl.constexpr,
+    MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of pairs of one head. TILES tiles of a head and SPLIT parts of K form a group that its last arrival merges:
     TILES is 1, or with qk-norm, which needs the whole head, D / R."""
-    if not LATE:
-        pdl_trigger(PDL)
+    pdl_trigger(PDL)
     HALF: tl.constexpr = D // 2
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     k0 = part * (CHUNKS * CHUNK)
@@ -322,12 +307,6 @@ def _qkv_kernel(
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
-    if LATE:
-        pdl_trigger(PDL)
-    if PDL and PREFETCH > 0:
-        prefetch_rows(w_ptr, loaded, k0 + PRELOAD * CHUNK, N, columns, PREFETCH * 1024)
-    if PDL and AHEAD > 0:
-        prefetch_ahead(ahead_ptr, ahead_bytes, AHEAD * 1024)
     # Constant during a step: lengths, table, cos and sin. Behind a barrier, because ptxas else moves their loads, each of which
     # waits for the one before it, ahead of the weights' loads.
     tl.debug_barrier()
@@ -370,15 +349,6 @@ def _qkv_kernel(
         )  # fmt: skip
 
 
-# ---------------------------------------------------------------- launching
-
-
-def _ahead_arguments(tile: Tile, ahead) -> dict:
-    """The next kernel's weight, and how many KiB of it to bring into L2."""
-    ahead_bytes = 0 if ahead is None else ahead.numel() * ahead.element_size()
-    return {"ahead_ptr": ahead, "ahead_bytes": ahead_bytes, "AHEAD": min(tile.ahead, ahead_bytes // 1024)}
-
-
 # ---------------------------------------------------------------- operators
 
 
@@ -409,7 +379,6 @@ def _linear(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
-    ahead: torch.Tensor | None,
 ) -> torch.Tensor:
     w = Operand(weight, scale, zero, format, rows)
     y = _linear_output(x, w, bias, norm, activation, residual)
@@ -430,7 +399,6 @@ def _linear(
         GRID=tile.grid,
         SPLIT=tile.split,
         **arguments,
-        **_ahead_arguments(tile, ahead),
         **scratch(x, programs, tile, arguments["MP"], programs if tile.grid else tiles),
         **options,
     )
@@ -438,7 +406,7 @@ def _linear(
 
 
 @_linear.register_fake
-def _(x, weight, scale, zero, format, rows, bias, norm, eps, activation, residual, ahead):
+def _(x, weight, scale, zero, format, rows, bias, norm, eps, activation, residual):
     return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, activation, residual)
 
 
@@ -450,17 +418,14 @@ def linear(
     eps: float = 0.0,
     activation: str = "none",
     residual: torch.Tensor | None = None,
-    ahead: Weight | None = None,
 ) -> torch.Tensor:
     """activation(rmsnorm(x) @ weight.T + bias) + residual, in x.dtype.
 
     x [M, K], M of 1 to MAX_ROWS; norm [K] or None for no RMSNorm; residual [M, N].
     activation "none" gives [M, N]; "silu_mul" gives silu(gate) * up [M, N / 2] of a weight whose first half is gate.
-    `ahead` is the weight that a later kernel reads: some of it may be brought into L2 meanwhile. It changes no result.
     ValueError: a shape, dtype or activation that does not fit.
     """
-    following = None if ahead is None else ahead.weight
-    return torch.ops.rooflama.linear(x, *Operand.of(weight), weight.bias, norm, eps, activation, residual, following)
+    return torch.ops.rooflama.linear(x, *Operand.of(weight), weight.bias, norm, eps, activation, residual)
 
 
 def _qkv_output(x, w: Operand, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D):
@@ -514,7 +479,6 @@ def _qkv_rope_append(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    ahead: torch.Tensor | None,
 ) -> torch.Tensor:
     Hq, Hkv, D = num_heads, num_kv_heads, head_dim
     w = Operand(weight, scale, zero, format, rows)
@@ -554,7 +518,6 @@ def _qkv_rope_append(
         TILES=tiles_of_head,
         SPLIT=tile.split,
         **arguments,
-        **_ahead_arguments(tile, ahead),
         **scratch(x, programs, tile, arguments["MP"], tiles // tiles_of_head),
         **options,
     )
@@ -564,7 +527,7 @@ def _qkv_rope_append(
 @_qkv_rope_append.register_fake
 def _(
     x, weight, scale, zero, format, rows, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
-    page_size, num_heads, num_kv_heads, head_dim, ahead,
+    page_size, num_heads, num_kv_heads, head_dim,
 ):  # fmt: skip
     Hq, Hkv, D, w = num_heads, num_kv_heads, head_dim, Operand(weight, scale, zero, format, rows)
     return _qkv_output(x, w, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
@@ -595,7 +558,6 @@ def qkv_rope_append(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    ahead: Weight | None = None,
 ) -> torch.Tensor:
     """Queries [M, Hq, D] of x [M, K]; keys and values are appended to the cache.
 
@@ -604,9 +566,9 @@ def qkv_rope_append(
     Token t of sequence b is at position p = lengths[b] - T + t; it goes to row p % page_size of page table[b, p // page_size]
     of k_cache and v_cache [pages, Hkv, page_size, D], in their dtype: x's, or float8_e4m3fn, which saturates at +-448. Nothing
     is written where p is below 0. lengths [B], table [B, P] int32.
-    `ahead` as in `linear`. ValueError: a shape or dtype that does not fit.
+    ValueError: a shape or dtype that does not fit.
     """
     return torch.ops.rooflama.qkv_rope_append(
         x, *Operand.of(weight), weight.bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
-        page_size, num_heads, num_kv_heads, head_dim, None if ahead is None else ahead.weight,
+        page_size, num_heads, num_kv_heads, head_dim,
     )  # fmt: skip

@@ -34,10 +34,7 @@ class Tile:
     split: int = 1  # programs that share one tile's K; the last to arrive merges
     stages: int = 1  # pipeline depth of the loads behind the preloaded ones
     grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
-    late: bool = False  # trigger the next kernel after this one's first loads, not before
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
-    prefetch: int = 0  # KiB of a program's later weights that are brought into L2 before the wait (Hopper)
-    ahead: int = 0  # KiB of the next kernel's weight that the whole grid brings into L2 before the wait (Hopper)
     padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
 
@@ -203,9 +200,9 @@ def _fma_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
     whole = [t for t in tiles if t.preload * t.chunk >= K and t.rows * t.chunk * t.preload // (64 * t.warps) <= 64]
     if op in ("silu_mul", "head"):
         tiles += [
-            dataclasses.replace(t, grid=grid, stages=stages, prefetch=prefetch)
+            dataclasses.replace(t, grid=grid, stages=stages)
             for t in whole
-            for grid, stages, prefetch in itertools.product((2, 4, 6, 8), (1, 2), (0, t.rows * K // 512))
+            for grid, stages in itertools.product((2, 4, 6, 8), (1, 2))
             if N // t.rows > 2 * grid * 100
         ]
     if op == "linear" and K >= 4096:

@@ -79,7 +79,7 @@ def compile_tile(job) -> tuple | None:
                 kernels.qkv_rope_append(
                     x, weight, norm=norm, eps=1e-5, q_norm=qk, k_norm=qk, qk_eps=1e-5, cos=rope, sin=rope, lengths=lengths,
                     table=make(rows, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
-                    page_size=64, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim, ahead=weight,
+                    page_size=64, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
                 )  # fmt: skip
             elif op == "head":
                 sampling = {"temperature": make(rows, dtype=torch.float32), "seed": make(rows, dtype=torch.int64)}
@@ -94,9 +94,9 @@ def compile_tile(job) -> tuple | None:
                     **sampling,
                 )
             elif op == "silu_mul":
-                kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", ahead=weight)
+                kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
             else:
-                kernels.linear(x, weight, residual=make(rows, N), ahead=weight)
+                kernels.linear(x, weight, residual=make(rows, N))
         torch.cuda.synchronize()
     except Exception as error:  # a tile that does not fit the card is a result, not a fault
         return (op, N, K, tile, f"{type(error).__name__}: {str(error)[:80]}")
@@ -188,7 +188,7 @@ def tune(shape: str, args, pool) -> None:
         jobs = []
         for key in best:  # shapes
             tiles = candidate_tiles(key[0], rows, *key[1:], formats[key])
-            keep = ("ahead", "late", "stream", "registers")
+            keep = ("stream", "registers")
             tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
             rng.shuffle(tiles)
             tiles.sort(key=lambda t: t.warps > 2 and not t.dot)  # small programs won most often

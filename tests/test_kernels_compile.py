@@ -118,11 +118,11 @@ def test_rules(launches, op, N, K, M):
 @pytest.mark.parametrize(
     ("op", "N", "K", "M", "tile"),
     [
-        ("silu_mul", 16384, 2048, 1, Tile(8, 2048, 8, grid=6, stages=2, prefetch=64)),
-        ("linear", 2048, 8192, 16, Tile(64, 128, 4, dot=True, split=2, prefetch=64, preload=1, stages=3)),
-        ("linear", 2048, 2048, 1, Tile(2, 1024, 4, late=True, stream=True, ahead=4096)),
+        ("silu_mul", 16384, 2048, 1, Tile(8, 2048, 8, grid=6, stages=2)),
+        ("linear", 2048, 8192, 16, Tile(64, 128, 4, dot=True, split=2, preload=1, stages=3)),
+        ("linear", 2048, 2048, 1, Tile(2, 1024, 4, stream=True)),
         ("silu_mul", 16384, 2048, 1, Tile(2, 256, 1, stream=True, registers=128)),
-        ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2, prefetch=32)),
+        ("head", 128256, 2048, 1, Tile(8, 1024, 4, grid=4, stages=2)),
         ("linear", 201, 192, 3, Tile(4, 64, 1)),
     ],
     ids=str,

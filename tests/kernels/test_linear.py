@@ -28,7 +28,7 @@ EPS = 1e-5
 FMA_TILES = [
     Tile(16, 1024, 4),  # K masked, all of it preloaded
     Tile(4, 64, 2, preload=3),  # K in many chunks, three in flight
-    Tile(4, 128, 1, preload=1, late=True, stream=True),
+    Tile(4, 128, 1, preload=1, stream=True),
     Tile(32, 64, 4, preload=2, split=3),  # N masked where it is no multiple; the last of three merges
     Tile(8, 64, 4, grid=1),  # a persistent grid, further tiles in the loop
     Tile(4, 256, 4, grid=2, stages=2),
@@ -129,16 +129,6 @@ def test_any_number_of_rows(M):
     weight, x = make_weight(201, 192, torch.bfloat16), randn(M, 192, dtype=torch.bfloat16)
     exact = linear_ref(wide(x), wide(weight.weight))
     assert_within(linear(x, weight), linear_ref(x, weight.weight), exact)
-
-
-def test_a_weight_to_come_changes_nothing():
-    weight, ahead, x = (
-        make_weight(48, 192, torch.bfloat16),
-        make_weight(64, 128, torch.bfloat16),
-        randn(1, 192, dtype=torch.bfloat16),
-    )
-    with override_tiles({"linear": Tile(4, 64, 4, ahead=4, prefetch=2, preload=1)}):
-        assert torch.equal(linear(x, weight, ahead=ahead), linear(x, weight))
 
 
 @pytest.mark.parametrize(
@@ -243,7 +233,7 @@ def test_qkv(shape, dtype):
     [
         Tile(4, 128, 1, preload=1),
         Tile(32, 128, 4, preload=2),  # the whole head in one program
-        Tile(8, 64, 2, split=2, late=True),
+        Tile(8, 64, 2, split=2),
         Tile(16, 64, 4, dot=True, split=3, preload=1, stages=2),
         Tile(64, 64, 4, dot=True),  # more rows than a head has
     ],
