@@ -16,7 +16,7 @@ from kernels._packed import load_unit, pieces, weight_rows
 from kernels.formats import UNIT_COLUMNS, dequantize_tiled
 
 COLUMNS = tl.constexpr(256)  # of 8 rows, a warp's work: its loads are all in flight at once
-WARPS = 4
+WARPS = 64 if INTERPRET else 4  # the interpreter takes as long for many as for few
 
 INTERPRETED = tl.constexpr(INTERPRET)
 
@@ -34,24 +34,26 @@ def _rounded(values, DTYPE: tl.constexpr):
     return out
 
 
-@triton.jit(do_not_specialize=["N", "U", "programs_of_row"])
+@triton.jit(do_not_specialize=["N", "U", "warps_of_row"])
 def _dequantize_kernel(
-    w_ptr, scale_ptr, zero_ptr, out_ptr, N, K, U, programs_of_row,
+    w_ptr, scale_ptr, zero_ptr, out_ptr, N, K, U, warps_of_row,
     FORMAT: tl.constexpr, UNIT: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[n, k] = (code - zero) * scale in float32, rounded once: of 8 rows, W * COLUMNS columns."""
+    """out[n, k] = (code - zero) * scale in float32, rounded once: of 8 rows, COLUMNS columns a warp."""
     pdl_trigger(PDL)
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     INT4: tl.constexpr = FORMAT == "int4"
     S: tl.constexpr = UNIT // 32
     UNITS: tl.constexpr = COLUMNS // UNIT
     lane = tl.arange(0, 32 * W)
-    half = (tl.program_id(0) // programs_of_row).to(tl.int64)
-    unit = (tl.program_id(0) % programs_of_row * W + lane // 32) * UNITS
+    warp = tl.program_id(0) * W + lane // 32
+    half = (warp // warps_of_row).to(tl.int64)
+    unit = warp % warps_of_row * UNITS
     row = half * 8 + lane % 32 // 4
+    left = tl.where(row < N, U - unit, 0)
     loaded = ()
     for i in tl.static_range(UNITS):
-        loaded = loaded + load_unit(w_ptr, scale_ptr, zero_ptr, (half * U + unit,), i, U - unit, GROUPS, True, True)
+        loaded = loaded + load_unit(w_ptr, scale_ptr, zero_ptr, (half * U + unit,), i, left, GROUPS, True, True)
     zero = tl.full([32 * W, 1], 8, tl.int32)
     if not INT4:
         scale = tl.load(scale_ptr + row, mask=row < N, other=0)[:, None]
@@ -106,11 +108,11 @@ def _dequantize(
     out = _plain(weight, scale, zero, format, rows, columns, dtype)
     if not runs_kernels(weight) or dtype not in (torch.bfloat16, torch.float16):
         return dequantize_tiled(weight, scale, zero, format, rows, columns).to(dtype)
-    programs_of_row = triton.cdiv(columns, WARPS * COLUMNS.value)
-    _dequantize_kernel[(weight.shape[0] * programs_of_row,)](
-        weight, scale, zero, out, rows, columns, weight.shape[1], programs_of_row,
+    warps_of_row = triton.cdiv(columns, COLUMNS.value)
+    _dequantize_kernel[(triton.cdiv(weight.shape[0] * warps_of_row, WARPS),)](
+        weight, scale, zero, out, rows, columns, weight.shape[1], warps_of_row,
         FORMAT=format, UNIT=UNIT_COLUMNS[format], GROUPS=scale.shape[-1] if format == "int4" else 0, W=WARPS,
-        num_warps=WARPS, **launch_options(weight),
+        num_warps=4, **launch_options(weight),
     )  # fmt: skip
     return out
 
