@@ -81,6 +81,7 @@ class Prefiller:
         self.graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.pool = pool
         self.capture_sec = 0.0
+        self.side_stream = None  # of all warm-ups: what one frees, only its own stream can use again
         if self.use_graphs:
             self.make_buffers()
 
@@ -179,7 +180,7 @@ class Prefiller:
             torch.cuda.synchronize()
             started = time.perf_counter()
             arguments = self._graph_arguments(rows, pieces, fresh)
-            stream = torch.cuda.Stream()
+            stream = self.side_stream = self.side_stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what happens once: kernels are loaded, cuBLAS finds its algorithms
                 self.forward(*arguments)

@@ -1,5 +1,6 @@
 """The public operators: what the model calls, whatever the device."""
 
+import kernels.dequantize  # noqa: F401  (registers the operator behind Weight.dequantized)
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions

@@ -98,7 +98,7 @@ def _code(words, zero, p: tl.constexpr, kl: tl.constexpr, FORMAT: tl.constexpr):
         byte = (words >> (16 * kl + 8 - 8 * p)) & 255
         exponent, mantissa = (byte >> 3) & 15, (byte & 7).to(tl.float32)
         value = tl.where(exponent == 0, mantissa * 2.0**-9, (mantissa + 8.0) * tl.exp2(exponent.to(tl.float32) - 10.0))
-        value = tl.where(byte >= 128, -value, value)
+        value *= tl.where(byte >= 128, -1.0, 1.0)  # the interpreter's -0.0 is 0.0
     return value
 
 
@@ -190,7 +190,7 @@ def _load_part(ptr, offset, mask, MASK_K: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _load_unit(
+def load_unit(
     w_ptr, scale_ptr, zero_ptr, starts, units, left, GROUPS: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr
 ):  # fmt: skip
     """The unit that lies `units` behind each start: words [L, 4], and int4's scales and zeros [L, GROUPS], one after the other.
@@ -220,7 +220,7 @@ def preload_packed(
     """The first PRELOAD units of every warp, in registers, one flat tuple: to be called before the wait."""
     tiles = ()
     for c in tl.static_range(PRELOAD):
-        tiles = tiles + _load_unit(w_ptr, scale_ptr, zero_ptr, starts, c * SK, left, GROUPS, MASK_K, STREAM)
+        tiles = tiles + load_unit(w_ptr, scale_ptr, zero_ptr, starts, c * SK, left, GROUPS, MASK_K, STREAM)
     return tiles
 
 
@@ -239,7 +239,7 @@ def _load_x(x_ptr, k, row, K, MASK_K: tl.constexpr):
 
 
 @triton.jit
-def _pieces(t, COUNT: tl.constexpr):
+def pieces(t, COUNT: tl.constexpr):
     """[L, 4] or [L, COUNT] cut into COUNT pieces of neighbouring columns, [L, columns] each."""
     L: tl.constexpr = t.shape[0]
     S: tl.constexpr = t.shape[1] // COUNT
@@ -287,7 +287,7 @@ def _zero_sums(W: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _weight_rows(words, scale, zero, FORMAT: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):
+def weight_rows(words, scale, zero, FORMAT: tl.constexpr, SCALE_WEIGHTS: tl.constexpr, DTYPE: tl.constexpr):
     """One half block's piece as floats [L, S, kl, b, kh]; times its group's scale [L, 1] where SCALE_WEIGHTS."""
     if FORMAT == "int4":
         out = _floats(words, _zero_word(zero, DTYPE), FORMAT, DTYPE)
@@ -313,11 +313,11 @@ def _multiply_unit(
     EACH: tl.constexpr = len(loaded) // (2 * RB)  # tensors of a half block
     words, scales, zeros = (), (), ()  # by half block and piece
     for i in tl.static_range(2 * RB):
-        words = words + _pieces(loaded[i * EACH], PIECES)
+        words = words + pieces(loaded[i * EACH], PIECES)
         if FORMAT == "int4":
-            scales = scales + _pieces(loaded[i * EACH + 1], PIECES)
+            scales = scales + pieces(loaded[i * EACH + 1], PIECES)
         if HAS_ZERO:
-            zeros = zeros + _pieces(loaded[i * EACH + 2].to(tl.int32), PIECES)
+            zeros = zeros + pieces(loaded[i * EACH + 2].to(tl.int32), PIECES)
         else:
             for _ in tl.static_range(PIECES):
                 zeros = zeros + (tl.full([W * 32, 1], 8, tl.int32),)
@@ -346,9 +346,9 @@ def _multiply_unit(
             operands = operands + (_x_operand(x, W),)
         added = ()
         for r in tl.static_range(RB):
-            first = _weight_rows(words[2 * r * PIECES + piece], scales[2 * r * PIECES + piece], zeros[2 * r * PIECES + piece],
+            first = weight_rows(words[2 * r * PIECES + piece], scales[2 * r * PIECES + piece], zeros[2 * r * PIECES + piece],
                                  FORMAT, not SCALE_SUMS, DTYPE)  # fmt: skip
-            second = _weight_rows(words[(2 * r + 1) * PIECES + piece], scales[(2 * r + 1) * PIECES + piece],
+            second = weight_rows(words[(2 * r + 1) * PIECES + piece], scales[(2 * r + 1) * PIECES + piece],
                                   zeros[(2 * r + 1) * PIECES + piece], FORMAT, not SCALE_SUMS, DTYPE)  # fmt: skip
             w = _weight_operand(first, second, W)
             if SCALE_SUMS:
@@ -442,7 +442,7 @@ def multiply_packed(
                 FORMAT, GROUPS, HAS_ZERO, SCALE_SUMS, W, RB, MB, NORM, MASK_K, X_SCALE, DTYPE,
             )  # fmt: skip
             if STEPS > PRELOAD:
-                following = following + _load_unit(
+                following = following + load_unit(
                     w_ptr, scale_ptr, zero_ptr, starts, (c + j + PRELOAD) * SK, left, GROUPS, True, STREAM
                 )
         if STEPS > PRELOAD:

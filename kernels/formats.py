@@ -289,7 +289,8 @@ class Weight(nn.Module):
             return self.weight
         if self.tiled:
             tensors = self.weight, self.scale, self.zero
-            return dequantize_tiled(*tensors, self.format, self.out_features, self.in_features).to(self.dtype)
+            shape = self.out_features, self.in_features
+            return torch.ops.rooflama.dequantize(*tensors, self.format, *shape, self.dtype)  # dequantize.py: `dequantize_tiled`
         codes = unpack_int4(self.weight) if self.format == "int4" else self.weight
         values = decode(codes.unflatten(1, (self.scale.shape[1], -1)), self.scale, self.zero, self.packed)
         return values.flatten(1).to(self.dtype)

@@ -1,6 +1,7 @@
 """Linear layers at decode batch sizes: this project's kernels on every weight format, beside cuBLAS and torch's int4 kernel.
 
     python scripts/benchmark_kernels.py linear --formats bf16 int8 fp8 int4 --rows 1 8 16 64
+    python scripts/benchmark_kernels.py linear --widen     # packed weights made plain, for more rows than the kernels take
     TRITON_INTERPRET=1 python scripts/benchmark_kernels.py linear --shapes 64x256 --rows 1 5 --check_only    # without a GPU
 
 Every kernel is checked against float64 first, then timed from a CUDA graph that goes through copies of the weight, so that none
@@ -18,7 +19,7 @@ from benchmark_kernels import read_gbps, time_graph
 
 from generate import add_flag
 from kernels import linear, pdl_disabled
-from kernels.formats import PackedFormat, Weight, unpack_int4
+from kernels.formats import PackedFormat, Weight, dequantize_tiled, unpack_int4
 
 SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "128256x4096")  # Llama-3.1-8B, N x K
 TOLERANCE = 2**-7  # of the norm: bf16 weights, x and result
@@ -73,9 +74,32 @@ def candidates(N: int, K: int, fmt: PackedFormat | None, x: torch.Tensor, copies
     return found, num_bytes
 
 
+def widen(args, N: int, K: int, fmt: PackedFormat, bandwidth: float | None, versions: dict) -> None:
+    """Our kernel and PyTorch, which must agree bit for bit; bytes are those of the codes read and of the values written."""
+    weight = make_weight(N, K, fmt, "cuda" if torch.cuda.is_available() else "cpu")
+    num_bytes = weight.num_bytes + 2 * N * K
+    weight.tile()
+    tensors = weight.weight, weight.scale, weight.zero, weight.format, N, K
+    calls = {"ours": weight.dequantized, "PyTorch": lambda: dequantize_tiled(*tensors).to(weight.dtype)}
+    if not torch.equal(*(call().view(torch.int16) for call in calls.values())):
+        raise ValueError(f"widening {fmt} {N} x {K}: found other bits than PyTorch's")
+    if bandwidth is None:
+        print(f"{N}x{K} {fmt} widened: right", flush=True)
+        return
+    with pdl_disabled():
+        us = {who: time_graph([call] * 4) for who, call in calls.items()}
+    text = "  ".join(f"{who} {t:8.2f} us {num_bytes / t / 1e6:5.2f} TB/s" for who, t in us.items())
+    print(f"{f'{N}x{K}':>12} {fmt!s:16} widened  floor {num_bytes / bandwidth / 1e3:7.2f} us  {text}", flush=True)
+    if args.output:
+        record = {"benchmark": "widen", "N": N, "K": K, "format": str(fmt), "us": us, "bytes": num_bytes}
+        with args.output.open("a") as file:
+            file.write(json.dumps(record | {"read_gbps": bandwidth} | versions) + "\n")
+
+
 def run(args) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
+    bandwidth, versions = None, {}
     if not args.check_only:
         bandwidth, versions = read_gbps(), stamp()
         print(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e3:.2f} TB/s", flush=True)
@@ -83,6 +107,10 @@ def run(args) -> None:
         N, K = map(int, shape.split("x"))
         for name in args.formats:
             fmt = packed_format(name, args.groupsize, args.asymmetric)
+            if args.widen:
+                if fmt:
+                    widen(args, N, K, fmt, bandwidth, versions)
+                continue
             num_bytes = N * K * {"bf16": 2, "int4": 0.5}.get(name, 1)
             copies = 1 if args.check_only else max(2, math.ceil(4 * 60e6 / num_bytes))
             for rows in args.rows:
@@ -110,4 +138,5 @@ def add_flags(parser) -> None:
     flag("groupsize", type=int, choices=(32, 64, 128), default=128)
     flag("asymmetric", action="store_true", help="int4 with zero points")
     flag("rows", type=int, nargs="+", default=[1, 8, 16, 64])
+    flag("widen", action="store_true", help="time what makes a packed weight plain, in place of products")
     flag("check_only", action="store_true", help="no timing; runs anywhere")

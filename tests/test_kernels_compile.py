@@ -147,6 +147,19 @@ def test_packed(launches, op, N, K, M, packed):
         assert "shfl" not in compiled.asm["ptx"]
 
 
+@pytest.mark.parametrize("packed", [PackedFormat("int8"), PackedFormat("fp8"), *INT4], ids=str)
+def test_widening(launches, packed):
+    """Codes are loaded and floats stored 16 bytes at a time, and no thread needs another's."""
+    weight = Weight(4096, 1024, packed=packed)
+    weight.weight.zero_()
+    weight.tile()
+    weight.dequantized()
+    (compiled,) = check(launches, 1)
+    assert "v4.b32" in compiled.asm["ptx"]
+    assert set(re.findall(r"st\.global\S*", compiled.asm["ptx"])) == {"st.global.v4.b32"}
+    assert not re.search("shfl|bar.sync|st.shared", compiled.asm["ptx"])
+
+
 def test_packed_head_and_qk_norm(launches):
     call("head", 1000, 256, 3, packed=PackedFormat("int8"))
     call("qkv", 1536, 256, 2, head_dim=128, qk_norm=True, bias=True, packed=INT4[0])

@@ -222,7 +222,7 @@ def edit_config(directory, **changes):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"format": "int3"}, "rooflama.quantization.layers: format of int3"),
+        ({"format": "int3"}, "rooflama.quantization.layers: format of 'int3'"),
         ({"group_size": 64}, "found 96 columns, expected a multiple of the group size, 64"),
         ({"symmetric": False}, "zero"),
         ({"format": "fp8", "group_size": 0, "scale_dtype": "float32"}, "attention.wqkv.weight: shape"),

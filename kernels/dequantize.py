@@ -1,0 +1,122 @@
+"""Widening a packed weight: where x has more rows than the small-batch kernels take, cuBLAS multiplies a plain weight.
+
+Owns the operator behind `Weight.dequantized` of a tiled weight (formats.py; _packed.py reads the tiles). Does not know the
+products. Letters as in _packed.py: N rows, K columns, U units of columns, W warps, L = 32 W threads, S steps of 32 columns.
+
+A thread's 16 bytes of codes are 8 neighbouring columns of each step: 16 bytes of a row of the result. Nothing passes from one
+thread to another; the four threads of a row fill 64 bytes of it, the next step the other half of a cache line.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels._common import INTERPRET, launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._packed import load_unit, pieces, weight_rows
+from kernels.formats import UNIT_COLUMNS, dequantize_tiled
+
+COLUMNS = tl.constexpr(256)  # of 8 rows, a warp's work: its loads are all in flight at once
+WARPS = 64 if INTERPRET else 4  # the interpreter takes as long for many as for few
+
+INTERPRETED = tl.constexpr(INTERPRET)
+
+# ---------------------------------------------------------------- kernel
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr):
+    """float32 values in DTYPE, to the nearest even, which is not what the interpreter's cast to bfloat16 does."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:
+        bits = values.to(tl.int32, bitcast=True)
+        out = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    else:
+        out = values.to(DTYPE)
+    return out
+
+
+@triton.jit(do_not_specialize=["N", "U", "warps_of_row"])
+def _dequantize_kernel(
+    w_ptr, scale_ptr, zero_ptr, out_ptr, N, K, U, warps_of_row,
+    FORMAT: tl.constexpr, UNIT: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[n, k] = (code - zero) * scale in float32, rounded once: of 8 rows, COLUMNS columns a warp."""
+    pdl_trigger(PDL)
+    DTYPE: tl.constexpr = out_ptr.dtype.element_ty
+    INT4: tl.constexpr = FORMAT == "int4"
+    S: tl.constexpr = UNIT // 32
+    UNITS: tl.constexpr = COLUMNS // UNIT
+    lane = tl.arange(0, 32 * W)
+    warp = tl.program_id(0) * W + lane // 32
+    half = (warp // warps_of_row).to(tl.int64)
+    unit = warp % warps_of_row * UNITS
+    row = half * 8 + lane % 32 // 4
+    left = tl.where(row < N, U - unit, 0)
+    loaded = ()
+    for i in tl.static_range(UNITS):
+        loaded = loaded + load_unit(w_ptr, scale_ptr, zero_ptr, (half * U + unit,), i, left, GROUPS, True, True)
+    zero = tl.full([32 * W, 1], 8, tl.int32)
+    if not INT4:
+        scale = tl.load(scale_ptr + row, mask=row < N, other=0)[:, None]
+    pdl_wait(PDL)  # a kernel before this one may still read what `out` was allocated from
+    EACH: tl.constexpr = len(loaded) // UNITS
+    for i in tl.static_range(UNITS):
+        words = pieces(loaded[i * EACH], S)
+        if INT4:
+            scales = pieces(loaded[i * EACH + 1], GROUPS)
+        if zero_ptr is not None:
+            zeros = pieces(loaded[i * EACH + 2].to(tl.int32), GROUPS)
+        for s in tl.static_range(S):
+            if INT4:
+                scale = scales[s * GROUPS // S].to(tl.float32)
+            if zero_ptr is not None:
+                zero = zeros[s * GROUPS // S]
+            codes = weight_rows(words[s], scale, zero, FORMAT, False, DTYPE)  # less their zeros: [L, 1, kl, b, kh]
+            codes = codes.permute(0, 1, 4, 3, 2).reshape([32 * W, 8]).to(tl.float32)
+            k = ((unit + i) * UNIT + 32 * s + lane % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
+            tl.store(out_ptr + (row * K)[:, None] + k, _rounded(codes * scale, DTYPE), mask=(row < N)[:, None] & (k < K))
+
+
+# ---------------------------------------------------------------- operator
+
+
+def _plain(weight, scale, zero, format, rows, columns, dtype):
+    if format not in UNIT_COLUMNS:
+        raise ValueError(f"format: found {format!r:.50}, expected one of {', '.join(UNIT_COLUMNS)}")
+    shape = [-(-rows // 8), -(-columns // UNIT_COLUMNS[format]), 32, 4]
+    if list(weight.shape) != shape or weight.dtype != torch.int32:
+        raise ValueError(f"weight: found {weight.dtype} {list(weight.shape)}, expected int32 {shape} for {rows} x {columns}")
+    for name, t in (("weight", weight), ("scale", scale), ("zero", zero)):
+        if t is not None and not t.is_contiguous():
+            raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
+        expected = [*shape[:2], 8, scale.shape[-1]] if format == "int4" else [rows, 1]
+        if t is not None and name != "weight" and list(t.shape) != expected:
+            raise ValueError(f"{name}: found {list(t.shape)}, expected {expected}")
+    return weight.new_empty(rows, columns, dtype=dtype)
+
+
+@torch.library.custom_op("rooflama::dequantize", mutates_args=())
+def _dequantize(
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor | None,
+    format: str,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A weight in the kernels' order -> [rows, columns] in dtype. ValueError: a shape that does not fit."""
+    out = _plain(weight, scale, zero, format, rows, columns, dtype)
+    if not runs_kernels(weight) or dtype not in (torch.bfloat16, torch.float16):
+        return dequantize_tiled(weight, scale, zero, format, rows, columns).to(dtype)
+    warps_of_row = triton.cdiv(columns, COLUMNS.value)
+    _dequantize_kernel[(triton.cdiv(weight.shape[0] * warps_of_row, WARPS),)](
+        weight, scale, zero, out, rows, columns, weight.shape[1], warps_of_row,
+        FORMAT=format, UNIT=UNIT_COLUMNS[format], GROUPS=scale.shape[-1] if format == "int4" else 0, W=WARPS,
+        num_warps=4, **launch_options(weight),
+    )  # fmt: skip
+    return out
+
+
+@_dequantize.register_fake
+def _(weight, scale, zero, format, rows, columns, dtype):
+    return _plain(weight, scale, zero, format, rows, columns, dtype)
