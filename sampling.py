@@ -111,7 +111,8 @@ def penalize(logits: torch.Tensor, seen: torch.Tensor, repetition_penalty: torch
     """logits [B, V], those of tokens in `seen` [B, V] divided by the penalty [B], or multiplied where they are negative (CTRL,
     arXiv:1909.05858, as transformers has it)."""
     penalty = repetition_penalty[:, None]
-    return torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
+    inverse = penalty.double().reciprocal().float()  # a division in float32 is rounded as a compiler likes, a product is not
+    return torch.where(seen, logits * torch.where(logits < 0, penalty, inverse), logits)
 
 
 def truncate(logits: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import INTERPRET, NVIDIA, launch_options, pdl_trigger, pdl_wait, runs_kernels
 from kernels._packed import load_unit, pieces, weight_rows
 from kernels.formats import UNIT_COLUMNS, dequantize_tiled
 
@@ -31,6 +31,17 @@ def _rounded(values, DTYPE: tl.constexpr):
         out = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(tl.int16).to(DTYPE, bitcast=True)
     else:
         out = values.to(DTYPE)
+    return out
+
+
+@triton.jit
+def _product(a, b):
+    """a * b in float32. Of a product of two bf16 values that is rounded to bf16 next, LLVM makes one bf16 instruction, and on the
+    card results below bf16's normal range then differed from PyTorch's."""
+    if NVIDIA:
+        out = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        out = a * b
     return out
 
 
@@ -73,7 +84,9 @@ def _dequantize_kernel(
             codes = weight_rows(words[s], scale, zero, FORMAT, False, DTYPE)  # less their zeros: [L, 1, kl, b, kh]
             codes = codes.permute(0, 1, 4, 3, 2).reshape([32 * W, 8]).to(tl.float32)
             k = ((unit + i) * UNIT + 32 * s + lane % 4 * 8)[:, None] + tl.arange(0, 8)[None, :]
-            tl.store(out_ptr + (row * K)[:, None] + k, _rounded(codes * scale, DTYPE), mask=(row < N)[:, None] & (k < K))
+            tl.store(
+                out_ptr + (row * K)[:, None] + k, _rounded(_product(codes, scale), DTYPE), mask=(row < N)[:, None] & (k < K)
+            )
 
 
 # ---------------------------------------------------------------- operator

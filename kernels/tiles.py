@@ -142,6 +142,9 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
         strip = K // split  # columns of one program
         if height == 128 and strip >= 1024:
             preload, stages = (1, 4) if split == 1 else (3, 3)
+            fitting = SHARED_BYTES // ((height + max(16, padded_rows(rows))) * chunk * 2)  # chunks of weights and x
+            if preload + stages > fitting:
+                preload, stages = 1, fitting - 1
             return Tile(height, chunk, 8, preload=preload, dot=True, split=split, stages=stages)
     if strip <= 512 and strip == floor_power_of_two(strip):
         return Tile(height, strip, 8 if rows > 16 else 4, preload=1, dot=True, split=split)

@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 import kernels
 from kernels import _common
 from kernels.formats import PackedFormat, Weight
-from kernels.tiles import MEASURED, Tile, override_tiles
+from kernels.tiles import MEASURED, SHARED_BYTES, Tile, override_tiles
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -68,6 +68,7 @@ def check(launches, count):
     out = [compile_for_hopper(kernel, args, dict(kwargs)) for kernel, args, kwargs in launches]
     for compiled in out:
         assert "griddepcontrol.wait" in compiled.asm["ptx"], "every kernel of a step waits for the ones before it"
+        assert compiled.metadata.shared <= SHARED_BYTES, "a launch would fail"
     return out
 
 
@@ -103,6 +104,16 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torc
 @pytest.mark.parametrize(("M", "op", "N", "K"), [key[2:] for key in MEASURED if key[1] == "bf16"], ids=str)
 def test_measured_tiles(launches, M, op, N, K):
     call(op, N, K, M, head_dim=64 if K == 2048 else 128)
+    check(launches, 1)
+
+
+@pytest.mark.parametrize(
+    ("op", "N", "K"),
+    [("qkv", 6144, 4096), ("linear", 4096, 14336), ("silu_mul", 28672, 4096), ("linear", 2048, 2048), ("head", 128256, 4096)],
+)
+def test_rules_of_batch_invariance(launches, op, N, K):
+    with kernels.batch_invariant():
+        call(op, N, K, 7, head_dim=128)
     check(launches, 1)
 
 
