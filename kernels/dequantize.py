@@ -36,8 +36,8 @@ def _rounded(values, DTYPE: tl.constexpr):
 
 @triton.jit
 def _product(a, b):
-    """a * b in float32. Of a product of two bf16 values that is rounded to bf16 next, LLVM makes one bf16 instruction, and on the
-    card results below bf16's normal range then differed from PyTorch's."""
+    """a * b in float32. Of a product of two bf16 values that is rounded to bf16 next, LLVM makes one bf16 instruction; on the
+    card the results below bf16's normal range then differed from PyTorch's."""
     if NVIDIA:
         out = tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1)
     else:
