@@ -141,7 +141,7 @@ def test_awq_scales_change_nothing_before_rounding(family, dtype):
         quantize.fold_scale(layer, stage, scale)
         assert not torch.equal(layer.get_submodule(stage).weight, before.get_submodule(stage).weight)
     rope, step = (model.cos, model.sin), PrefillStep(30)
-    expected, found = before(x, rope, step, None).double(), layer(x, rope, step, None).double()
+    expected, found = before(x, rope, step).double(), layer(x, rope, step).double()
     assert (found - expected).norm() <= {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype] * (expected - x.double()).norm()
 
 
@@ -160,7 +160,7 @@ def test_stage_inputs_are_the_layers_own(family):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("model.F.linear", spy)
-        layer(x, rope, PrefillStep(30), None)
+        layer(x, rope, PrefillStep(30))
     for stage, value in inputs.items():
         assert torch.equal(seen[id(layer.get_submodule(stage).weight)], value), stage
 
