@@ -19,7 +19,7 @@ demo: .venv/ready
 test: .venv/ready
 	$(VENV)/python -m pytest tests --ignore tests/kernels
 	export TRITON_INTERPRET=$$($(VENV)/python -c "import torch; print(int(not torch.cuda.is_available()))"); \
-	$(VENV)/python -m pytest tests/kernels
+	$(VENV)/python -m pytest tests/kernels -n 2
 
 lint: .venv/ready
 	$(VENV)/ruff check .
