@@ -293,11 +293,11 @@ def operator_arguments(dtype):
     a = make_qkv(B=2, T=2, K=64, Hq=2, Hkv=1, D=16, lengths=[2, 7], dtype=dtype, bias=True, qk_norm=True)
     weight = a.pop("weight")
     a["k_cache"].zero_(), a["v_cache"].zero_()
-    qkv = (a["x"], *Operand.of(weight), weight.bias, *list(a.values())[1:], None)
+    qkv = (a["x"], *Operand.of(weight), weight.bias, *list(a.values())[1:])
     w, x, res = make_weight(32, 64, dtype, True), randn(3, 64, dtype=dtype), randn(3, 16, dtype=dtype)
     yield torch.ops.rooflama.qkv_rope_append.default, qkv
-    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), w.bias, randn(64, dtype=dtype), EPS, "silu_mul", res, None)
-    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), None, None, 0.0, "none", None, w.weight)
+    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), w.bias, randn(64, dtype=dtype), EPS, "silu_mul", res)
+    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), None, None, 0.0, "none", None)
 
 
 def test_opcheck():
@@ -311,7 +311,7 @@ def test_compiled_whole():
     a = make_qkv(B=1, T=1, K=64, Hq=2, Hkv=1, D=16, lengths=[5], dtype=torch.float16)
     w13, w2 = (
         make_weight(64, 64, torch.float16),
-        make_weight(64, 32, torch.float16) if False else make_weight(32, 64, torch.float16),
+        make_weight(32, 64, torch.float16),
     )
     a["k_cache"].zero_(), a["v_cache"].zero_()
 
@@ -334,7 +334,8 @@ def test_compiled_whole():
 @pytest.mark.parametrize("op", ["linear", "silu_mul", "qkv", "head"])
 @pytest.mark.parametrize("sms", [16, 132])
 def test_choose_tile_fits(op, sms):
-    """Every shape of the families: the preloaded tile leaves registers for the rest, and every SM gets work."""
+    """Every shape of the families: the preloaded tile leaves registers for the rest, and nearly every SM gets work: 128 programs
+    on 132 SMs were faster than 256."""
     for rows, (N, K) in itertools.product(
         (1, 2, 4, 5, 16, 64), [(3072, 2048), (2048, 8192), (37888, 3584), (3584, 18944), (128256, 4096), (64, 64), (448, 192)]
     ):
@@ -345,7 +346,7 @@ def test_choose_tile_fits(op, sms):
         assert op != "head" or tile.rows % 4 == 0
         if N * K > 1 << 22 and op != "head":
             programs = min(tile.grid * sms, N // tile.rows) if tile.grid else -(-N // tile.rows) * tile.split
-            assert programs >= sms, (tile, rows, N, K)
+            assert programs >= 0.9 * sms, (tile, rows, N, K)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 16, 64])
