@@ -334,8 +334,8 @@ def test_compiled_whole():
 @pytest.mark.parametrize("op", ["linear", "silu_mul", "qkv", "head"])
 @pytest.mark.parametrize("sms", [16, 132])
 def test_choose_tile_fits(op, sms):
-    """Every shape of the families: the preloaded tile leaves registers for the rest, and nearly every SM gets work (128 programs
-    on 132 SMs were faster than 256)."""
+    """Every shape of the families: the preloaded tile leaves registers for the rest, and nearly every SM gets work (on 132 SMs
+    128 programs were faster than 256)."""
     for rows, (N, K) in itertools.product(
         (1, 2, 4, 5, 16, 64), [(3072, 2048), (2048, 8192), (37888, 3584), (3584, 18944), (128256, 4096), (64, 64), (448, 192)]
     ):
