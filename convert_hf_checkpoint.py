@@ -196,7 +196,7 @@ def _read_packing(quantization, where: str) -> Packing:
 def _field(fields, where: str, name: str, supported: tuple, default=None):
     found = fields.get(name, default) if isinstance(fields, dict) else fields
     if not isinstance(fields, dict) or found not in supported:
-        raise ValueError(f"{where}.{name}: found {found!r}, supported: {', '.join(map(str, supported))}")
+        raise ValueError(f"{where}.{name}: found {found!r:.200}, supported: {', '.join(map(str, supported))}")
     return found
 
 
