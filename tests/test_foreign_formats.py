@@ -405,6 +405,6 @@ def test_quantised_again_is_refused(tmp_path, capsys):
 
 
 def test_a_value_of_any_length_is_cut():
-    with pytest.raises(ValueError, match="config.json: quantization_config.bits: found 'xxx") as error:
+    with pytest.raises(ValueError, match=r"quantization_config\.bits: found 'xxx") as error:
         convert._field({"bits": "x" * 5000}, "config.json: quantization_config", "bits", (4, 8))
     assert len(str(error.value)) < 300
