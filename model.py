@@ -414,18 +414,9 @@ class DecodeStep:
         return self._place
 
     def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v [N, Hkv, D] into the cache.
-
-        A row without a position repeats the write of one that has one, so that no two writes to one place differ; where no row
-        has one, what was there is written again.
-        """
+        """k, v [N, Hkv, D] into the cache; nothing where a sequence is absent."""
         position, slot = self.place()
-        present = position >= 0
-        source = torch.where(present, torch.arange(len(present), device=present.device), present.int().argmax())
-        slot, row = slot[source], position[source].clamp(min=0)
-        for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
-            rows = torch.where(present.any(), new[source], cached[slot, :, row].to(new.dtype))
-            cached[slot, :, row] = saturated(rows, cached.dtype)
+        kernels.append_ref(self.cache.layer(layer), (k, v), slot, position.clamp(min=0), position)
 
     def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]; the new rows' k and v are among them."""

@@ -2,6 +2,7 @@
 
 import kernels.dequantize  # noqa: F401  (registers the operator behind Weight.dequantized)
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
+from kernels._matmul import append_ref
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions
 from kernels.accept import accept
@@ -20,6 +21,7 @@ __all__ = [
     "MAX_ROWS",
     "accept",
     "advance",
+    "append_ref",
     "attention_launched",
     "batch_invariant",
     "choose",

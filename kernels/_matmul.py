@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels, zeroed_workspace
-from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled
+from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
 from kernels.tiles import Tile, packed_shape, tile_for
 
 MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
@@ -379,6 +379,26 @@ def rms_norm_ref(x, weight, eps):
     """x / sqrt(mean(x^2) + eps) * weight, in float32 (float64 stays), rounded once to x.dtype."""
     wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+
+def rotate_ref(x, cos, sin):
+    """x [N, heads, D] turned by cos and sin [N, 1, D / 2] (rotate-half), in float32 (float64 stays), rounded once."""
+    a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+
+
+def append_ref(caches, news, page, row, position):
+    """Each of news [N, heads, D] into row `row` of page `page` [N] of its cache [pages, heads, S, D]. Never waits for the host.
+
+    Where the position is below 0 there is nothing to append: such a row repeats the write of one that has a position, so that
+    no two writes to one place differ; where none has, what was there is written again.
+    """
+    present = position >= 0
+    source = torch.where(present, torch.arange(len(present), device=present.device), present.int().argmax())
+    page, row = page[source], row[source]
+    for cache, new in zip(caches, news, strict=True):
+        rows = torch.where(present.any(), new[source], cache[page, :, row].to(new.dtype))
+        cache[page, :, row] = saturated(rows, cache.dtype)
 
 
 def check_matmul(x, w: Operand, bias, norm):

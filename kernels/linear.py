@@ -20,6 +20,7 @@ from kernels._common import num_sms, pdl_trigger, pdl_wait, to_cache
 from kernels._matmul import (
     MAX_ROWS,
     Operand,
+    append_ref,
     arrive,
     check_matmul,
     fma_again,
@@ -31,12 +32,13 @@ from kernels._matmul import (
     preload,
     rms_factor,
     rms_norm_ref,
+    rotate_ref,
     scratch,
     tile_of,
     uses_kernel,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
-from kernels.formats import Weight, saturated
+from kernels.formats import Weight
 from kernels.tiles import Tile
 
 __all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
@@ -69,21 +71,9 @@ def qkv_rope_append_ref(
     row = torch.arange(M, device=x.device)
     position = lengths.long()[row // T] - T + row % T
     at = position.clamp(min=0)
-    cos_row, sin_row = (t[at].unsqueeze(1) for t in (cos, sin))
-
-    def rotate(z):
-        a, b = z.to(torch.promote_types(z.dtype, torch.float32)).chunk(2, dim=-1)
-        return torch.cat([a * cos_row - b * sin_row, b * cos_row + a * sin_row], dim=-1).to(z.dtype)
-
-    q, k = rotate(q), rotate(k)
-    # A row without a position repeats the write of one that has one; where none has, the old content is written again.
-    writes = position >= 0
-    row = torch.where(writes, row, writes.int().argmax())
-    at = at[row]
-    page = table.long()[row // T, at // page_size]
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        old = cache[page, :, at % page_size]
-        cache[page, :, at % page_size] = saturated(torch.where(writes.any(), new[row], old.to(new.dtype)), cache.dtype)
+    angles = [t[at].unsqueeze(1) for t in (cos, sin)]
+    q, k = rotate_ref(q, *angles), rotate_ref(k, *angles)
+    append_ref((k_cache, v_cache), (k, v), table.long()[row // T, at // page_size], at % page_size, position)
     return q.contiguous()
 
 

@@ -9,8 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels, to_cache
-from kernels._matmul import rms_norm_ref
-from kernels.formats import saturated
+from kernels._matmul import append_ref, rms_norm_ref, rotate_ref
 
 # ---------------------------------------------------------------- reference
 
@@ -28,19 +27,9 @@ def rope_append_ref(qkv, cos, sin, position, slot, k_cache, v_cache, q_norm, k_n
     if q_norm is not None:
         q, k = rms_norm_ref(q, q_norm, eps), rms_norm_ref(k, k_norm, eps)
     at = position.clamp(min=0)
-    cos_row, sin_row = (t[at].unsqueeze(1) for t in (cos, sin))
-
-    def rotate(x):
-        a, b = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-        return torch.cat([a * cos_row - b * sin_row, b * cos_row + a * sin_row], dim=-1).to(x.dtype)
-
-    q, k = rotate(q), rotate(k)
-    # A row without a position repeats the write of one that has one; where none has, the old content is written again.
-    present = position >= 0
-    row = torch.where(present, torch.arange(len(position), device=qkv.device), present.int().argmax())
-    at, slot = at[row], slot[row]
-    for cache, new in ((k_cache, k), (v_cache, v)):
-        cache[slot, :, at] = saturated(torch.where(present.any(), new[row], cache[slot, :, at].to(new.dtype)), cache.dtype)
+    angles = [t[at].unsqueeze(1) for t in (cos, sin)]
+    q, k = rotate_ref(q, *angles), rotate_ref(k, *angles)
+    append_ref((k_cache, v_cache), (k, v), slot, at, position)
     return q.contiguous(), k.contiguous()
 
 

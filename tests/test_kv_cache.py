@@ -8,7 +8,7 @@ import torch
 import generate
 import model as rooflama
 from generate import Engine, SamplingParams, fill_randomly, floor_ms, metrics
-from kernels import rows as rows_module
+from kernels import _matmul
 from kernels.formats import saturated
 from kv_cache import KVCache
 from model import SHAPES, DecodeStep, PackStep, Transformer
@@ -58,7 +58,7 @@ def test_fp8_is_the_plain_cache_rounded(model, monkeypatch):
     cache = poisoned(model, FP8)
     got = run(model, cache)
     plain = run(model, poisoned(model, torch.float32))
-    for module in (rows_module, rooflama):
+    for module in (_matmul, rooflama):
         monkeypatch.setattr(module, "saturated", lambda values, dtype: saturated(values, FP8).to(dtype))
     rounded = poisoned(model, torch.float32)
     assert torch.equal(got, run(model, rounded))
