@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 import kernels
 from kernels import _common
 from kernels.formats import PackedFormat, Weight
-from kernels.tiles import MEASURED, SHARED_BYTES, Tile, override_tiles
+from kernels.tiles import MEASURED, SHARED_BYTES, Tile, fold_block, override_tiles
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -76,15 +76,19 @@ def empty(*size, dtype=torch.bfloat16):
     return torch.empty(*size, dtype=dtype)
 
 
-def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16, packed=None):
-    """The operator `op` of tiles.OPS at a shape, on memory that nothing reads."""
+def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16, packed=None, fold=False):
+    """The operator `op` of tiles.OPS at a shape, on memory that nothing reads; `fold`: as it is where norms are folded."""
     x, norm = empty(M, K), empty(K)
+    if fold:
+        norm = kernels.FoldedNorm(x, empty(M, -(-K // fold_block(M, packed)), dtype=torch.float32))
     weight = Weight(N, K, bias=bias, packed=packed)  # never touched, so that a large one takes no memory
     if packed:
         weight.weight.zero_()  # `tile` looks for codes that stand for no number
     weight.tile()
     lengths = empty(M, dtype=torch.int32)
-    if op == "linear":
+    if op == "linear" and fold:
+        kernels.linear_folding(x, weight, residual=empty(M, N), gain=empty(N))
+    elif op == "linear":
         kernels.linear(x, weight, residual=empty(M, N))
     elif op == "silu_mul":
         kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
