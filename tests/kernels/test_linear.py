@@ -300,7 +300,10 @@ def operator_arguments(dtype):
     yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), w.bias, gain, None, EPS, "silu_mul", res)
     yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), None, None, squares, EPS, "none", None)
     w = make_weight(72, 64, dtype)
-    yield torch.ops.rooflama.linear_folding.default, (x, *Operand.of(w), None, randn(3, 72, dtype=dtype), w.weight[0].repeat(2)[:72], 16)
+    yield (
+        torch.ops.rooflama.linear_folding.default,
+        (x, *Operand.of(w), None, randn(3, 72, dtype=dtype), w.weight[0].repeat(2)[:72], 16),
+    )
 
 
 def test_opcheck():
