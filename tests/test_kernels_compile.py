@@ -183,6 +183,27 @@ def test_packed_head_and_qk_norm(launches):
     check(launches, 4)
 
 
+FOLDING = [
+    (16, "qkv", 6144, 4096, None), (16, "silu_mul", 28672, 4096, None), (16, "linear", 4096, 14336, None),
+    (16, "head", 128256, 4096, None), (5, "linear", 2048, 2048, None), (1, "qkv", 768, 512, INT4[0]),
+    (1, "silu_mul", 512, 512, INT4[1]), (1, "linear", 512, 896, INT4[0]), (8, "head", 1000, 512, PackedFormat("int8")),
+    (40, "linear", 512, 896, PackedFormat("fp8")), (40, "silu_mul", 512, 512, PackedFormat("fp8")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("M", "op", "N", "K", "packed"), FOLDING, ids=str)
+def test_folded_norms(launches, M, op, N, K, packed):
+    call(op, N, K, M, head_dim=128, packed=packed, fold=True)
+    check(launches, 1)
+
+
+def test_two_programs_of_a_folded_reader_share_an_sm(launches):
+    """Its 224 programs are for 132 SMs: see `dot`."""
+    call("silu_mul", 28672, 4096, 16, fold=True)
+    (compiled,) = check(launches, 1)
+    assert 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
+
+
 def test_qk_norm_and_bias(launches):
     call("qkv", 6144, 1024, head_dim=128, qk_norm=True)
     call("qkv", 768, 896, head_dim=128, bias=True)
