@@ -189,12 +189,14 @@ def rms_factor(squares, K, eps):
 
 @triton.jit
 def load_folded(folded_ptr, M, FOLDED: tl.constexpr, ROWS: tl.constexpr):
-    """A FoldedNorm's squares [ROWS, FOLDED padded], where there is one. To be called right after the wait, to be there when the
-    sums are."""
+    """A FoldedNorm's squares [ROWS, FOLDED padded], where there is one; of many rows their sums [ROWS, 1], for the registers'
+    sake. To be called right after the wait, so that they are there when the sums of products are."""
     if FOLDED > 0:
         m = tl.minimum(tl.arange(0, ROWS), M - 1)
         p = tl.arange(0, triton.next_power_of_2(FOLDED))
         folded = tl.load(folded_ptr + m[:, None] * FOLDED + p[None, :], mask=(p < FOLDED)[None, :], other=0)
+        if ROWS > 16:
+            folded = tl.sum(folded, 1)[:, None]
     else:
         folded = 0.0
     return folded
