@@ -296,16 +296,13 @@ class Engine:
             return
         self.session = self.decoder = self.prefiller = self.speculator = None  # frees the memory of the old one first
         rows = self._session_rows(length)
-        try:
+        with checkpoint.out_of_memory_suppressed():
             spare = MAX_DRAFTS if self.speculation else 0
             session = Session(self.model, batch_size, rows, self.cache_dtype, self.batch_invariant, spare)
             if self.speculation:
                 self.speculator = Speculator(self.model, session, **self.speculation)
             self.session = session
-        except RuntimeError as error:
-            if not checkpoint.is_out_of_memory(error):
-                raise
-        if self.session is None:  # what it had allocated is free now that the exception is gone
+        if self.session is None:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
         graphs = self.compile_prefill or self.decoder.mode == "graph"
