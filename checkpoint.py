@@ -473,10 +473,13 @@ def save_checkpoint(
     """Write a checkpoint that appears whole or not at all; returns the bytes of its tensors.
 
     tensors: (name, tensor) as `tensor_specs(config)` lists them; taken one at a time, so that a generator needs memory for one
-    only. source: where they come from, for config.json. companions: a directory with tokenizer files. quantization: how the
+    only. source: where they come from, for config.json. companions: the input, with tokenizer files. quantization: how the
     weights that config says are packed were made, for config.json; one without "method" is refused when there are such.
-    ValueError: other tensors than expected; `directory` holds something else than a checkpoint, or is being written.
+    ValueError: other tensors than expected; `directory` is the input, holds something else than a checkpoint, or is being
+    written.
     """
+    if companions and Path(directory).resolve() == Path(companions).resolve():
+        raise ValueError(f"{directory}: the output is the input; expected another directory")
     about = {"format_version": FORMAT_VERSION, "source": source, "quantization": None}
     if config.layer_format or config.head_format:
         formats = {"layers": config.layer_format, "head": config.head_format}

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -564,49 +563,31 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
         print(json.dumps({"outputs": [o.to_dict() for o in outputs], "metrics": last}))
 
 
+def answer(args: argparse.Namespace) -> None:
+    """What the command line asks for: one prompt, many, or a conversation."""
+    engine = load_engine(args)
+    for note in engine.load_notes:
+        print(convert_hf_checkpoint.one_line(note), file=sys.stderr)
+    set_up_speculation(args, engine)
+    params = sampling_params(args, engine)
+    if args.interactive:
+        import chat
+
+        chat.converse(engine, params, args.system)
+    elif args.prompt_file:
+        import batching
+
+        result = batching.run(engine, params, args.prompt_file, args.output_file, args.batch_size)
+        if args.json:
+            print(json.dumps({"metrics": result}))
+    else:
+        run(args, engine, params)
+
+
 def main(argv=None) -> int:
     """The command line. Exit status 0; 1 and one line on stderr for bad input; 2 for bad usage; 130 after Ctrl-C."""
     args = parse_args(argv)
-    try:
-        engine = load_engine(args)
-        for note in engine.load_notes:
-            print(convert_hf_checkpoint.one_line(note), file=sys.stderr)
-        set_up_speculation(args, engine)
-        params = sampling_params(args, engine)
-        if args.interactive:
-            import chat
-
-            chat.converse(engine, params, args.system)
-        elif args.prompt_file:
-            import batching
-
-            result = batching.run(engine, params, args.prompt_file, args.output_file, args.batch_size)
-            if args.json:
-                print(json.dumps({"metrics": result}))
-        else:
-            run(args, engine, params)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone: `| head -1`
-        end_output()
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        if args.debug:
-            raise
-        print("error:", convert_hf_checkpoint.one_line(error), file=sys.stderr)
-        end_output()
-        return 1
-    return 0
-
-
-def end_output() -> None:
-    """Writes what is left of the output; where that fails (a closed pipe, a full disk), Python must not try again at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return convert_hf_checkpoint.report_errors(lambda: answer(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -371,8 +371,6 @@ def quantize_checkpoint(
     about: what config.json shall say of the quantisation beside method, mode and formats. name: kept as the source.
     """
     _need_windows(recipe, windows)
-    if Path(output).resolve() == source.directory.resolve():
-        raise ValueError(f"{output}: the output is the input; expected another directory")
     about = {"method": recipe.method, "mode": recipe.mode} | (about or {})
     with _progress(recipe.mode, source.config, progress) as add:
         tensors = _quantized_tensors(source, recipe, windows if recipe.method != "rtn" else [], torch.device(device), add)
