@@ -337,25 +337,6 @@ def quantize_at_load(model: Transformer, mode: str, tokenizer: Tokenizer | None,
     quantize_model(model, mode, windows, progress)
 
 
-@torch.no_grad()
-def random_model(config: ModelConfig, mode: str, device, dtype: torch.dtype | None = None) -> Transformer:
-    """A model of random weights, quantised one by one as they are made: never is more than one of them plain."""
-    config = dataclasses.replace(config, dtype=dtype or config.dtype)
-    model = Transformer(make_recipe(mode, config).config(config), device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, module in model.named_modules():
-        if isinstance(module, Weight) and module.packed:
-            bias = module.bias is not None
-            plain = Weight(module.out_features, module.in_features, bias=bias, dtype=config.dtype, device=device)
-            for tensor in plain.buffers():
-                tensor.normal_(0.0, 0.02, generator=generator)
-            module.load_state_dict(plain.round_to_nearest(module.packed).state_dict())
-        else:
-            for tensor in module.buffers(recurse=False):
-                tensor.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
-    return model
-
-
 def quantize_checkpoint(
     source: Source,
     output: Path,
