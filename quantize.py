@@ -119,21 +119,6 @@ def read_windows(path: Path, tokenizer: Tokenizer | None, config: ModelConfig, l
     return calibration_windows(text, tokenizer, limit, min(seq_length, config.max_position_embeddings))
 
 
-class Statistics:
-    """What a linear's inputs x [T, K], all windows together, look like."""
-
-    def __init__(self, columns: int, device):
-        self.hessian = torch.zeros(columns, columns, device=device)  # of the squared error of an output: mean of x x^T
-        self.magnitude = torch.zeros(columns, device=device)  # mean of |x|
-        self.count = 0
-
-    def add(self, x: Tensor) -> None:
-        x, kept = x.float(), self.count / (self.count + x.shape[0])
-        self.count += x.shape[0]
-        self.hessian.mul_(kept).addmm_(x.T, x, alpha=1 / self.count)
-        self.magnitude.mul_(kept).add_(x.abs().sum(0) / self.count)
-
-
 def stage_input(layer: Layer, stage: str, x: Tensor, rope) -> Tensor:
     """What linear `stage` of a layer multiplies, [T, K], where the layer is given x [T, H]."""
     attention, eps, step = layer.attention, layer.feed_forward.eps, PrefillStep(x.shape[0])
@@ -149,11 +134,17 @@ def stage_input(layer: Layer, stage: str, x: Tensor, rope) -> Tensor:
     return rooflama.linear(x, layer.feed_forward.w13, layer.ffn_norm.weight, eps, "silu_mul")
 
 
-def measure(layer: Layer, stage: str, hidden: list[Tensor], rope) -> Statistics:
-    statistics = Statistics(layer.get_submodule(stage).in_features, hidden[0].device)
-    for x in hidden:
-        statistics.add(stage_input(layer, stage, x, rope))
-    return statistics
+def measure(layer: Layer, stage: str, hidden: list[Tensor], rope) -> tuple[Tensor, Tensor]:
+    """Of a linear's inputs x, all windows together: the mean of x x^T [K, K] (an output's squared error has it as its Hessian)
+    and that of |x| [K]."""
+    columns, device = layer.get_submodule(stage).in_features, hidden[0].device
+    hessian, magnitude = torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device)
+    for window in hidden:
+        x = stage_input(layer, stage, window, rope).float()
+        hessian.addmm_(x.T, x)
+        magnitude += x.abs().sum(0)
+    count = sum(map(len, hidden))
+    return hessian.div_(count), magnitude.div_(count)
 
 
 # ---------------------------------------------------------------- quantisers
@@ -164,13 +155,11 @@ def search_scale(values: Tensor, fmt: PackedFormat, cost: Callable[[Tensor], Ten
 
     Clipping a group's largest values lets the others be finer: ranges from all of it down to half are tried.
     """
-    best = scale = zero = None
+    best = torch.inf
+    scale, zero = fit_scale(values, fmt)
     for shrink in SHRINKS:
         new_scale, new_zero = fit_scale(values, fmt, shrink)
         new = cost(decode(encode(values, new_scale, new_zero, fmt), new_scale, new_zero, fmt) - values)
-        if best is None:
-            best, scale, zero = new, new_scale, new_zero
-            continue
         better = new < best
         best, scale = torch.where(better, new, best), torch.where(better, new_scale, scale)
         zero = None if zero is None else torch.where(better, new_zero, zero)
@@ -274,35 +263,30 @@ def fold_scale(layer: Layer, stage: str, scale: Tensor) -> None:
 # ---------------------------------------------------------------- layer by layer
 
 
-def replace(layer: Layer, stage: str, weight: Weight) -> None:
-    parent, name = stage.split(".")
-    setattr(layer.get_submodule(parent), name, weight)
-
-
 def quantize_layer(layer: Layer, recipe: Recipe, hidden: list[Tensor], rope) -> None:
     """Replace a layer's Weights. hidden: what calibration gives it, [T, H] a window; empty without calibration."""
     fmt, c = recipe.layers, layer.attention.config
     if recipe.method == "rtn":
         for stage in STAGES:
             weight = layer.get_submodule(stage)
-            replace(layer, stage, round_searched(weight, fmt) if recipe.search else weight.round_to_nearest(fmt))
+            layer.set_submodule(stage, round_searched(weight, fmt) if recipe.search else weight.round_to_nearest(fmt))
     elif recipe.method == "gptq":
         for stage in STAGES:  # the inputs of a stage are those that the quantised stages before it give
-            hessian = measure(layer, stage, hidden, rope).hessian
-            replace(layer, stage, gptq(layer.get_submodule(stage), hessian, fmt, recipe.percdamp, recipe.blocksize))
+            weight, (hessian, _) = layer.get_submodule(stage), measure(layer, stage, hidden, rope)
+            layer.set_submodule(stage, gptq(weight, hessian, fmt, recipe.percdamp, recipe.blocksize))
     else:
         measured = {stage: measure(layer, stage, hidden, rope) for stage in STAGES}
-        for stage, statistics in measured.items():
+        for stage, (hessian, magnitude) in measured.items():
             weight = layer.get_submodule(stage)
-            magnitudes = [statistics.magnitude, weight.weight.float().abs().mean(0)]
+            magnitudes = [magnitude, weight.weight.float().abs().mean(0)]
             if stage == "attention.wo":  # the query heads of a group have one v to fold their scale into
                 heads = [m.view(c.num_kv_heads, -1, c.head_dim) for m in magnitudes]
                 magnitudes = [m.mean(1, keepdim=True).expand_as(m).flatten() for m in heads]
-            scale = awq_scale(weight, statistics.hessian, *magnitudes, fmt)
+            scale = awq_scale(weight, hessian, *magnitudes, fmt)
             fold_scale(layer, stage, scale)
-            statistics.hessian.div_(scale).div_(scale[:, None])  # of the inputs as they are now
-        for stage in STAGES:
-            replace(layer, stage, round_searched(layer.get_submodule(stage), fmt, measured[stage].hessian))
+            hessian.div_(scale).div_(scale[:, None])  # of the inputs as they are now
+        for stage, (hessian, _) in measured.items():
+            layer.set_submodule(stage, round_searched(layer.get_submodule(stage), fmt, hessian))
 
 
 def quantize_layers(config: ModelConfig, layers: Iterable[Layer], recipe: Recipe, hidden: list[Tensor]) -> Iterator[Layer]:
