@@ -61,17 +61,9 @@ class Recipe:
         return dataclasses.replace(plain, layer_format=self.layers, head_format=self.head, tie_word_embeddings=tied)
 
 
-def make_recipe(
-    mode: str,
-    config: ModelConfig,
-    groupsize: int = 128,
-    asymmetric: bool = False,
-    head: str | None = None,
-    search: bool = True,
-    percdamp: float = 0.01,
-    blocksize: int = 128,
-) -> Recipe:
-    """What a mode means for a model. head: int8, int4, fp8, "none" or None for the mode's own. ValueError names the flag."""
+def make_recipe(mode: str, config: ModelConfig, groupsize=128, asymmetric=False, head: str | None = None, **options) -> Recipe:
+    """What a mode means for a model. head: int8, int4, fp8, "none" or None for the mode's own; options: the recipe's search,
+    percdamp and blocksize. ValueError names the flag."""
     if mode not in MODES:
         raise ValueError(f"quantisation mode: found {mode!r}, expected one of {', '.join(MODES)}")
     if found := config.layer_format or config.head_format:
@@ -79,17 +71,17 @@ def make_recipe(
     name, method, default_head = MODES[mode]
     if asymmetric and name != "int4":
         raise ValueError(f"asymmetric: found with mode {mode}, expected an int4 mode")
-    if not 0 < percdamp < 1:
-        raise ValueError(f"percdamp: found {percdamp}, expected a number between 0 and 1")
-    if blocksize < 1:
-        raise ValueError(f"blocksize: found {blocksize}, expected at least 1")
 
     def fmt(name):
         if name == "int4":
             return PackedFormat("int4", groupsize, not asymmetric, config.dtype)
         return None if name == "none" else PackedFormat(name)
 
-    recipe = Recipe(mode, method, fmt(name), fmt(head or default_head), search, percdamp, blocksize)
+    recipe = Recipe(mode, method, fmt(name), fmt(head or default_head), **options)
+    if not 0 < recipe.percdamp < 1:
+        raise ValueError(f"percdamp: found {recipe.percdamp}, expected a number between 0 and 1")
+    if recipe.blocksize < 1:
+        raise ValueError(f"blocksize: found {recipe.blocksize}, expected at least 1")
     tensor_specs(recipe.config(config))  # refuses groups that do not fill a row
     return recipe
 
@@ -322,14 +314,7 @@ def quantize_at_load(model: Transformer, mode: str, tokenizer: Tokenizer | None,
 
 
 def quantize_checkpoint(
-    source: Source,
-    output: Path,
-    recipe: Recipe,
-    windows: list[Tensor] = (),
-    device="cpu",
-    about: dict | None = None,
-    name: str = "",
-    progress: bool = True,
+    source: Source, output: Path, recipe: Recipe, windows: list[Tensor] = (), device="cpu", about=None, name="", progress=True
 ) -> int:
     """Write a quantised copy of a plain checkpoint, read layer by layer; returns the bytes of its tensors.
 
