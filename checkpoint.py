@@ -337,16 +337,12 @@ def open_checkpoint(directory: Path) -> Source:
     """A checkpoint of our format."""
     config, raw = read_config(directory)
     found, notes = find_tensors(directory)
-    expected = expected_tensors(config)
-    check_tensors(found, expected, directory, packed_dtypes(config))
-    pieces = {name: [Piece(name, found[name], lambda out: out)] for name in expected}
+    specs, plain = tensor_specs(config), tensor_specs(dataclasses.replace(config, layer_format=None, head_format=None))
+    # Those of packed weights are as they are stored: codes and scales mean nothing in another dtype.
+    dtypes = {name: spec.dtype for name, spec in specs.items() if spec != plain.get(name)}
+    check_tensors(found, expected_tensors(config), directory, dtypes)
+    pieces = {name: [Piece(name, found[name], lambda out: out)] for name in specs}
     return Source(directory, "rooflama", config, pieces, notes, raw["rooflama"].get("quantization"))
-
-
-def packed_dtypes(config: ModelConfig) -> dict[str, torch.dtype]:
-    """Those of packed weights' tensors, which are stored as they are: codes and scales mean nothing in another dtype."""
-    plain = tensor_specs(dataclasses.replace(config, layer_format=None, head_format=None))
-    return {name: spec.dtype for name, spec in tensor_specs(config).items() if spec != plain.get(name)}
 
 
 @torch.inference_mode(False)  # which the reading threads, not having inherited it, could not write to
