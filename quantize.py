@@ -281,25 +281,30 @@ def quantize_layer(layer: Layer, recipe: Recipe, hidden: list[Tensor], rope) -> 
             layer.set_submodule(stage, round_searched(layer.get_submodule(stage), fmt, hessian))
 
 
-def quantize_layers(config: ModelConfig, layers: Iterable[Layer], recipe: Recipe, hidden: list[Tensor]) -> Iterator[Layer]:
+def quantize_layers(
+    config: ModelConfig, layers: Iterable[Layer], recipe: Recipe, hidden: list[Tensor], progress: bool
+) -> Iterator[Layer]:
     """Quantise layers one after the other, as they come; hidden: the embedded calibration windows, used up."""
+    if recipe.method != "rtn" and not hidden:
+        raise ValueError(f"mode {recipe.mode}: found no calibration text, expected some (it needs a tokenizer)")
     rope = rope_tables(config, max(map(len, hidden)), hidden[0].device) if hidden else None
-    for layer in layers:
-        quantize_layer(layer, recipe, hidden, rope)
-        for i, x in enumerate(hidden):
-            hidden[i] = layer(x, rope, PrefillStep(x.shape[0]))
-        yield layer
+    layer_bytes = sum(spec.num_bytes for name, spec in tensor_specs(config).items() if name.startswith("layers.0."))
+    with checkpoint.progress_line(f"quantize {recipe.mode}", layer_bytes * config.num_layers, progress) as add:
+        for layer in layers:
+            quantize_layer(layer, recipe, hidden, rope)
+            for i, x in enumerate(hidden):
+                hidden[i] = layer(x, rope, PrefillStep(x.shape[0]))
+            add(layer_bytes)
+            yield layer
 
 
 @torch.no_grad()
 def quantize_model(model: Transformer, mode: str, windows: list[Tensor] = (), progress: bool = False, **options) -> None:
     """Quantise a loaded model in place. windows: calibration token ids [T] each, for GPTQ and AWQ; options of make_recipe."""
     recipe = make_recipe(mode, model.config, **options)
-    _need_windows(recipe, windows)
     hidden = [model.embed(window.to(model.norm.weight.device)) for window in windows] if recipe.method != "rtn" else []
-    with _progress(mode, model.config, progress) as add:
-        for _ in quantize_layers(model.config, model.layers, recipe, hidden):
-            add()
+    for _ in quantize_layers(model.config, model.layers, recipe, hidden, progress):
+        pass
     if recipe.head:
         model.output = round_searched(model.head, recipe.head)
     model.config = recipe.config(model.config)
@@ -320,16 +325,15 @@ def quantize_checkpoint(
 
     about: what config.json shall say of the quantisation beside method, mode and formats. name: kept as the source.
     """
-    _need_windows(recipe, windows)
     about = {"method": recipe.method, "mode": recipe.mode} | (about or {})
-    with _progress(recipe.mode, source.config, progress) as add:
-        tensors = _quantized_tensors(source, recipe, windows if recipe.method != "rtn" else [], torch.device(device), add)
-        options = {"source": name or str(source.directory), "companions": source.directory, "quantization": about}
+    options = {"source": name or str(source.directory), "companions": source.directory, "quantization": about}
+    windows = windows if recipe.method != "rtn" else []
+    with contextlib.closing(_quantized_tensors(source, recipe, windows, torch.device(device), progress)) as tensors:
         return checkpoint.save_checkpoint(output, recipe.config(source.config), tensors, progress=False, **options)
 
 
 @torch.no_grad()
-def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Callable) -> Iterator[tuple[str, Tensor]]:
+def _quantized_tensors(source: Source, recipe: Recipe, windows, device, progress) -> Iterator[tuple[str, Tensor]]:
     """A quantised checkpoint's tensors in their order; the device holds one layer and the calibration's activations."""
     config, stream = source.config, finite_tensors(source, source.config.dtype)
     names = list(tensor_specs(recipe.config(config)))
@@ -345,10 +349,9 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Cal
             layer.load_state_dict(state, assign=True)
             yield layer
 
-    for i, layer in enumerate(quantize_layers(config, read_layers(), recipe, hidden)):
+    for i, layer in enumerate(quantize_layers(config, read_layers(), recipe, hidden, progress)):
         state = {f"layers.{i}.{name}": tensor for name, tensor in layer.state_dict().items()}
         yield from ((name, state[name].cpu()) for name in names if name in state)
-        add()
     yield next(stream)  # the final norm
     if config.tie_word_embeddings and recipe.head is None:
         return
@@ -358,20 +361,6 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Cal
     if recipe.head:
         head = round_searched(head, recipe.head)
     yield from ((f"output.{name}", tensor.cpu()) for name, tensor in head.state_dict().items())
-
-
-def _need_windows(recipe: Recipe, windows) -> None:
-    if recipe.method != "rtn" and not windows:
-        raise ValueError(f"mode {recipe.mode}: found no calibration text, expected some (it needs a tokenizer)")
-
-
-@contextlib.contextmanager
-def _progress(mode: str, config: ModelConfig, show: bool) -> Iterator[Callable[[], None]]:
-    """A bar on stderr; yields a function to call after each layer."""
-    specs = tensor_specs(dataclasses.replace(config, num_layers=1)).items()
-    layer_bytes = sum(spec.num_bytes for name, spec in specs if name.startswith("layers."))
-    with checkpoint.progress_line(f"quantize {mode}", layer_bytes * config.num_layers, show) as add:
-        yield lambda: add(layer_bytes)
 
 
 # ---------------------------------------------------------------- command line
