@@ -530,7 +530,7 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
         print(json.dumps({"outputs": [o.to_dict() for o in outputs], "metrics": last}))
 
 
-def answer(args: argparse.Namespace) -> None:
+def dispatch(args: argparse.Namespace) -> None:
     """What the command line asks for: one prompt, many, or a conversation."""
     engine = load_engine(args)
     for note in engine.load_notes:
@@ -554,7 +554,7 @@ def answer(args: argparse.Namespace) -> None:
 def main(argv=None) -> int:
     """The command line. Exit status 0; 1 and one line on stderr for bad input; 2 for bad usage; 130 after Ctrl-C."""
     args = parse_args(argv)
-    return convert_hf_checkpoint.report_errors(lambda: answer(args), args.debug)
+    return convert_hf_checkpoint.report_errors(lambda: dispatch(args), args.debug)
 
 
 if __name__ == "__main__":
