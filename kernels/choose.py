@@ -314,6 +314,38 @@ def _better(value_a, id_a, value_b, id_b):
     return tl.where(first, value_a, value_b), tl.where(first, id_a, id_b)
 
 
+@triton.jit
+def _resolve(
+    logits_ptr, list_ptr, best_ptr, number_ptr, mass_ptr, programs,
+    largest, temperature, seed, sample, position, top_p, within, k_bin, k_left, p_first, p_last,
+    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """The row's candidate: the best certain one, unless a listed token beats it and lies within the cuts."""
+    i = tl.arange(0, PROGRAMS)
+    mask = i < programs
+    value = tl.load(best_ptr + 2 * i, mask=mask, other=float("-inf"))
+    listed = tl.max(tl.load(best_ptr + 2 * i + 1, mask=mask, other=float("-inf")), 0)
+    ids = tl.load(number_ptr + 2 * i, mask=mask, other=NEVER)
+    best = tl.max(value, 0)
+    best_id = tl.min(tl.where(value == best, ids, NEVER), 0)
+    if (listed >= best) & (listed > float("-inf")):
+        numbers = tl.load(number_ptr + 2 * i + 1, mask=mask, other=0)
+        lists = (logits_ptr, list_ptr, numbers, largest, temperature)
+        _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, SPAN)
+        most, mass = tl.minimum(within, LIMIT).to(tl.int32), tl.full([], 0, tl.int64)
+        if k_bin < BINS:
+            k_u, mass = _cut_lists(lists, first_u, k_bin, k_bin, k_left, mass, COLUMNS, SPAN)
+            most = tl.minimum(most, k_u)
+        if p_first < BINS:
+            mass += tl.sum(tl.load(mass_ptr + 2 * i, mask=mask, other=0), 0)
+            needed = _needed(mass, top_p) - tl.sum(tl.load(mass_ptr + 2 * i + 1, mask=mask, other=0), 0)
+            p_u, mass = _cut_lists(lists, first_u, p_first, p_last, 0, needed, COLUMNS, SPAN)
+            most = tl.minimum(most, p_u)
+        listed, listed_id = _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN)
+        best, best_id = _better(best, best_id, listed, listed_id)
+    return best, best_id
+
+
 # The kernel
 
 
@@ -406,8 +438,7 @@ def _choose_kernel(
                 best, best_id = tl.where(better, value, best), tl.where(better, ids, best_id)
                 listed_best = tl.where(maybe, tl.maximum(value, listed_best), listed_best)
 
-        slot = (row * programs + g) * 2
-        highest = tl.max(best, 0)
+        slot, highest = (row * programs + g) * 2, tl.max(best, 0)
         tl.store(best_ptr + slot, highest)
         tl.store(best_ptr + slot + 1, tl.max(listed_best, 0))
         tl.store(number_ptr + slot, tl.min(tl.where(best == highest, best_id, NEVER), 0))
@@ -418,31 +449,15 @@ def _choose_kernel(
         passes: tl.constexpr = 2 if PASSES == 0 else 1
         if _arrive(arrived_ptr) == passes * programs - 1:
             tl.store(arrived_ptr, 0)  # for the next launch
-            tl.store(whole_ptr, 0)
+            tl.store(whole_ptr, tl.full([], 0, tl.int64))
             tl.store(count_ptr + b, tl.zeros([BINS], tl.int32))
-            i = tl.arange(0, PROGRAMS)
-            slot, mask = (row * programs + i) * 2, i < programs
-            value = tl.load(best_ptr + slot, mask=mask, other=float("-inf"))
-            listed_value = tl.max(tl.load(best_ptr + slot + 1, mask=mask, other=float("-inf")), 0)
-            numbers = tl.load(number_ptr + slot + 1, mask=mask, other=0)
-            ids = tl.load(number_ptr + slot, mask=mask, other=NEVER)
-            highest = tl.max(value, 0)
-            chosen = tl.min(tl.where(value == highest, ids, NEVER), 0)
-            if (listed_value >= highest) & (listed_value > float("-inf")):
-                lists = (logits_ptr, list_ptr, numbers, largest, temperature)
-                _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, SPAN)
-                most, upto = tl.minimum(within, LIMIT).to(tl.int32), tl.full([], 0, tl.int64)
-                if k_bin < BINS:
-                    k_u, upto = _cut_lists(lists, first_u, k_bin, k_bin, k_left, upto, COLUMNS, SPAN)
-                    most = tl.minimum(most, k_u)
-                if top_p < 1:
-                    mass = upto + tl.sum(tl.load(mass_ptr + slot, mask=mask, other=0), 0)
-                    needed = _needed(mass, top_p) - tl.sum(tl.load(mass_ptr + slot + 1, mask=mask, other=0), 0)
-                    p_u, _upto = _cut_lists(lists, first_u, p_first, p_last, 0, needed, COLUMNS, SPAN)
-                    most = tl.minimum(most, p_u)
-                listed_value, listed_id = _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN)
-                highest, chosen = _better(highest, chosen, listed_value, listed_id)
-            tl.store(value_ptr + row, highest)
+            first = row * programs * 2
+            value, chosen = _resolve(
+                logits_ptr, list_ptr, best_ptr + first, number_ptr + first, mass_ptr + first, programs,
+                largest, temperature, seed, sample, position, top_p, within, k_bin, k_left, p_first, p_last,
+                PROGRAMS, COLUMNS, SPAN,
+            )  # fmt: skip
+            tl.store(value_ptr + row, value)
             tl.store(id_ptr + row, chosen)
 
 
