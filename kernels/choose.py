@@ -37,6 +37,7 @@ from kernels._common import (
     INTERPRET,
     INTERPRETED,
     NVIDIA,
+    hold,
     launch_options,
     num_sms,
     pdl_trigger,
@@ -54,6 +55,10 @@ BIN_SHIFT = tl.constexpr(17)  # a float32's bits from here on tell its octave an
 BIN_BASE = tl.constexpr((127 - 11) << 6)  # those bits of 2^-11, where the first bin ends
 SLACK = tl.constexpr(1e-4)  # of the whole mass: more than float32 loses on the way to a bin's bounds
 NEVER = tl.constexpr(0x7FFFFFFF)
+LOWEST = tl.constexpr(-(1 << 63))
+PART = tl.constexpr(
+    5
+)  # what a program leaves: keys of its best certain and listed token, mass before k's and p's cut, list's length
 TILE = 2048  # listed tokens that are held in registers
 
 
@@ -136,6 +141,50 @@ def _min_p_units(min_p, temperature):
     return tl.where(min_p > 0, -tl.log(tl.maximum(min_p, 1e-30)) * temperature * UNIT, LIMIT)
 
 
+@triton.jit
+def _key(value, ids):
+    """A whole number: larger for a larger value, and of equal ones for a lower id."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & NEVER)).to(tl.int64) << 32) | (ids ^ NEVER)
+
+
+@triton.jit
+def _value_and_id(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & NEVER)).to(tl.float32, bitcast=True), (key & NEVER).to(tl.int32) ^ NEVER
+
+
+# Reductions of two tensors at once, as each costs two barriers; the interpreter would take a pair one element at a time
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _larger_of_pairs(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _sums(a, b):
+    if INTERPRETED:
+        sums = tl.sum(a, 0), tl.sum(b, 0)
+    else:
+        sums = tl.reduce((a, b), 0, _add_pairs)
+    return sums
+
+
+@triton.jit
+def _maxima(a, b):
+    if INTERPRETED:
+        maxima = tl.max(a, 0), tl.max(b, 0)
+    else:
+        maxima = tl.reduce((a, b), 0, _larger_of_pairs)
+    return maxima
+
+
 # Bins
 
 
@@ -211,7 +260,7 @@ def _find_cuts(counts, whole, top_k, top_p):
     b = tl.arange(0, BINS)
     least = counts.to(tl.float32) * tl.exp2(_bin_start(b + 1) * -1.4426950408889634)
     most = counts.to(tl.float32) * tl.exp2(_bin_start(b) * -1.4426950408889634)
-    all_least, all_most = tl.sum(least, 0), tl.sum(most, 0)
+    all_least, all_most = _sums(least, most)
     if INTERPRETED:  # the interpreter takes a tuple one element at a time
         n, least, most = tl.cumsum(counts, 0), tl.cumsum(least, 0), tl.cumsum(most, 0)
     else:  # at once: each costs two barriers
@@ -295,41 +344,28 @@ def _cut_lists(lists, first_u, first_bin, last_bin, number, mass, COLUMNS: tl.co
 
 @triton.jit
 def _best_listed(lists, seed, sample, position, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
-    """Of the listed tokens with u <= most: the largest value, and the lowest id that has it."""
-    best, best_id = float("-inf"), NEVER
+    """The key of the best of the listed tokens with u <= most."""
+    best = tl.full([], LOWEST, tl.int64)
     for start in tl.range(0, tl.max(lists[2], 0), COLUMNS):
         ids, logits, u = _read_lists(lists, start, COLUMNS, SPAN)
         value = logits / lists[4] + gumbel_ids(seed, sample, position, ids)
-        value = tl.where((u < LIMIT) & (u <= most), value, float("-inf")).ravel()
-        here = tl.max(value, 0)
-        here_id = tl.min(tl.where(value == here, ids.ravel(), NEVER), 0)
-        best, best_id = _better(best, best_id, here, here_id)
-    return best, best_id
-
-
-@triton.jit
-def _better(value_a, id_a, value_b, id_b):
-    """The larger value with its id; of equals, the lower id."""
-    first = (value_a > value_b) | ((value_a == value_b) & (id_a < id_b))
-    return tl.where(first, value_a, value_b), tl.where(first, id_a, id_b)
+        value = tl.where((u < LIMIT) & (u <= most), value, float("-inf"))
+        best = tl.maximum(best, tl.max(_key(value, ids).ravel(), 0))
+    return best
 
 
 @triton.jit
 def _resolve(
-    logits_ptr, list_ptr, best_ptr, number_ptr, mass_ptr, programs,
+    logits_ptr, list_ptr, part_ptr, programs,
     largest, temperature, seed, sample, position, top_p, within, k_bin, k_left, p_first, p_last,
     PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The row's candidate: the best certain one, unless a listed token beats it and lies within the cuts."""
-    i = tl.arange(0, PROGRAMS)
-    mask = i < programs
-    value = tl.load(best_ptr + 2 * i, mask=mask, other=float("-inf"))
-    listed = tl.max(tl.load(best_ptr + 2 * i + 1, mask=mask, other=float("-inf")), 0)
-    ids = tl.load(number_ptr + 2 * i, mask=mask, other=NEVER)
-    best = tl.max(value, 0)
-    best_id = tl.min(tl.where(value == best, ids, NEVER), 0)
-    if (listed >= best) & (listed > float("-inf")):
-        numbers = tl.load(number_ptr + 2 * i + 1, mask=mask, other=0)
+    part_ptr += tl.arange(0, PROGRAMS) * PART
+    there = tl.arange(0, PROGRAMS) < programs
+    best, listed = _maxima(tl.load(part_ptr, mask=there, other=LOWEST), tl.load(part_ptr + 1, mask=there, other=LOWEST))
+    if listed > best:
+        numbers = tl.load(part_ptr + 4, mask=there, other=0).to(tl.int32)
         lists = (logits_ptr, list_ptr, numbers, largest, temperature)
         _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, SPAN)
         most, mass = tl.minimum(within, LIMIT).to(tl.int32), tl.full([], 0, tl.int64)
@@ -337,13 +373,12 @@ def _resolve(
             k_u, mass = _cut_lists(lists, first_u, k_bin, k_bin, k_left, mass, COLUMNS, SPAN)
             most = tl.minimum(most, k_u)
         if p_first < BINS:
-            mass += tl.sum(tl.load(mass_ptr + 2 * i, mask=mask, other=0), 0)
-            needed = _needed(mass, top_p) - tl.sum(tl.load(mass_ptr + 2 * i + 1, mask=mask, other=0), 0)
+            mass += tl.sum(tl.load(part_ptr + 2, mask=there, other=0), 0)
+            needed = _needed(mass, top_p) - tl.sum(tl.load(part_ptr + 3, mask=there, other=0), 0)
             p_u, mass = _cut_lists(lists, first_u, p_first, p_last, 0, needed, COLUMNS, SPAN)
             most = tl.minimum(most, p_u)
-        listed, listed_id = _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN)
-        best, best_id = _better(best, best_id, listed, listed_id)
-    return best, best_id
+        best = tl.maximum(best, _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN))
+    return _value_and_id(best)
 
 
 # The kernel
@@ -356,10 +391,21 @@ def _arrive(arrived_ptr):
     return tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
 
 
+@triton.jit
+def _load_tile(logits_ptr, ids, V):
+    return tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf"))
+
+
+@triton.jit
+def _noise(seed, sample, position, first_id, BLOCK: tl.constexpr):
+    m = tl.arange(0, 1)
+    return gumbel_tile(seed + m, sample + m, position + m, first_id, BLOCK, 1).reshape([BLOCK])
+
+
 @triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
     logits_ptr, max_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, whole_ptr, arrived_ptr, best_ptr, number_ptr, mass_ptr, list_ptr, value_ptr, id_ptr, T, V, P,
+    count_ptr, whole_ptr, arrived_ptr, part_ptr, list_ptr, value_ptr, id_ptr, T, V, P,
     P_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
     PASSES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -373,10 +419,15 @@ def _choose_kernel(
     top_k, top_p = tl.load(top_k_ptr + sequence), tl.load(top_p_ptr + sequence)
     seed, sample = tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
     position = tl.load(lengths_ptr + sequence) - T + row % T + 1
-    start, row_start, b = g * SPAN, row.to(tl.int64) * V, tl.arange(0, BINS)
-    logits_ptr, list_ptr = logits_ptr + row_start, list_ptr + row_start
+    first_id, b = g * SPAN, tl.arange(0, BINS)
+    logits_ptr, list_ptr = logits_ptr + row.to(tl.int64) * V, list_ptr + row.to(tl.int64) * V
     count_ptr, whole_ptr, arrived_ptr = count_ptr + row * BINS, whole_ptr + row, arrived_ptr + row
+    part_ptr += row * programs * PART
+    if TILES == 1:  # the only tile: its noise is drawn before the wait, and it stays in registers
+        noise = hold(_noise(seed, sample, position, first_id, BLOCK))
     pdl_wait(PDL)
+    if TILES == 1:
+        logits = _load_tile(logits_ptr, first_id + tl.arange(0, BLOCK), V)
 
     largest = _largest(max_ptr, row, P, P_BLOCK)
     draws = _draws(temperature, largest)
@@ -384,9 +435,10 @@ def _choose_kernel(
     if PASSES != 2:
         if cuts:
             bins, share = _open_bins(), tl.zeros([BLOCK], tl.float32)
-            for tile in tl.range(0, TILES, num_stages=3):
-                ids = start + tile * BLOCK + tl.arange(0, BLOCK)
-                u = _units(tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf")), largest)
+            for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=3):
+                if TILES > 1:
+                    logits = _load_tile(logits_ptr, start + tl.arange(0, BLOCK), V)
+                u = _units(logits, largest)
                 bins = _add_to_bins(bins, _bin(u, temperature), u < LIMIT)
                 share += _share(u, temperature)
             counts = _read_bins(bins)
@@ -402,14 +454,14 @@ def _choose_kernel(
             whole = tl.load(whole_ptr).to(tl.float32) * (1 / MASS)
             k_bin, k_left, p_first, p_last = _find_cuts(tl.load(count_ptr + b), whole, top_k, top_p)
         within = _min_p_units(min_p, temperature)
-        best, listed_best = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+        best, best_listed = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
         best_id, length = tl.zeros([BLOCK], tl.int32), tl.full([], 0, tl.int32)
         k_mass, p_mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)  # before the cuts
-        for tile in tl.range(0, TILES, num_stages=3):
-            first_id = start + tile * BLOCK
-            ids = first_id + tl.arange(0, BLOCK)
-            logits = tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf"))
-            value, certain, listed, maybe = logits, ids < V, ids < 0, ids < 0
+        for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=3):
+            ids = start + tl.arange(0, BLOCK)
+            if TILES > 1:
+                logits = _load_tile(logits_ptr, ids, V)
+            certain, listed, maybe = ids < V, ids < 0, ids < 0
             if draws:
                 u = _units(logits, largest)
                 if cuts:
@@ -423,37 +475,38 @@ def _choose_kernel(
                         p_mass += tl.where(bins < p_first, mass, 0)
                 certain &= u <= within
                 maybe &= u <= within
-            both = tl.sum(listed.to(tl.int32) + (certain | maybe).to(tl.int32) * (2 * BLOCK), 0)
-            if both % (2 * BLOCK) > 0:
-                rank = tl.cumsum(listed.to(tl.int32), 0)
-                tl.store(list_ptr + start + length + rank - 1, ids, mask=listed)
-                length += both % (2 * BLOCK)
-            if both >= 2 * BLOCK:
+            numbers = tl.sum(listed.to(tl.int32) + (certain | maybe).to(tl.int32) * (2 * BLOCK), 0)  # of both
+            if numbers % (2 * BLOCK) > 0:
+                rank = tl.cumsum(hold(listed.to(tl.int32)), 0)  # or its change of layout is done for every tile
+                tl.store(list_ptr + first_id + length + rank - 1, ids, mask=listed)
+                length += numbers % (2 * BLOCK)
+            if numbers >= 2 * BLOCK:
+                value = logits
                 if draws:
-                    m = tl.arange(0, 1)
-                    noise = gumbel_tile(seed + m, sample + m, position + m, first_id, BLOCK, 1).reshape([BLOCK])
+                    if TILES > 1:
+                        noise = _noise(seed, sample, position, start, BLOCK)
                     value = logits / temperature + noise
                 value = tl.where(value == value, value, float("inf"))
                 better = certain & (value > best)
                 best, best_id = tl.where(better, value, best), tl.where(better, ids, best_id)
-                listed_best = tl.where(maybe, tl.maximum(value, listed_best), listed_best)
+                best_listed = tl.where(maybe, tl.maximum(value, best_listed), best_listed)
 
-        slot, highest = (row * programs + g) * 2, tl.max(best, 0)
-        tl.store(best_ptr + slot, highest)
-        tl.store(best_ptr + slot + 1, tl.max(listed_best, 0))
-        tl.store(number_ptr + slot, tl.min(tl.where(best == highest, best_id, NEVER), 0))
-        tl.store(number_ptr + slot + 1, length)
+        mine = part_ptr + g * PART
+        best_key, listed_key = _maxima(_key(best, best_id), _key(best_listed, best_id * 0))
+        tl.store(mine, best_key)
+        tl.store(mine + 1, listed_key)
         if top_p < 1:
-            tl.store(mass_ptr + slot, tl.sum(k_mass, 0))
-            tl.store(mass_ptr + slot + 1, tl.sum(p_mass, 0))
+            all_k_mass, all_p_mass = _sums(k_mass, p_mass)
+            tl.store(mine + 2, all_k_mass)
+            tl.store(mine + 3, all_p_mass)
+        tl.store(mine + 4, length.to(tl.int64))
         passes: tl.constexpr = 2 if PASSES == 0 else 1
         if _arrive(arrived_ptr) == passes * programs - 1:
             tl.store(arrived_ptr, 0)  # for the next launch
             tl.store(whole_ptr, tl.full([], 0, tl.int64))
             tl.store(count_ptr + b, tl.zeros([BINS], tl.int32))
-            first = row * programs * 2
             value, chosen = _resolve(
-                logits_ptr, list_ptr, best_ptr + first, number_ptr + first, mass_ptr + first, programs,
+                logits_ptr, list_ptr, part_ptr, programs,
                 largest, temperature, seed, sample, position, top_p, within, k_bin, k_left, p_first, p_last,
                 PROGRAMS, COLUMNS, SPAN,
             )  # fmt: skip
@@ -514,12 +567,12 @@ def _choose(
     counts = zeroed_workspace(logits.device, f"counts of choose, {capacity} rows", capacity * BINS.value)
     whole = zeroed_workspace(logits.device, f"masses of choose, {capacity} rows", capacity, torch.int64)
     arrived = zeroed_workspace(logits.device, f"arrivals of choose, {capacity} rows", capacity)
-    best, number, mass = (logits.new_empty(M, programs, 2, dtype=t) for t in (torch.float32, torch.int32, torch.int64))
+    parts = logits.new_empty(M, programs, PART.value, dtype=torch.int64)
     lists = logits.new_empty(M, V, dtype=torch.int32)
     for passes in (1, 2) if INTERPRET else (0,):
         _choose_kernel[(programs, M)](
             logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p,
-            counts, whole, arrived, best, number, mass, lists, value, index, M // lengths.numel(), V, P,
+            counts, whole, arrived, parts, lists, value, index, M // lengths.numel(), V, P,
             P_BLOCK=triton.next_power_of_2(P), BLOCK=block, TILES=tiles, PROGRAMS=triton.next_power_of_2(programs),
             COLUMNS=max(1, TILE // triton.next_power_of_2(programs)), PASSES=passes,
             num_warps=min(16, block // 128), **launch_options(logits),
