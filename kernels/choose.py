@@ -425,23 +425,25 @@ def _choose_kernel(
     part_ptr += row * programs * PART
     if TILES == 1:  # the only tile: its noise is drawn before the wait, and it stays in registers
         noise = hold(_noise(seed, sample, position, first_id, BLOCK))
+    filled = _open_bins()
     pdl_wait(PDL)
+
     if TILES == 1:
         logits = _load_tile(logits_ptr, first_id + tl.arange(0, BLOCK), V)
-
+        tl.debug_barrier()  # ptxas else moves this load behind the maximum
     largest = _largest(max_ptr, row, P, P_BLOCK)
     draws = _draws(temperature, largest)
     cuts = draws & ((top_k > 0) | (top_p < 1))
     if PASSES != 2:
         if cuts:
-            bins, share = _open_bins(), tl.zeros([BLOCK], tl.float32)
+            share = tl.zeros([BLOCK], tl.float32)
             for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=3):
                 if TILES > 1:
                     logits = _load_tile(logits_ptr, start + tl.arange(0, BLOCK), V)
                 u = _units(logits, largest)
-                bins = _add_to_bins(bins, _bin(u, temperature), u < LIMIT)
+                filled = _add_to_bins(filled, _bin(u, temperature), u < LIMIT)
                 share += _share(u, temperature)
-            counts = _read_bins(bins)
+            counts = _read_bins(filled)
             tl.atomic_add(count_ptr + b, counts, mask=counts > 0, sem="relaxed")
             tl.atomic_add(whole_ptr, (tl.sum(share, 0) * MASS).to(tl.int64), sem="relaxed")
     if PASSES == 0:
@@ -477,8 +479,8 @@ def _choose_kernel(
                 maybe &= u <= within
             numbers = tl.sum(listed.to(tl.int32) + (certain | maybe).to(tl.int32) * (2 * BLOCK), 0)  # of both
             if numbers % (2 * BLOCK) > 0:
-                rank = tl.cumsum(hold(listed.to(tl.int32)), 0)  # or its change of layout is done for every tile
-                tl.store(list_ptr + first_id + length + rank - 1, ids, mask=listed)
+                rank = tl.where(listed, tl.cumsum(listed.to(tl.int32), 0), 0)
+                tl.store(list_ptr + first_id + length + rank - 1, ids, mask=rank > 0)
                 length += numbers % (2 * BLOCK)
             if numbers >= 2 * BLOCK:
                 value = logits
