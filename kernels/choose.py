@@ -55,6 +55,7 @@ BIN_SHIFT = tl.constexpr(17)  # a float32's bits from here on tell its octave an
 BIN_BASE = tl.constexpr((127 - 11) << 6)  # those bits of 2^-11, where the first bin ends
 SLACK = tl.constexpr(1e-4)  # of the whole mass: more than float32 loses on the way to a bin's bounds
 NEVER = tl.constexpr(0x7FFFFFFF)
+NEAR = tl.constexpr(8192)  # tokens of a row that a program may list before it draws for them
 LOWEST = tl.constexpr(-(1 << 63))
 PART = tl.constexpr(
     5
@@ -189,28 +190,36 @@ def _maxima(a, b):
 
 
 @triton.jit
+def _distance(u, temperature):
+    """The logit's distance below the largest / temperature."""
+    return u.to(tl.float32) * (1 / UNIT / temperature)
+
+
+@triton.jit
 def _bin(u, temperature):
     """Never smaller for a larger u."""
-    distance = u.to(tl.float32) * (1 / UNIT / temperature)
-    bins = (distance.to(tl.int32, bitcast=True) >> BIN_SHIFT) - BIN_BASE
+    bins = (_distance(u, temperature).to(tl.int32, bitcast=True) >> BIN_SHIFT) - BIN_BASE
     return tl.minimum(tl.maximum(bins, 0), BINS - 1)
 
 
 @triton.jit
 def _bin_start(b):
-    """Distance / temperature from which on bin b has its tokens."""
+    """The `_distance` from which on bin b has its tokens."""
     start = ((b + BIN_BASE) << BIN_SHIFT).to(tl.float32, bitcast=True)
     return tl.where(b > 0, tl.where(b < BINS, start, float("inf")), 0.0)
 
 
 @triton.jit
 def _open_bins():
-    """Empty bins of this program: on NVIDIA cards in shared memory, by its address, where an atomic is a few cycles."""
+    """Empty bins of this program. On NVIDIA cards they are in shared memory, where an atomic is a few cycles, and this is their
+    address; behind them are the lengths of two lists."""
     if NVIDIA:
-        asm: tl.constexpr = "{ .shared .align 16 .b8 bins[4096]; mov.u32 $0, bins; }"
+        asm: tl.constexpr = "{ .shared .align 16 .b8 bins[4104]; mov.u32 $0, bins; }"
         bins = tl.inline_asm_elementwise(asm, "=r,r", [tl.full([], 0, tl.int32)], tl.int32, is_pure=False, pack=1)
-        address = bins + 4 * tl.arange(0, BINS)
-        tl.inline_asm_elementwise("st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [address], tl.int32, is_pure=False, pack=1)
+        zero: tl.constexpr = "st.shared.u32 [$1], 0; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(zero, "=r,r", [bins + 4 * tl.arange(0, BINS)], tl.int32, is_pure=False, pack=1)
+        for i in tl.static_range(2):
+            tl.inline_asm_elementwise(zero, "=r,r", [bins + 4 * BINS + 4 * i], tl.int32, is_pure=False, pack=1)
         tl.debug_barrier()
     else:
         bins = tl.zeros([BINS], tl.int32)
@@ -229,13 +238,57 @@ def _add_to_bins(bins, b, mask):
 
 
 @triton.jit
+def _read_shared(address):
+    """What every thread has left there, on NVIDIA cards."""
+    tl.debug_barrier()
+    return tl.inline_asm_elementwise("ld.shared.u32 $0, [$1];", "=r,r", [address], tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _read_bins(bins):
     """The counts [BINS]."""
     if NVIDIA:
-        tl.debug_barrier()
-        address = bins + 4 * tl.arange(0, BINS)
-        bins = tl.inline_asm_elementwise("ld.shared.u32 $0, [$1];", "=r,r", [address], tl.int32, is_pure=False, pack=1)
+        bins = _read_shared(bins + 4 * tl.arange(0, BINS))
     return bins
+
+
+@triton.jit
+def _open_list(bins, i: tl.constexpr):
+    """The length of empty list i; on NVIDIA cards its address."""
+    if NVIDIA:
+        length = bins + 4 * BINS + 4 * i
+    else:
+        length = tl.full([], 0, tl.int32)
+    return length
+
+
+@triton.jit
+def _append(list_ptr, length, ids, mask):
+    """Puts the ids where `mask` behind a list, in any order."""
+    if NVIDIA:  # a scan and a store would each move all of it between threads
+        asm: tl.constexpr = """{
+        .reg .pred p; .reg .u32 place; .reg .u64 address;
+        setp.ne.u32 p, $4, 0;
+        @p atom.shared.add.u32 place, [$1], 1;
+        @p mad.wide.u32 address, place, 4, $2;
+        @p st.global.u32 [address], $3;
+        mov.u32 $0, 0;
+        }"""
+        arguments = [length, list_ptr.to(tl.int64), ids, mask.to(tl.int32)]
+        tl.inline_asm_elementwise(asm, "=r,r,l,r,r", arguments, tl.int32, is_pure=False, pack=1)
+    else:
+        rank = tl.cumsum(mask.to(tl.int32), 0)
+        tl.store(list_ptr + length + rank - 1, ids, mask=mask)
+        length += tl.sum(mask.to(tl.int32), 0)
+    return length
+
+
+@triton.jit
+def _read_length(length):
+    """The list's length as a number; the list can be read from now on."""
+    if NVIDIA:
+        length = _read_shared(length)
+    return length
 
 
 # Cuts
@@ -255,7 +308,8 @@ def _combine_before(n_a, count_a, least_a, most_a, n_b, count_b, least_b, most_b
 def _find_cuts(counts, whole, top_k, top_p):
     """Where the cuts of top-k and top-p go through, from the bins' counts and the whole mass:
 
-    k's bin, k less the tokens before it; first and last bin that p's cut may be in. BINS where there is no cut.
+    k's bin, k less the tokens before it; first and last bin that p's cut may be in. BINS where there is no cut. Then the last
+    bin of all these, and the tokens up to it.
     """
     b = tl.arange(0, BINS)
     least = counts.to(tl.float32) * tl.exp2(_bin_start(b + 1) * -1.4426950408889634)
@@ -282,7 +336,9 @@ def _find_cuts(counts, whole, top_k, top_p):
     both = tl.sum(surely_before.to(tl.int32) + maybe_before.to(tl.int32) * (2 * BINS), 0)
     p_first = tl.where(top_p < 1, tl.minimum(both % (2 * BINS), BINS - 1), BINS)
     p_last = tl.where(top_p < 1, tl.minimum(both // (2 * BINS), tl.minimum(k_bin, BINS - 1)), BINS)
-    return k_bin, k - k_count, p_first, p_last
+    last = tl.maximum(tl.where(k_bin < BINS, k_bin, -1), tl.where(top_p < 1, p_last, -1))
+    last = tl.where(last < 0, BINS, last)
+    return k_bin, k - k_count, p_first, p_last, last, tl.max(tl.where(b <= last, n, 0), 0)
 
 
 # Lists
@@ -405,7 +461,7 @@ def _noise(seed, sample, position, first_id, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
     logits_ptr, max_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, whole_ptr, arrived_ptr, part_ptr, list_ptr, value_ptr, id_ptr, T, V, P,
+    count_ptr, whole_ptr, arrived_ptr, part_ptr, lists_ptr, near_ptr, value_ptr, id_ptr, T, V, P,
     P_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
     PASSES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -420,9 +476,11 @@ def _choose_kernel(
     seed, sample = tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
     position = tl.load(lengths_ptr + sequence) - T + row % T + 1
     first_id, b = g * SPAN, tl.arange(0, BINS)
-    logits_ptr, list_ptr = logits_ptr + row.to(tl.int64) * V, list_ptr + row.to(tl.int64) * V
+    logits_ptr, lists_ptr = logits_ptr + row.to(tl.int64) * V, lists_ptr + row.to(tl.int64) * V
+    list_ptr = lists_ptr + first_id
     count_ptr, whole_ptr, arrived_ptr = count_ptr + row * BINS, whole_ptr + row, arrived_ptr + row
     part_ptr += row * programs * PART
+    near_ptr += (row * programs + g) * NEAR
     if TILES == 1:  # the only tile: its noise is drawn before the wait, and it stays in registers
         noise = hold(_noise(seed, sample, position, first_id, BLOCK))
     filled = _open_bins()
@@ -437,7 +495,7 @@ def _choose_kernel(
     if PASSES != 2:
         if cuts:
             share = tl.zeros([BLOCK], tl.float32)
-            for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=3):
+            for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=4):
                 if TILES > 1:
                     logits = _load_tile(logits_ptr, start + tl.arange(0, BLOCK), V)
                 u = _units(logits, largest)
@@ -451,24 +509,44 @@ def _choose_kernel(
         while arrived < programs:
             arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
     if PASSES != 1:
-        k_bin, k_left, p_first, p_last = BINS, NEVER, BINS, BINS
+        k_bin, k_left, p_first, p_last, last, tokens = BINS, NEVER, BINS, BINS, BINS, NEVER
         if cuts:
             whole = tl.load(whole_ptr).to(tl.float32) * (1 / MASS)
-            k_bin, k_left, p_first, p_last = _find_cuts(tl.load(count_ptr + b), whole, top_k, top_p)
+            k_bin, k_left, p_first, p_last, last, tokens = _find_cuts(tl.load(count_ptr + b), whole, top_k, top_p)
+        few, left = False, SPAN
+        if TILES > 1:
+            few = tokens <= NEAR  # that the cuts may leave: the rest of the work is on a list of them
+            left = tl.full([], SPAN, tl.int32)
+            if few:
+                near, end = _open_list(filled, 1), _bin_start(last + 1)
+                for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=4):
+                    ids = start + tl.arange(0, BLOCK)
+                    u = _units(_load_tile(logits_ptr, ids, V), largest)
+                    near = _append(near_ptr, near, ids, (u < LIMIT) & (_distance(u, temperature) < end))
+                left = _read_length(near)
+
         within = _min_p_units(min_p, temperature)
         best, best_listed = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
-        best_id, length = tl.zeros([BLOCK], tl.int32), tl.full([], 0, tl.int32)
+        best_id, length = tl.zeros([BLOCK], tl.int32), _open_list(filled, 0)
         k_mass, p_mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)  # before the cuts
-        for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=3):
-            ids = start + tl.arange(0, BLOCK)
+        for start in tl.range(0, left, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            ids = first_id + i
             if TILES > 1:
+                if few:
+                    ids = tl.load(near_ptr + i, mask=i < left, other=V)
+                    noise = gumbel_ids(seed, sample, position, ids)
+                else:
+                    noise = _noise(seed, sample, position, first_id + start, BLOCK)
                 logits = _load_tile(logits_ptr, ids, V)
-            certain, listed, maybe = ids < V, ids < 0, ids < 0
+            value, certain, maybe = logits, ids < V, ids < 0
             if draws:
+                value = logits / temperature + noise
                 u = _units(logits, largest)
                 if cuts:
                     bins = _bin(u, temperature)
                     listed = (u < LIMIT) & ((bins == k_bin) | ((bins >= p_first) & (bins <= p_last)))
+                    length = _append(list_ptr, length, ids, listed)
                     certain &= (u == 0) | ((bins < k_bin) & (bins < p_first))
                     maybe = listed & (bins <= p_last) & (u > 0)
                     if top_p < 1:
@@ -477,21 +555,10 @@ def _choose_kernel(
                         p_mass += tl.where(bins < p_first, mass, 0)
                 certain &= u <= within
                 maybe &= u <= within
-            numbers = tl.sum(listed.to(tl.int32) + (certain | maybe).to(tl.int32) * (2 * BLOCK), 0)  # of both
-            if numbers % (2 * BLOCK) > 0:
-                rank = tl.where(listed, tl.cumsum(listed.to(tl.int32), 0), 0)
-                tl.store(list_ptr + first_id + length + rank - 1, ids, mask=rank > 0)
-                length += numbers % (2 * BLOCK)
-            if numbers >= 2 * BLOCK:
-                value = logits
-                if draws:
-                    if TILES > 1:
-                        noise = _noise(seed, sample, position, start, BLOCK)
-                    value = logits / temperature + noise
-                value = tl.where(value == value, value, float("inf"))
-                better = certain & (value > best)
-                best, best_id = tl.where(better, value, best), tl.where(better, ids, best_id)
-                best_listed = tl.where(maybe, tl.maximum(value, best_listed), best_listed)
+            value = tl.where(value == value, value, float("inf"))
+            better = certain & ((value > best) | ((value == best) & (ids < best_id)))  # lists have no order
+            best, best_id = tl.where(better, value, best), tl.where(better, ids, best_id)
+            best_listed = tl.where(maybe, tl.maximum(value, best_listed), best_listed)
 
         mine = part_ptr + g * PART
         best_key, listed_key = _maxima(_key(best, best_id), _key(best_listed, best_id * 0))
@@ -501,14 +568,14 @@ def _choose_kernel(
             all_k_mass, all_p_mass = _sums(k_mass, p_mass)
             tl.store(mine + 2, all_k_mass)
             tl.store(mine + 3, all_p_mass)
-        tl.store(mine + 4, length.to(tl.int64))
+        tl.store(mine + 4, _read_length(length).to(tl.int64))
         passes: tl.constexpr = 2 if PASSES == 0 else 1
         if _arrive(arrived_ptr) == passes * programs - 1:
             tl.store(arrived_ptr, 0)  # for the next launch
             tl.store(whole_ptr, tl.full([], 0, tl.int64))
             tl.store(count_ptr + b, tl.zeros([BINS], tl.int32))
             value, chosen = _resolve(
-                logits_ptr, list_ptr, part_ptr, programs,
+                logits_ptr, lists_ptr, part_ptr, programs,
                 largest, temperature, seed, sample, position, top_p, within, k_bin, k_left, p_first, p_last,
                 PROGRAMS, COLUMNS, SPAN,
             )  # fmt: skip
@@ -522,7 +589,7 @@ def _choose_kernel(
 def launch_shape(rows: int, V: int, sms: int) -> tuple[int, int, int]:
     """(Ids a tile, tiles a program, programs a row): all programs together are at most `sms`, or one a row."""
     programs = max(1, sms // rows)
-    block = next((b for b in (1024, 2048) if triton.cdiv(V, b) <= programs), 4096)
+    block = next((b for b in (1024, 2048, 4096) if triton.cdiv(V, b) <= programs), 2048)
     tiles = triton.cdiv(triton.cdiv(V, block), programs)
     return block, tiles, triton.cdiv(V, tiles * block)
 
@@ -570,11 +637,11 @@ def _choose(
     whole = zeroed_workspace(logits.device, f"masses of choose, {capacity} rows", capacity, torch.int64)
     arrived = zeroed_workspace(logits.device, f"arrivals of choose, {capacity} rows", capacity)
     parts = logits.new_empty(M, programs, PART.value, dtype=torch.int64)
-    lists = logits.new_empty(M, V, dtype=torch.int32)
-    for passes in (1, 2) if INTERPRET else (0,):
+    lists, near = (logits.new_empty(size, dtype=torch.int32) for size in (M * V, M * programs * NEAR.value))
+    for passes in (1, 2) if INTERPRET and programs > 1 else (0,):
         _choose_kernel[(programs, M)](
             logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p,
-            counts, whole, arrived, parts, lists, value, index, M // lengths.numel(), V, P,
+            counts, whole, arrived, parts, lists, near, value, index, M // lengths.numel(), V, P,
             P_BLOCK=triton.next_power_of_2(P), BLOCK=block, TILES=tiles, PROGRAMS=triton.next_power_of_2(programs),
             COLUMNS=max(1, TILE // triton.next_power_of_2(programs)), PASSES=passes,
             num_warps=min(16, block // 128), **launch_options(logits),
