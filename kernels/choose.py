@@ -104,15 +104,9 @@ def _units(logits, largest):
 
 
 @triton.jit
-def _share(u, temperature):
-    """exp(-distance / temperature)."""
-    exponent = -1.4426950408889634 / UNIT / temperature  # log2(e)
-    return tl.where(u < LIMIT, tl.exp2(u.to(tl.float32) * exponent), 0.0)
-
-
-@triton.jit
 def _mass(u, temperature):
-    return (_share(u, temperature) * MASS).to(tl.int64)
+    exponent = -1.4426950408889634 / UNIT / temperature  # log2(e)
+    return tl.where(u < LIMIT, (tl.exp2(u.to(tl.float32) * exponent) * MASS).to(tl.int64), 0)
 
 
 @triton.jit
@@ -311,7 +305,7 @@ def _find_cuts(counts, whole, top_k, top_p):
     k's bin, k less the tokens before it; first and last bin that p's cut may be in. BINS where there is no cut. Then the last
     bin of all these, and the tokens up to it.
     """
-    b = tl.arange(0, BINS)
+    b, whole = tl.arange(0, BINS), whole.to(tl.float32) * (1 / MASS)
     least = counts.to(tl.float32) * tl.exp2(_bin_start(b + 1) * -1.4426950408889634)
     most = counts.to(tl.float32) * tl.exp2(_bin_start(b) * -1.4426950408889634)
     all_least, all_most = _sums(least, most)
@@ -413,7 +407,7 @@ def _best_listed(lists, seed, sample, position, most, COLUMNS: tl.constexpr, SPA
 @triton.jit
 def _resolve(
     logits_ptr, list_ptr, part_ptr, programs,
-    largest, temperature, seed, sample, position, top_p, within, k_bin, k_left, p_first, p_last,
+    largest, temperature, seed, sample, position, top_p, within, whole, k_bin, k_left, p_first, p_last,
     PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The row's candidate: the best certain one, unless a listed token beats it and lies within the cuts."""
@@ -424,14 +418,13 @@ def _resolve(
         numbers = tl.load(part_ptr + 4, mask=there, other=0).to(tl.int32)
         lists = (logits_ptr, list_ptr, numbers, largest, temperature)
         _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, SPAN)
-        most, mass = tl.minimum(within, LIMIT).to(tl.int32), tl.full([], 0, tl.int64)
+        most, mass = tl.minimum(within, LIMIT).to(tl.int32), whole  # mass: what top-k keeps
         if k_bin < BINS:
-            k_u, mass = _cut_lists(lists, first_u, k_bin, k_bin, k_left, mass, COLUMNS, SPAN)
-            most = tl.minimum(most, k_u)
+            k_u, upto = _cut_lists(lists, first_u, k_bin, k_bin, k_left, 0, COLUMNS, SPAN)
+            most, mass = tl.minimum(most, k_u), upto + tl.sum(tl.load(part_ptr + 2, mask=there, other=0), 0)
         if p_first < BINS:
-            mass += tl.sum(tl.load(part_ptr + 2, mask=there, other=0), 0)
             needed = _needed(mass, top_p) - tl.sum(tl.load(part_ptr + 3, mask=there, other=0), 0)
-            p_u, mass = _cut_lists(lists, first_u, p_first, p_last, 0, needed, COLUMNS, SPAN)
+            p_u, _upto = _cut_lists(lists, first_u, p_first, p_last, 0, needed, COLUMNS, SPAN)
             most = tl.minimum(most, p_u)
         best = tl.maximum(best, _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN))
     return _value_and_id(best)
@@ -494,24 +487,25 @@ def _choose_kernel(
     cuts = draws & ((top_k > 0) | (top_p < 1))
     if PASSES != 2:
         if cuts:
-            share = tl.zeros([BLOCK], tl.float32)
+            mass = tl.zeros([BLOCK], tl.int64)
             for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=4):
                 if TILES > 1:
                     logits = _load_tile(logits_ptr, start + tl.arange(0, BLOCK), V)
                 u = _units(logits, largest)
                 filled = _add_to_bins(filled, _bin(u, temperature), u < LIMIT)
-                share += _share(u, temperature)
+                mass += _mass(u, temperature)
             counts = _read_bins(filled)
             tl.atomic_add(count_ptr + b, counts, mask=counts > 0, sem="relaxed")
-            tl.atomic_add(whole_ptr, (tl.sum(share, 0) * MASS).to(tl.int64), sem="relaxed")
+            tl.atomic_add(whole_ptr, tl.sum(mass, 0), sem="relaxed")
     if PASSES == 0:
         arrived = _arrive(arrived_ptr) + 1
         while arrived < programs:
             arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
     if PASSES != 1:
         k_bin, k_left, p_first, p_last, last, tokens = BINS, NEVER, BINS, BINS, BINS, NEVER
+        whole = tl.full([], 0, tl.int64)
         if cuts:
-            whole = tl.load(whole_ptr).to(tl.float32) * (1 / MASS)
+            whole = tl.load(whole_ptr)
             k_bin, k_left, p_first, p_last, last, tokens = _find_cuts(tl.load(count_ptr + b), whole, top_k, top_p)
         few, left = False, SPAN
         if TILES > 1:
@@ -535,12 +529,14 @@ def _choose_kernel(
             if TILES > 1:
                 if few:
                     ids = tl.load(near_ptr + i, mask=i < left, other=V)
-                    noise = gumbel_ids(seed, sample, position, ids)
-                else:
-                    noise = _noise(seed, sample, position, first_id + start, BLOCK)
                 logits = _load_tile(logits_ptr, ids, V)
             value, certain, maybe = logits, ids < V, ids < 0
             if draws:
+                if TILES > 1:  # behind the load, whose time this takes
+                    if few:
+                        noise = gumbel_ids(seed, sample, position, ids)
+                    else:
+                        noise = _noise(seed, sample, position, first_id + start, BLOCK)
                 value = logits / temperature + noise
                 u = _units(logits, largest)
                 if cuts:
@@ -576,7 +572,7 @@ def _choose_kernel(
             tl.store(count_ptr + b, tl.zeros([BINS], tl.int32))
             value, chosen = _resolve(
                 logits_ptr, lists_ptr, part_ptr, programs,
-                largest, temperature, seed, sample, position, top_p, within, k_bin, k_left, p_first, p_last,
+                largest, temperature, seed, sample, position, top_p, within, whole, k_bin, k_left, p_first, p_last,
                 PROGRAMS, COLUMNS, SPAN,
             )  # fmt: skip
             tl.store(value_ptr + row, value)

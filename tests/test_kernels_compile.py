@@ -242,7 +242,7 @@ def test_choose_and_advance(launches):
 
 @pytest.mark.parametrize("M", [1, 3, 16, 64])
 def test_bins_in_shared_memory(launches, M):
-    """They are declared once, and each thread adds its own tokens, with one instruction each."""
+    """They are declared once; each thread adds its own tokens, and puts them on lists, with one atomic each."""
     integers = {n: empty(M, dtype=torch.int32) for n in ("sample", "lengths", "top_k")}
     floats = {n: empty(M, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
     logits, maxima = (empty(M, n, dtype=torch.float32) for n in (128256, 4096))
@@ -251,7 +251,9 @@ def test_bins_in_shared_memory(launches, M):
     (compiled,) = check(launches, 1)
     ptx = compiled.asm["ptx"]
     assert ptx.count(".b8 bins[4104]") == 1
-    assert ptx.count("red.shared.add.u32") == options["BLOCK"] // (32 * options["num_warps"])
+    tokens = options["BLOCK"] // (32 * options["num_warps"])
+    assert ptx.count("red.shared.add.u32") == tokens
+    assert ptx.count("atom.shared.add.u32") == tokens * (2 if options["TILES"] > 1 else 1)
 
 
 def test_accept_and_lookup(launches):

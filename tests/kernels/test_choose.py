@@ -165,7 +165,7 @@ def test_opcheck():
 
 def test_lists_longer_than_a_tile(monkeypatch):
     """Listed tokens that do not fit the registers are read again: the choice is the same."""
-    monkeypatch.setattr(module, "TILE", 128)
+    monkeypatch.setattr(module, "TILE", 512)
     logits = logits_of("flat") * 0.0001  # all tokens are in a few bins
     for seed in range(2):
         check(logits, parameters(2, top_k=900, top_p=0.8, seed=seed))
@@ -183,6 +183,16 @@ def test_programs_of_several_tiles(monkeypatch, sms):
     check(torch.zeros_like(logits), parameters(2, top_p=0.9))
     check(logits, parameters(2, temperature=0.0, top_k=5))
     check(logits * 1e-3, parameters(2, temperature=100.0, top_k=5000, top_p=0.95))
+
+
+def test_mass_beyond_the_cut_counts(monkeypatch):
+    """A token, 300 that share a bin, and 8,700 far below that have a third of the mass: half of it ends within the bin."""
+    monkeypatch.setattr(module, "num_sms", lambda index: 8)
+    torch.manual_seed(0)
+    distance = torch.cat([torch.zeros(1), 2.01 + 1e-3 * torch.rand(300), torch.full((8699,), 6.0)])
+    logits = 10 - distance[torch.randperm(9000)].repeat(8, 1).to(DEVICE)
+    for cut in [{"top_p": 0.5}, {"top_p": 0.5, "top_k": 250}]:
+        check(logits, parameters(8, **cut))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 64, 100, 132, 256])
