@@ -14,11 +14,12 @@ transformers' order, after the temperature:
 What is 64 or more below the largest is kept by a row that nothing cuts, and has no mass.
 
 Each program has a part of its row's tokens, and goes through it twice:
-1. It counts them in bins of distance / temperature, 64 to an octave, and adds these counts to the row's.
+1. It counts them in bins of distance / temperature, 64 to an octave, and adds these counts, and their mass, to the row's.
    Barrier: the row's programs wait for each other.
 2. It finds the bins that the cuts go through: k's from the counts; as the tokens of a bin differ in mass, p's is in one of a
    few bins. What is better is kept for certain. Its best certain token (logit / temperature + Gumbel noise, as in head.py), the
-   value of its best token in those bins, and a list of all that are in them are left in memory.
+   value of its best token in those bins, and a list of all that are in them are left in memory. Where it has many tokens, and
+   the cuts leave few, it first lists those few, and draws for them alone.
 The row's last program to get there is done if a certain token is the best. If not, it finds the exact cut within the lists.
 A cut seldom goes through a bin that matters, so that this is short nearly always, and exact always.
 
@@ -36,7 +37,6 @@ import triton.language as tl
 from kernels._common import (
     INTERPRET,
     INTERPRETED,
-    NVIDIA,
     hold,
     launch_options,
     num_sms,
@@ -46,20 +46,18 @@ from kernels._common import (
     zeroed_workspace,
 )
 from kernels._random import gumbel_ids, gumbel_ref, gumbel_tile, token_positions
+from kernels._shared import BINS, add_to_bins, append, open_bins, open_list, read_bins, read_length
 
 UNIT = tl.constexpr(1 << 20)  # units in a distance of 1.0
 LIMIT = tl.constexpr((64 << 20) - 1)  # units; farther is as far
 MASS = tl.constexpr(1 << 40)  # of the largest token; V < 2^22 of these fit int64
-BINS = tl.constexpr(1024)  # of distance / temperature: 16 octaves up to 2^5, the last bin holds what is farther
 BIN_SHIFT = tl.constexpr(17)  # a float32's bits from here on tell its octave and which 64th of it
-BIN_BASE = tl.constexpr((127 - 11) << 6)  # those bits of 2^-11, where the first bin ends
+BIN_BASE = tl.constexpr((127 - 11) << 6)  # those bits of 2^-11, where the first bin ends; the last one begins just below 2^5
 SLACK = tl.constexpr(1e-4)  # of the whole mass: more than float32 loses on the way to a bin's bounds
 NEVER = tl.constexpr(0x7FFFFFFF)
-NEAR = tl.constexpr(8192)  # tokens of a row that a program may list before it draws for them
 LOWEST = tl.constexpr(-(1 << 63))
-PART = tl.constexpr(
-    5
-)  # what a program leaves: keys of its best certain and listed token, mass before k's and p's cut, list's length
+NEAR = tl.constexpr(8192)  # tokens of a row that a program may list before it draws for them
+PART = tl.constexpr(5)  # numbers that a program leaves: see the end of the second pass
 TILE = 2048  # listed tokens that are held in registers
 
 
@@ -201,88 +199,6 @@ def _bin_start(b):
     """The `_distance` from which on bin b has its tokens."""
     start = ((b + BIN_BASE) << BIN_SHIFT).to(tl.float32, bitcast=True)
     return tl.where(b > 0, tl.where(b < BINS, start, float("inf")), 0.0)
-
-
-@triton.jit
-def _open_bins():
-    """Empty bins of this program. On NVIDIA cards they are in shared memory, where an atomic is a few cycles, and this is their
-    address; behind them are the lengths of two lists."""
-    if NVIDIA:
-        asm: tl.constexpr = "{ .shared .align 16 .b8 bins[4104]; mov.u32 $0, bins; }"
-        bins = tl.inline_asm_elementwise(asm, "=r,r", [tl.full([], 0, tl.int32)], tl.int32, is_pure=False, pack=1)
-        zero: tl.constexpr = "st.shared.u32 [$1], 0; mov.u32 $0, 0;"
-        tl.inline_asm_elementwise(zero, "=r,r", [bins + 4 * tl.arange(0, BINS)], tl.int32, is_pure=False, pack=1)
-        for i in tl.static_range(2):
-            tl.inline_asm_elementwise(zero, "=r,r", [bins + 4 * BINS + 4 * i], tl.int32, is_pure=False, pack=1)
-        tl.debug_barrier()
-    else:
-        bins = tl.zeros([BINS], tl.int32)
-    return bins
-
-
-@triton.jit
-def _add_to_bins(bins, b, mask):
-    """The bins with one more token in each bin of `b` where `mask`."""
-    if NVIDIA:
-        asm: tl.constexpr = "{ .reg .pred p; setp.ne.u32 p, $2, 0; @p red.shared.add.u32 [$1], 1; mov.u32 $0, 0; }"
-        tl.inline_asm_elementwise(asm, "=r,r,r", [bins + 4 * b, mask.to(tl.int32)], tl.int32, is_pure=False, pack=1)
-    else:
-        bins += tl.histogram(b, BINS, mask=mask)
-    return bins
-
-
-@triton.jit
-def _read_shared(address):
-    """What every thread has left there, on NVIDIA cards."""
-    tl.debug_barrier()
-    return tl.inline_asm_elementwise("ld.shared.u32 $0, [$1];", "=r,r", [address], tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def _read_bins(bins):
-    """The counts [BINS]."""
-    if NVIDIA:
-        bins = _read_shared(bins + 4 * tl.arange(0, BINS))
-    return bins
-
-
-@triton.jit
-def _open_list(bins, i: tl.constexpr):
-    """The length of empty list i; on NVIDIA cards its address."""
-    if NVIDIA:
-        length = bins + 4 * BINS + 4 * i
-    else:
-        length = tl.full([], 0, tl.int32)
-    return length
-
-
-@triton.jit
-def _append(list_ptr, length, ids, mask):
-    """Puts the ids where `mask` behind a list, in any order."""
-    if NVIDIA:  # a scan and a store would each move all of it between threads
-        asm: tl.constexpr = """{
-        .reg .pred p; .reg .u32 place; .reg .u64 address;
-        setp.ne.u32 p, $4, 0;
-        @p atom.shared.add.u32 place, [$1], 1;
-        @p mad.wide.u32 address, place, 4, $2;
-        @p st.global.u32 [address], $3;
-        mov.u32 $0, 0;
-        }"""
-        arguments = [length, list_ptr.to(tl.int64), ids, mask.to(tl.int32)]
-        tl.inline_asm_elementwise(asm, "=r,r,l,r,r", arguments, tl.int32, is_pure=False, pack=1)
-    else:
-        rank = tl.cumsum(mask.to(tl.int32), 0)
-        tl.store(list_ptr + length + rank - 1, ids, mask=mask)
-        length += tl.sum(mask.to(tl.int32), 0)
-    return length
-
-
-@triton.jit
-def _read_length(length):
-    """The list's length as a number; the list can be read from now on."""
-    if NVIDIA:
-        length = _read_shared(length)
-    return length
 
 
 # Cuts
@@ -476,7 +392,7 @@ def _choose_kernel(
     near_ptr += (row * programs + g) * NEAR
     if TILES == 1:  # the only tile: its noise is drawn before the wait, and it stays in registers
         noise = hold(_noise(seed, sample, position, first_id, BLOCK))
-    filled = _open_bins()
+    filled = open_bins()
     pdl_wait(PDL)
 
     if TILES == 1:
@@ -492,9 +408,9 @@ def _choose_kernel(
                 if TILES > 1:
                     logits = _load_tile(logits_ptr, start + tl.arange(0, BLOCK), V)
                 u = _units(logits, largest)
-                filled = _add_to_bins(filled, _bin(u, temperature), u < LIMIT)
+                filled = add_to_bins(filled, _bin(u, temperature), u < LIMIT)
                 mass += _mass(u, temperature)
-            counts = _read_bins(filled)
+            counts = read_bins(filled)
             tl.atomic_add(count_ptr + b, counts, mask=counts > 0, sem="relaxed")
             tl.atomic_add(whole_ptr, tl.sum(mass, 0), sem="relaxed")
     if PASSES == 0:
@@ -512,16 +428,16 @@ def _choose_kernel(
             few = tokens <= NEAR  # that the cuts may leave: the rest of the work is on a list of them
             left = tl.full([], SPAN, tl.int32)
             if few:
-                near, end = _open_list(filled, 1), _bin_start(last + 1)
+                near, end = open_list(filled, 1), _bin_start(last + 1)
                 for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=4):
                     ids = start + tl.arange(0, BLOCK)
                     u = _units(_load_tile(logits_ptr, ids, V), largest)
-                    near = _append(near_ptr, near, ids, (u < LIMIT) & (_distance(u, temperature) < end))
-                left = _read_length(near)
+                    near = append(near_ptr, near, ids, (u < LIMIT) & (_distance(u, temperature) < end))
+                left = read_length(near)
 
         within = _min_p_units(min_p, temperature)
         best, best_listed = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
-        best_id, length = tl.zeros([BLOCK], tl.int32), _open_list(filled, 0)
+        best_id, length = tl.zeros([BLOCK], tl.int32), open_list(filled, 0)
         k_mass, p_mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)  # before the cuts
         for start in tl.range(0, left, BLOCK):
             i = start + tl.arange(0, BLOCK)
@@ -542,7 +458,7 @@ def _choose_kernel(
                 if cuts:
                     bins = _bin(u, temperature)
                     listed = (u < LIMIT) & ((bins == k_bin) | ((bins >= p_first) & (bins <= p_last)))
-                    length = _append(list_ptr, length, ids, listed)
+                    length = append(list_ptr, length, ids, listed)
                     certain &= (u == 0) | ((bins < k_bin) & (bins < p_first))
                     maybe = listed & (bins <= p_last) & (u > 0)
                     if top_p < 1:
@@ -564,7 +480,7 @@ def _choose_kernel(
             all_k_mass, all_p_mass = _sums(k_mass, p_mass)
             tl.store(mine + 2, all_k_mass)
             tl.store(mine + 3, all_p_mass)
-        tl.store(mine + 4, _read_length(length).to(tl.int64))
+        tl.store(mine + 4, read_length(length).to(tl.int64))
         passes: tl.constexpr = 2 if PASSES == 0 else 1
         if _arrive(arrived_ptr) == passes * programs - 1:
             tl.store(arrived_ptr, 0)  # for the next launch
