@@ -292,7 +292,7 @@ def _flash_decode_kernel(
     M: tl.constexpr,
     GROUPS: tl.constexpr,  # of cache rows within a tile, each with its own softmax: one a warp, or one in all
     ROWS: tl.constexpr,  # query rows of a tile that a partial result keeps, a power of two
-    CHUNK: tl.constexpr,  # cache rows loaded before the wait, the first of a part
+    CHUNK: tl.constexpr,  # cache rows loaded before the wait, the first of a part; may be 0
     N: tl.constexpr,  # cache rows of a step of the loop after it
     SPLIT_ROWS: tl.constexpr,  # of every part, where that is fixed, else 0
     MERGED: tl.constexpr,
@@ -445,7 +445,7 @@ class Launch:
     query_rows: int  # M: query rows of a tile, at least 16 for the tensor cores
     query_tiles: int
     kept_rows: int  # query rows of a tile that a partial result keeps
-    chunk_rows: int  # rows loaded before the dependency wait, the first of a part
+    chunk_rows: int  # rows loaded before the dependency wait, the first of a part; may be 0
     block_rows: int  # N: rows of a step of the loop after it
     row_groups: int  # of rows within a tile, each with its own softmax
     min_rows: int  # a smaller part is not worth a merge; a power of two, at least chunk_rows
@@ -479,14 +479,18 @@ def choose_launch(
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
     pairs = batch * num_kv_heads
+    # More pairs than programs that hold a chunk: only the first round would gain by one. Without, a program takes 72 registers
+    # a thread at head size 64 and 92 at 128, and six or five fit a multiprocessor, with 32 KiB on their way each.
+    many = split_size is None and pairs > 2 * sms
     # Work for every multiprocessor with few splits or none: programs on each count more than a short way to the first byte.
     # The chunk waits in registers: at head size 128 one program fits a multiprocessor by 128 rows, two fit by 64.
-    crowded = split_size is None and pairs >= (2 * sms if columns == 64 else sms // 2)
+    crowded = columns == 128 and pairs >= sms // 2
     # A short cache is best read whole before the wait (inside the 1B's step: 655 us, by 64 rows 668); in a long one the loop
     # does the work, and small chunks leave it registers (1 x 4096, head size 128: 10.3 us, by 128 rows 12.5).
     small = crowded or split_size is not None or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128
-    chunk_rows = 64 if small else 128
-    max_registers = 128 if crowded and columns == 64 else None  # four programs: one round of 64 sequences with 8 KV heads
+    chunk_rows = 0 if many else 64 if small else 128
+    # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
+    warps = 8 if columns == 128 and chunk_rows == 128 and query_rows == 16 else 4
     # Smaller parts pay for their merge: 1 x 1024 at head size 64 takes 5.6 us by 128 rows, 6.4 by 256; at 128, 6.7 and 10.0.
     min_rows = 128
     # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
@@ -505,19 +509,17 @@ def choose_launch(
         query_tiles=-(-rows // query_rows),
         kept_rows=kept_rows,
         chunk_rows=chunk_rows,
-        block_rows=64,
+        block_rows=32 if many and columns == 128 else 64,
         # A softmax for each warp's rows needs no exchange between warps, but each then holds the values of all query rows:
         # too many registers at head size 128 (1 x 1024: 10.0 us against 6.7).
-        row_groups=warps if query_rows == 16 and columns == 64 else 1,
+        row_groups=warps if query_rows == 16 and columns == 64 and not many else 1,
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
-        # All parts at a time, up to 64 KiB. Room for more than there are costs registers: of 128 at most, a thread spills 280
-        # bytes with 64 parts and 8 with 2.
+        # All parts at a time, up to 64 KiB. Room for more than there are costs registers.
         merged=max(1, min(triton.next_power_of_2(-(-items // pairs)), 64, 16384 // (kept_rows * columns))),
         warps=warps,
         stages=3 if page_size is None else 4,  # the page's number takes a stage of its own
-        max_registers=max_registers,
     )
 
 

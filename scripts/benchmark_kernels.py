@@ -322,34 +322,34 @@ SWEEP_POINTS = [
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
 # Values of those, then the most programs a multiprocessor that rows are split over. What a program holds (its chunk in
 # registers, 4 * (stages - 1) * block_rows * head size bytes in shared memory) decides how many run on a multiprocessor.
-SHORT = [  # one sequence of up to 4096 rows: the way to the first byte and the merge
+SHORT = [  # one sequence of less than 4096 rows: the way to the first byte and the merge
     *((64, 64, groups, 4, 2, None, 2) for groups in (1, 4)),
     *((128, 64, 1, warps, 2, None, 2) for warps in (4, 8)),
     (128, 64, 4, 4, 3, None, 2),
     (128, 128, 8, 8, 2, None, 2),
-    (64, 32, 1, 2, 2, None, 2),
-    (64, 32, 2, 2, 2, None, 2),
-    (64, 64, 1, 4, 3, 128, 4),
-    (32, 32, 1, 4, 3, 128, 4),
+    *((64, 32, groups, 2, 2, None, 2) for groups in (1, 2)),
+    (0, 64, 1, 4, 3, None, 2),
+    (32, 32, 1, 2, 3, None, 4),
 ]
 LONG = [  # one sequence: even shares, bytes in flight
     *((64, 64, 1, 4, stages, None, 2) for stages in (2, 3, 4)),
     *((64, 64, 4, 4, 3, registers, 2) for registers in (None, 168)),
-    *((64, 128, 1, 8, stages, 128, per_sm) for stages, per_sm in ((2, 2), (3, 1))),
-    (64, 64, 1, 4, 3, 168, 3),
-    *((32, 32, 1, 4, stages, 128, 4) for stages in (3, 4)),
-    (32, 64, 1, 4, 3, 168, 3),
-    (32, 64, 1, 4, 4, None, 2),
-    (64, 64, 1, 8, 3, None, 2),
+    *((0, 64, 1, 4, stages, None, per_sm) for stages, per_sm in ((3, 3), (4, 2), (5, 1))),
+    *((0, 64, 4, 4, 3, None, per_sm) for per_sm in (2, 3)),
+    *((0, 32, 1, 4, stages, None, per_sm) for stages, per_sm in ((4, 4), (5, 3))),
+    *((32, block, 1, 4, stages, None, 3) for block, stages in ((64, 3), (32, 4))),
+    *((64, 128, 1, 8, stages, None, 1) for stages in (3, 4)),
 ]
 MANY = [  # batches: programs on a multiprocessor
     *((64, 64, 1, 4, stages, None, 2) for stages in (2, 3)),
-    *((64, 64, groups, 4, 3, 128, 4) for groups in (1, 4)),
-    *((32, 32, 1, 4, stages, 128, 4) for stages in (3, 4)),
-    *((32, 32, 1, 2, stages, None, 4) for stages in (3, 4)),
-    *((16, 32, 1, warps, 3, 128, 4) for warps in (2, 4)),
-    (32, 64, 1, 4, 2, 128, 4),
-    (32, 64, 1, 4, 3, 168, 3),
+    (64, 64, 4, 4, 3, 128, 4),
+    (32, 32, 1, 4, 3, 128, 4),
+    *((0, 64, 1, 4, stages, None, per_sm) for stages, per_sm in ((2, 4), (3, 3), (3, 2), (4, 2))),
+    *((0, 32, 1, 4, stages, None, per_sm) for stages, per_sm in ((3, 4), (4, 4), (4, 2), (5, 3))),
+    *((0, 32, 1, 2, stages, None, 4) for stages in (3, 4)),
+    *((0, block, 1, 1, stages, None, 4) for block, stages in ((32, 3), (16, 4))),
+    (0, 64, 1, 2, 3, None, 4),
+    (0, 64, 4, 4, 3, None, 3),
 ]
 
 
