@@ -129,6 +129,7 @@ CASES = {
     "window in one page": Case([900, 50, 0], window=130),
     "window over pages": Case([900, 300], window=100, tokens=4, pages=8, page_size=128),
     "window of one": Case([257], window=1),
+    "many, one long": Case([i % 40 for i in range(100)] + [300] + [3] * 36, page_size=320),
     "fp8": Case([513, 7], cache_dtype=torch.float8_e4m3fn),
     "fp8, d128, paged": Case([300], cache_dtype=torch.float8_e4m3fn, head_dim=128, pages=8, page_size=64, dtype=torch.float16),
 }
