@@ -24,7 +24,7 @@ from torch import nn
 
 import kernels
 from kv_cache import KVCache
-from model import DecodeStep, Transformer, fused
+from model import DecodeStep, Norm, Transformer, fused
 from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingParams, SamplingState, choose, penalize, sampling_fields
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
@@ -189,14 +189,17 @@ class Session(nn.Module):
 # ---------------------------------------------------------------- stages
 
 
-def candidates(model: Transformer, session: Session, hidden, rows: slice, kind: str) -> tuple[torch.Tensor, ...]:
+def candidates(
+    model: Transformer, session: Session, hidden, rows: slice, kind: str, norm: Norm | None = None
+) -> tuple[torch.Tensor, ...]:
     """Hidden states [B * T, H] of the last T tokens of the sequences in `rows` -> logits [B * T, V], and the candidates (value,
-    id), [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` as for choose_token."""
+    id), [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` and `norm` as for
+    choose_token."""
     lengths = session.cache.lengths[rows]
     settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
     if fused(hidden, model.head):
-        norm, eps = model.norm.weight, model.config.norm_eps
+        norm, eps = model.norm.weight if norm is None else norm, model.config.norm_eps
         draw = settings if kind == "draw" else {}
         logits, best, token = kernels.head(
             hidden, model.head, norm=norm, eps=eps, vocab_size=model.vocab_limit, lengths=lengths, **draw
@@ -220,13 +223,16 @@ def candidates(model: Transformer, session: Session, hidden, rows: slice, kind: 
     return logits, best, token
 
 
-def choose_token(model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False) -> torch.Tensor:
+def choose_token(
+    model: Transformer, session: Session, hidden, rows: slice, kind: str, logprobs: bool = False, norm: Norm | None = None
+) -> torch.Tensor:
     """Hidden states of the sequences in `rows` -> their next tokens, and everything that follows from them, in the session.
 
     The token goes to the ring, its embedding to `x`; lengths grow by one, or the sequence is done. `kind`: SamplingParams.kind,
-    the most general among the sequences; `logprobs`: note them beside the ring. Returns the logits [B, V].
+    the most general among the sequences; `logprobs`: note them beside the ring; `norm`: the final norm where `Transformer.run`
+    gave it along with these hidden states. Returns the logits [B, V].
     """
-    logits, best, token = candidates(model, session, hidden, rows, kind)
+    logits, best, token = candidates(model, session, hidden, rows, kind, norm)
     lengths = session.cache.lengths[rows]
     slots = session.cursor[rows, None] % RING if logprobs else None  # where `advance` puts the token
     kernels.advance(
@@ -263,8 +269,8 @@ def decode_one_token(
 ) -> torch.Tensor:
     """One step of the sequences in the session's leading `rows` (None: in all), in its buffers; returns the logits [rows, V]
     that the tokens were chosen from."""
-    hidden = model(session.x[:rows], DecodeStep(session.cache, rows=rows))
-    return choose_token(model, session, hidden, slice(rows), kind, logprobs)
+    hidden, norm = model.run(session.x[:rows], DecodeStep(session.cache, rows=rows))
+    return choose_token(model, session, hidden, slice(rows), kind, logprobs, norm)
 
 
 def check_mode(mode: str, device: torch.device) -> str:

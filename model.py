@@ -8,6 +8,7 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -345,6 +346,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 # PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 
+Norm = torch.Tensor | kernels.FoldedNorm  # an RMSNorm still to be done: its gain [H]; or what its kernel left of it
+
 
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
     """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
@@ -368,8 +371,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def linear(x, weight, norm=None, eps=0.0, activation="none", residual=None) -> torch.Tensor:
-    """x [N, K] -> [N, out]: RMSNorm (if `norm`), product, bias, SiLU x up (if activation is "silu_mul"), plus residual.
+def linear(x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None) -> torch.Tensor:
+    """x [N, K] -> [N, out]: RMSNorm (if `norm`; a FoldedNorm only where `fused`), product, bias, SiLU x up (if activation is
+    "silu_mul"), plus residual.
 
     `residual`, of many rows, is overwritten with the result.
     """
@@ -514,8 +518,8 @@ class Attention(nn.Module):
         self.q_norm = Scale(config.head_dim, **where) if config.qk_norm else None
         self.k_norm = Scale(config.head_dim, **where) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, norm: torch.Tensor, rope, step: Step) -> torch.Tensor:
-        """x [N, H] -> x + attention(norm(x)) [N, H]."""
+    def forward(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: "Reader") -> tuple[torch.Tensor, Norm]:
+        """x [N, H] -> x + attention(norm(x)) [N, H], and its reader's norm."""
         c = self.config
         if fused(x, self.wqkv) and isinstance(step, DecodeStep):
             k_cache, v_cache = step.cache.layer(self.layer)
@@ -539,7 +543,7 @@ class Attention(nn.Module):
             q, k, v = self._project(x, norm, rope, step.place()[0])
             step.append(self.layer, k, v)
         attended = step.attend(self.layer, q, k, v, self.window, self.scale)
-        return add_projection(x, attended.flatten(1), self.wo)
+        return add_projection(x, attended.flatten(1), self.wo, reader)
 
     def _project(self, x, norm, rope, positions):
         """q [N, Hq, D], k and v [N, Hkv, D] in plain PyTorch, normed and rotated."""
@@ -563,17 +567,28 @@ class FeedForward(nn.Module):
         self.w13 = Weight(2 * config.intermediate_size, config.hidden_size, packed=config.layer_format, **where)
         self.w2 = Weight(config.hidden_size, config.intermediate_size, packed=config.layer_format, **where)
 
-    def forward(self, x: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-        """x [N, H] -> x + feed_forward(norm(x)) [N, H]."""
+    def forward(self, x: torch.Tensor, norm: Norm, reader: "Reader") -> tuple[torch.Tensor, Norm]:
+        """x [N, H] -> x + feed_forward(norm(x)) [N, H], and its reader's norm."""
         hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul")
-        return add_projection(x, hidden, self.w2)
+        return add_projection(x, hidden, self.w2, reader)
 
 
-def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight) -> torch.Tensor:
-    """residual + all_reduce(x @ weight.T); on one device the sum is the kernel's own epilogue."""
-    if WORLD_SIZE == 1:
-        return linear(x, weight, residual=residual)
-    return residual + all_reduce(linear(x, weight))
+class Reader(NamedTuple):
+    """The linear that reads the hidden states next, through an RMSNorm of this gain [H]."""
+
+    gain: torch.Tensor
+    weight: Weight
+
+
+def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight, reader: Reader) -> tuple[torch.Tensor, Norm]:
+    """residual + all_reduce(x @ weight.T), and its reader's norm. On one device the sum is the kernel's own epilogue, and so is
+    the norm, where the reader's kernel would have to repeat it in every program."""
+    if WORLD_SIZE > 1:
+        return residual + all_reduce(linear(x, weight)), reader.gain
+    folds = kernels.folds_norm(x.shape[0], weight.packed, reader.weight.packed)
+    if folds and fused(x, weight) and fused(residual, reader.weight):
+        return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain)
+    return linear(x, weight, residual=residual), reader.gain
 
 
 class Scale(nn.Module):
@@ -592,9 +607,14 @@ class Layer(nn.Module):
         self.ffn_norm = Scale(config.hidden_size, **where)
         self.feed_forward = FeedForward(config, **where)
 
-    def forward(self, x: torch.Tensor, rope, step: Step) -> torch.Tensor:
-        x = self.attention(x, self.attention_norm.weight, rope, step)
-        return self.feed_forward(x, self.ffn_norm.weight)
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.attention_norm.weight, self.attention.wqkv)
+
+    def forward(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
+        """x [N, H] and this layer's first norm -> x [N, H], and its reader's norm."""
+        x, norm = self.attention(x, norm, rope, step, Reader(self.ffn_norm.weight, self.feed_forward.w13))
+        return self.feed_forward(x, norm, reader)
 
 
 class Transformer(nn.Module):
@@ -638,10 +658,16 @@ class Transformer(nn.Module):
 
     def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
         """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm."""
+        return self.run(x, step)[0]
+
+    def run(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, Norm]:
+        """What `forward` gives, and the final norm, as `linear` takes it."""
         x = x.clone() if many(x) else x  # products will be added to it in place
-        for layer in self.layers:
-            x = layer(x, (self.cos, self.sin), step)
-        return x
+        readers = [*(layer.reader for layer in self.layers), Reader(self.norm.weight, self.head)]
+        norm = readers[0].gain
+        for layer, reader in zip(self.layers, readers[1:], strict=True):
+            x, norm = layer(x, norm, (self.cos, self.sin), step, reader)
+        return x, norm
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states [N, H] -> logits [N, V] float32, -inf for padding rows of the vocabulary."""

@@ -222,8 +222,8 @@ class Speculator:
         lengths = session.cache.lengths
         tokens = torch.cat([session.token[:, None], drafts], dim=1)
         lengths.add_(lengths.clamp(max=1), alpha=k)
-        hidden = self.model(self.model.embed(tokens.flatten()), DecodeStep(session.cache, k + 1))
-        logits, best, choice = candidates(self.model, session, hidden, slice(None), kind)
+        hidden, norm = self.model.run(self.model.embed(tokens.flatten()), DecodeStep(session.cache, k + 1))
+        logits, best, choice = candidates(self.model, session, hidden, slice(None), kind, norm)
         slots = session.cursor[:, None] + torch.arange(k + 1, device=lengths.device) if logprobs else None
         kernels.accept(
             best, choice, drafts, token=session.token, ring=session.ring, cursor=session.cursor, done=session.done,

@@ -2,7 +2,7 @@
 
 import kernels.dequantize  # noqa: F401  (registers the operator behind Weight.dequantized)
 from kernels._common import pdl_disabled, pdl_supported, runs_kernels
-from kernels._matmul import append_ref
+from kernels._matmul import FoldedNorm, append_ref
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions
 from kernels.accept import accept
@@ -11,14 +11,15 @@ from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
 from kernels.flash_prefill import launched as attention_launched
 from kernels.head import advance, head
-from kernels.linear import MAX_ROWS, linear, qkv_rope_append
+from kernels.linear import MAX_ROWS, linear, linear_folding, qkv_rope_append
 from kernels.lookup import lookup
 from kernels.rows import rms_norm, rope_append, silu_mul
-from kernels.tiles import batch_invariant, is_batch_invariant
+from kernels.tiles import batch_invariant, folds_norm, is_batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
+    "FoldedNorm",
     "accept",
     "advance",
     "append_ref",
@@ -28,10 +29,12 @@ __all__ = [
     "flash_decode",
     "flash_prefill",
     "flash_runs",
+    "folds_norm",
     "gumbel",
     "head",
     "is_batch_invariant",
     "linear",
+    "linear_folding",
     "lookup",
     "pdl_disabled",
     "pdl_supported",

@@ -6,7 +6,8 @@ merge of programs that share a tile, and what a launch needs. Knows no epilogue:
 Letters: M rows of x (MP padded to a power of two), N output features, K input features, R weight rows of a program's tile.
 
 The RMSNorm costs no pass of its own: a program multiplies by x * norm and sums x^2 from the same loads; the factor
-1 / sqrt(mean(x^2) + eps) is one number per row of x, applied to the finished sums.
+1 / sqrt(mean(x^2) + eps) is one number per row of x, applied to the finished sums. On the tensor cores, where every program
+would do so for all of x, the kernel that computes x does it instead (`FoldedNorm`), and only the factor is left to do.
 
 FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, because a word is widened to two float32 by one
 shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
@@ -18,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels, zeroed_workspace
+from kernels._common import INTERPRET, hold, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
 from kernels.tiles import Tile, packed_shape, tile_for
 
@@ -186,6 +187,33 @@ def rms_factor(squares, K, eps):
     return tl.rsqrt(squares * (1.0 / K) + eps)
 
 
+@triton.jit
+def load_folded(folded_ptr, M, FOLDED: tl.constexpr, ROWS: tl.constexpr):
+    """A FoldedNorm's squares [ROWS, FOLDED padded], where there is one; of many rows their sums [ROWS, 1], for the registers'
+    sake. To be called right after the wait, so that they are there when the sums of products are."""
+    if FOLDED > 0:
+        m = tl.minimum(tl.arange(0, ROWS), M - 1)
+        p = tl.arange(0, triton.next_power_of_2(FOLDED))
+        folded = tl.load(folded_ptr + m[:, None] * FOLDED + p[None, :], mask=(p < FOLDED)[None, :], other=0)
+        if ROWS > 16:
+            folded = tl.sum(folded, 1)[:, None]
+    else:
+        folded = 0.0
+    return folded
+
+
+@triton.jit
+def norm_factor(squares, folded, K, eps, NORM: tl.constexpr, FOLDED: tl.constexpr, X_SCALE: tl.constexpr):
+    """What the sums are still to be multiplied by, [1, MP] or [1, 1]: from `folded` where FOLDED, from `squares` where NORM."""
+    if FOLDED > 0:
+        factor = rms_factor(tl.sum(folded, 1)[None, :], K, eps) * (1 / X_SCALE)
+    elif NORM:
+        factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
+    else:
+        factor = 1.0
+    return factor
+
+
 # ---------------------------------------------------------------- programs that share a tile
 
 
@@ -241,9 +269,14 @@ def merge(
 def dot(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
     MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
+    NORM: tl.constexpr, FOLDED: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP]."""
+    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP].
+
+    FOLDED: x is scaled already. Held in registers on its way to the product, like one that is scaled there: read by wgmma from
+    where its load puts it, it would need a stage more of all buffers, and two programs would no longer fit on an SM.
+    """
     SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
     sums = tl.zeros([R, MP], tl.float32)
     squares = tl.zeros([MP, SQUARES], tl.float32)
@@ -264,6 +297,8 @@ def dot(
             norm = load_vector(norm_ptr, k, K, MASK_K)
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
+        elif FOLDED > 0:
+            x = hold(x)
         sums = _dot(tile, x, sums)
     return sums, tl.sum(squares, 1)[None, :]
 
@@ -314,8 +349,8 @@ def multiply(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M, addend,
     PAIRS: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
-    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
-    DTYPE: tl.constexpr,
+    NORM: tl.constexpr, FOLDED: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
+    X_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """By tl.dot or by FMA: the sums as `members` gives them; the sums of x^2 [1, MP]; x for `fma_again`.
 
@@ -324,7 +359,7 @@ def multiply(
     if DOT:
         sums, squares = dot(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
-            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, FOLDED, MASK_N, MASK_K, STREAM, X_SCALE,
         )  # fmt: skip
         widened = ()
     else:
@@ -370,6 +405,38 @@ class Operand(NamedTuple):
         return dequantize_tiled(self.weight, self.scale, self.zero, self.format, self.rows, x.shape[1]).to(x.dtype)
 
 
+class FoldedNorm(NamedTuple):
+    """What an RMSNorm of x [M, K] comes to, but for a factor a row: made by the kernel that made x, for those that read it."""
+
+    scaled: torch.Tensor  # [M, K]: x times the norm's gain and x_scale
+    squares: torch.Tensor  # [M, P] float32: the sums of x^2 over blocks of columns
+
+
+def x_scale(dtype: torch.dtype) -> float:
+    """x times a norm's gain, before the division by the root mean square, must not overflow float16."""
+    return 1.0 / 64 if dtype == torch.float16 else 1.0
+
+
+def split_norm(x: torch.Tensor, norm: torch.Tensor | FoldedNorm | None) -> tuple:
+    """(x, norm, squares) as the operators take them: of a FoldedNorm, x is the scaled one."""
+    return (norm.scaled, None, norm.squares) if isinstance(norm, FoldedNorm) else (x, norm, None)
+
+
+def fold_norm_ref(x, gain, block):
+    """`FoldedNorm` of x [M, K], with sums over `block` columns each."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    blocks = torch.nn.functional.pad(wide.square(), (0, -x.shape[1] % block)).unflatten(1, (-1, block))
+    return FoldedNorm((wide * (gain * x_scale(x.dtype))).to(x.dtype), blocks.sum(-1).to(torch.float32))
+
+
+def apply_norm_ref(x, norm, squares, eps):
+    """What is multiplied: x after its RMSNorm, of which all but a factor may be done; x itself without one."""
+    if squares is None:
+        return x if norm is None else rms_norm_ref(x, norm, eps)
+    factor = torch.rsqrt(squares.sum(-1, keepdim=True) / x.shape[1] + eps) / x_scale(x.dtype)
+    return (x.to(torch.promote_types(x.dtype, torch.float32)) * factor).to(x.dtype)
+
+
 def tile_of(op: str, x: torch.Tensor, w: Operand) -> Tile:
     (M, K), sms = x.shape, num_sms(x.device.index or 0)
     return tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms)
@@ -401,7 +468,7 @@ def append_ref(caches, news, page, row, position):
         cache[page, :, row] = saturated(rows, cache.dtype)
 
 
-def check_matmul(x, w: Operand, bias, norm):
+def check_matmul(x, w: Operand, bias, norm, squares=None):
     """The operands that every operator here shares."""
     weight, N = w.weight, w.rows
     if x.dim() != 2:
@@ -420,28 +487,42 @@ def check_matmul(x, w: Operand, bias, norm):
         if t is not None and (t.dtype != t_dtype or (size is not None and t.shape != (size,))):
             expected = f"{t_dtype}" if size is None else f"{t_dtype} [{size}]"
             raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected {expected}")
-    for name, t in (("x", x), ("weight", weight), ("scale", w.scale), ("zero", w.zero)):
+    if squares is not None and (
+        norm is not None or squares.dim() != 2 or squares.shape[0] != M or squares.dtype != torch.float32
+    ):
+        found = f"{squares.dtype} {list(squares.shape)}{' and a norm' if norm is not None else ''}"
+        raise ValueError(f"squares: found {found}, expected float32 [{M}, P] and no norm")
+    for name, t in (("x", x), ("weight", weight), ("scale", w.scale), ("zero", w.zero), ("squares", squares)):
         if t is not None and not t.is_contiguous():
             raise ValueError(f"{name}: found strides {t.stride()}, expected a contiguous tensor")
 
 
-def matmul_arguments(tile: Tile, x, w: Operand) -> tuple[dict, dict]:
+def matmul_arguments(tile: Tile, x, w: Operand, norm, squares) -> tuple[dict, dict]:
     """What every kernel built on these loops is launched with: (arguments, Triton's own options)."""
-    (M, K), N, weight = x.shape, w.rows, w.weight
+    arguments = _packed_arguments(tile, x, w) if w.is_packed else _plain_arguments(tile, x, w)
+    arguments |= {
+        "norm_ptr": norm if norm is None or tile.dot else norm.view(torch.int32),
+        "folded_ptr": squares,
+        "FOLDED": 0 if squares is None else squares.shape[1],
+        "X_SCALE": x_scale(x.dtype) if tile.dot or squares is not None else 1.0,
+        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
+    }
     options = {"num_warps": tile.warps, **({"maxnreg": tile.registers} if tile.registers else {}), **launch_options(x)}
-    if w.is_packed:
-        return _packed_arguments(tile, x, w), options
+    return arguments, options
+
+
+def _plain_arguments(tile: Tile, x, w: Operand) -> dict:
+    (M, K), N, weight = x.shape, w.rows, w.weight
     words = 1 if tile.dot else 2  # columns in an element of the kernel's pointers
     columns, chunk = K // words, max(16, tile.chunk // words)
     chunks = triton.cdiv(triton.cdiv(columns, chunk), tile.split)
-    arguments = {
+    return {
         "x_ptr": x if tile.dot else x.view(torch.int32),
         "w_ptr": weight if tile.dot else weight.view(torch.int32),
         "M": M,
         "N": N,
         "K": K,
         "columns": columns,
-        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
         "DOT": tile.dot,
         "M_FMA": 0 if tile.dot else M,
         "MP": max(tile.padded, triton.next_power_of_2(M)) if tile.dot else triton.next_power_of_2(M),
@@ -453,8 +534,6 @@ def matmul_arguments(tile: Tile, x, w: Operand) -> tuple[dict, dict]:
         "MASK_N": N % tile.rows != 0,
         "MASK_K": chunk * chunks * tile.split != columns,
         "STREAM": tile.stream,
-        # x * norm before its division by the root mean square must not overflow float16
-        "X_SCALE": 1.0 / 64 if tile.dot and x.dtype == torch.float16 else 1.0,
         "scale_ptr": None,
         "zero_ptr": None,
         "FORMAT": "plain",
@@ -463,7 +542,6 @@ def matmul_arguments(tile: Tile, x, w: Operand) -> tuple[dict, dict]:
         "PARTS": 1,
         "BLOCKS": 1,
     }
-    return arguments, options
 
 
 def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
@@ -473,6 +551,7 @@ def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
     steps = triton.cdiv(units, parts * tile.split)
     preload = min(tile.preload, steps)
     steps = triton.cdiv(steps, preload) * preload
+    every = tile.padded == MAX_ROWS  # whatever M is, the same program
     return {
         "x_ptr": x,
         "w_ptr": w.weight,
@@ -482,10 +561,9 @@ def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
         "N": w.rows,
         "K": K,
         "columns": units,
-        "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
         "DOT": True,
-        "M_FMA": int(M == 1),
-        "MP": max(8, triton.next_power_of_2(M)),
+        "M_FMA": int(M == 1 and not every),
+        "MP": tile.padded if every else max(8, triton.next_power_of_2(M)),
         "R": tile.rows,
         "CHUNK": parts,
         "CHUNKS": steps,
@@ -494,7 +572,6 @@ def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
         "MASK_N": w.rows % tile.rows != 0,
         "MASK_K": parts * steps * tile.split * UNIT_COLUMNS[w.format] != K,
         "STREAM": tile.stream,
-        "X_SCALE": 1.0 / 64 if x.dtype == torch.float16 else 1.0,
         "FORMAT": w.format,
         "GROUPS": w.scale.shape[-1] if w.format == "int4" else 0,
         "WARPS": tile.warps,

@@ -412,6 +412,18 @@ def _sum_squares(x_ptr, k0, columns, M, K, W: tl.constexpr, MP: tl.constexpr, ON
 
 
 @triton.jit
+def _row_scales(scale_ptr, rows, N, MASK_N: tl.constexpr):
+    """int8's and fp8's scales of each vector of rows."""
+    scales = ()
+    for i in tl.static_range(len(rows)):
+        if MASK_N:
+            scales = scales + (tl.load(scale_ptr + rows[i], mask=rows[i] < N, other=0),)
+        else:
+            scales = scales + (tl.load(scale_ptr + rows[i]),)
+    return scales
+
+
+@triton.jit
 def multiply_packed(
     tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, first_unit, N, K, M,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, SK: tl.constexpr, RB: tl.constexpr, MP: tl.constexpr,
@@ -430,6 +442,8 @@ def multiply_packed(
     EACH: tl.constexpr = len(tiles) // PRELOAD
     lane = tl.arange(0, W * 32)
     k = (first_unit + lane // 32 % SK) * UNIT + lane % 4 * 8
+    if FORMAT != "int4" and MB <= 2:  # beside x, not when the sums wait for them; with more rows, registers are scarce
+        scales = _row_scales(scale_ptr, rows, N, MASK_N)
     squares = tl.zeros([1, 1], tl.float32)
     if NORM:
         squares = _sum_squares(x_ptr, first_unit * UNIT, STEPS * SK * UNIT, M, K, W, MP, ONE)
@@ -449,12 +463,10 @@ def multiply_packed(
             tiles = following
     gathered = _gather_sums(sums, W, SK, RB, MB, PAIRS)
     if FORMAT != "int4":
+        if MB > 2:
+            scales = _row_scales(scale_ptr, rows, N, MASK_N)
         scaled = ()
         for i in tl.static_range(len(gathered)):
-            if MASK_N:
-                scale = tl.load(scale_ptr + rows[i], mask=rows[i] < N, other=0)
-            else:
-                scale = tl.load(scale_ptr + rows[i])
-            scaled = scaled + (gathered[i] * scale[:, None],)
+            scaled = scaled + (gathered[i] * scales[i][:, None],)
         gathered = scaled
     return gathered, squares

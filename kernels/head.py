@@ -17,14 +17,17 @@ import triton.language as tl
 
 from kernels._common import launch_options, num_sms, pdl_trigger, pdl_wait
 from kernels._matmul import (
+    FoldedNorm,
     Operand,
+    apply_norm_ref,
     check_matmul,
     fma_again,
+    load_folded,
     matmul_arguments,
     multiply,
+    norm_factor,
     preload,
-    rms_factor,
-    rms_norm_ref,
+    split_norm,
     tile_of,
     uses_kernel,
 )
@@ -39,9 +42,9 @@ PARTIALS = 4096  # candidates a row, whatever the tile: a program that has no ca
 # ---------------------------------------------------------------- reference
 
 
-def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths):
+def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, lengths, squares=None):
     """Logits [M, V] float32, and each row's best candidate as (value, id), [M] each."""
-    h = rms_norm_ref(x, norm, eps)
+    h = apply_norm_ref(x, norm, squares, eps)
     wide = torch.promote_types(x.dtype, torch.float32)
     rows = weight.split(8192)  # widened a slice at a time: the whole would take gigabytes
     logits = torch.cat([torch.nn.functional.linear(h.to(wide), w.to(wide)) for w in rows], dim=-1).to(torch.float32)
@@ -95,10 +98,10 @@ def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: t
 
 @triton.jit(do_not_specialize=["M", "T"])
 def _head_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, folded_ptr, logits_ptr, max_ptr, id_ptr, temperature_ptr, seed_ptr, sample_ptr,
     lengths_ptr,
     M, T, N, K, columns, eps, vocab_size,
-    PARTIALS: tl.constexpr, SLOTS: tl.constexpr,
+    PARTIALS: tl.constexpr, SLOTS: tl.constexpr, FOLDED: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
@@ -110,12 +113,13 @@ def _head_kernel(
     pid, programs = tl.program_id(0), tl.num_programs(0)
     m, r = tl.arange(0, MP), tl.arange(0, R)
     rows = pid * R + r
+    NORM: tl.constexpr = norm_ptr is not None
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
         starts, left = unit_starts(pid * (R // 8), 0, 0, columns, tl.cdiv(N, 8), WARPS, PARTS, BLOCKS, CHUNKS, False, MASK_N)
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
-        tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, True, MASK_N, MASK_K, STREAM)
+        tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
     if temperature_ptr is not None:  # the host writes these between steps, never during one
         sequence = m // T
         real = m < M
@@ -128,18 +132,19 @@ def _head_kernel(
         seed, sample, position = m, m, m
     pdl_wait(PDL)
 
+    folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
     if PACKED:
         sums, squares = multiply_packed(
             tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (rows,), 0, N, K, M,
-            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, False, M_FMA == 1, True, MASK_N, MASK_K, STREAM,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, False, M_FMA == 1, NORM, MASK_N, MASK_K, STREAM,
             X_SCALE, DTYPE,
         )  # fmt: skip
     else:
         sums, squares, widened = multiply(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, False, True, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+            CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, FOLDED, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
-    factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
+    factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
     logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)
     best, best_id = _candidates(logits, rows, pid * R, temperature, seed, sample, position, R, MP)
     if LOOPS:
@@ -256,8 +261,8 @@ def _advance_sequence(
 # ---------------------------------------------------------------- operators
 
 
-def _head_outputs(x, w: Operand, norm, vocab_size, temperature, seed, sample, lengths):
-    check_matmul(x, w, None, norm)
+def _head_outputs(x, w: Operand, norm, squares, vocab_size, temperature, seed, sample, lengths):
+    check_matmul(x, w, None, norm, squares)
     M, V = x.shape[0], w.rows
     if not 1 <= vocab_size <= V:
         raise ValueError(f"vocab_size: found {vocab_size}, expected 1 to the weight's {V} rows")
@@ -286,7 +291,8 @@ def _head(
     zero: torch.Tensor | None,
     format: str,
     rows: int,
-    norm: torch.Tensor,
+    norm: torch.Tensor | None,
+    squares: torch.Tensor | None,
     eps: float,
     vocab_size: int,
     temperature: torch.Tensor | None,
@@ -295,15 +301,15 @@ def _head(
     lengths: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     w = Operand(weight, scale, zero, format, rows)
-    logits, partial_max, partial_id = _head_outputs(x, w, norm, vocab_size, temperature, seed, sample, lengths)
+    logits, partial_max, partial_id = _head_outputs(x, w, norm, squares, vocab_size, temperature, seed, sample, lengths)
     if not uses_kernel(x):
-        logits, best, best_id = head_ref(x, w.plain(x), norm, eps, vocab_size, temperature, seed, sample, lengths)
+        logits, best, best_id = head_ref(x, w.plain(x), norm, eps, vocab_size, temperature, seed, sample, lengths, squares)
         partial_max.fill_(-math.inf)[:, 0] = best
         partial_id.zero_()[:, 0] = best_id
         return logits, partial_max, partial_id
     M, V = logits.shape
     tile = tile_of("head", x, w)
-    arguments, options = matmul_arguments(tile, x, w)
+    arguments, options = matmul_arguments(tile, x, w, norm, squares)
     count = triton.cdiv(V, tile.rows)
     programs = min(count, tile.grid * num_sms(x.device.index or 0) or PARTIALS, PARTIALS)
     assert tile.rows % 4 == 0, f"Tile.rows: found {tile.rows}, expected a multiple of 4 (random bits come by fours)"
@@ -311,7 +317,6 @@ def _head(
     if programs < count:
         arguments["PRELOAD"] = arguments["CHUNKS"]  # further tiles use x as the first one widened it
     _head_kernel[(programs,)](
-        norm_ptr=norm if tile.dot else norm.view(torch.int32),
         logits_ptr=logits,
         max_ptr=partial_max,
         id_ptr=partial_id,
@@ -332,15 +337,16 @@ def _head(
 
 
 @_head.register_fake
-def _(x, weight, scale, zero, format, rows, norm, eps, vocab_size, temperature, seed, sample, lengths):
-    return _head_outputs(x, Operand(weight, scale, zero, format, rows), norm, vocab_size, temperature, seed, sample, lengths)
+def _(x, weight, scale, zero, format, rows, norm, squares, eps, vocab_size, temperature, seed, sample, lengths):
+    w = Operand(weight, scale, zero, format, rows)
+    return _head_outputs(x, w, norm, squares, vocab_size, temperature, seed, sample, lengths)
 
 
 def head(
     x: torch.Tensor,
     weight: Weight,
     *,
-    norm: torch.Tensor,
+    norm: torch.Tensor | FoldedNorm,
     eps: float,
     vocab_size: int,
     lengths: torch.Tensor,
@@ -350,12 +356,14 @@ def head(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """rmsnorm(x) @ weight.T, and the candidates among which `advance` chooses.
 
-    x [M, K]; weight [V, K]; norm [K]; lengths [B] int32. temperature [B] float32 (0 = greedy), seed [B] int64 and sample [B]
-    int32, or all None: greedy throughout. Returns logits [M, V] float32 (-inf at and above vocab_size), and candidates as
-    (value [M, P] float32, id [M, P] int32): the one of largest value, and of these the one of lowest id, is the choice.
+    x [M, K]; weight [V, K]; norm: the gain [K], or x's FoldedNorm; lengths [B] int32. temperature [B] float32 (0 = greedy),
+    seed [B] int64 and sample [B] int32, or all None: greedy throughout. Returns logits [M, V] float32 (-inf at and above
+    vocab_size), and candidates as (value [M, P] float32, id [M, P] int32): the one of largest value, and of these the one of
+    lowest id, is the choice.
     ValueError: a shape or dtype that does not fit.
     """
-    return torch.ops.rooflama.head(x, *Operand.of(weight), norm, eps, vocab_size, temperature, seed, sample, lengths)
+    x, gain, squares = split_norm(x, norm)
+    return torch.ops.rooflama.head(x, *Operand.of(weight), gain, squares, eps, vocab_size, temperature, seed, sample, lengths)
 
 
 def _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):

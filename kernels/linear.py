@@ -1,7 +1,8 @@
 """Linear layers of the decode step: one kernel each, from the RMSNorm before it to the activation or cache append behind it.
 
-Owns `linear` (plain, or SiLU x up; bias; residual) and `qkv_rope_append` (bias, qk-norm, RoPE, append to the KV cache), for
-1 to MAX_ROWS rows. Does not know the model; _matmul.py does the multiplying, tiles.py chooses the tiles.
+Owns `linear` (plain, or SiLU x up; bias; residual), `linear_folding` (which begins the next RMSNorm) and `qkv_rope_append`
+(bias, qk-norm, RoPE, append to the KV cache), for 1 to MAX_ROWS rows. Does not know the model; _matmul.py does the
+multiplying, tiles.py chooses the tiles.
 Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), K input features,
 N output features, F = N / 2 for SiLU x up, Hq/Hkv heads, D head size, S cache rows; R weight rows of a tile, MP padded M.
 
@@ -19,37 +20,44 @@ import triton.language as tl
 from kernels._common import num_sms, pdl_trigger, pdl_wait, to_cache
 from kernels._matmul import (
     MAX_ROWS,
+    FoldedNorm,
     Operand,
     append_ref,
+    apply_norm_ref,
     arrive,
     check_matmul,
     fma_again,
+    fold_norm_ref,
     interleave,
+    load_folded,
     matmul_arguments,
     members,
     merge,
     multiply,
+    norm_factor,
     preload,
     rms_factor,
     rms_norm_ref,
     rotate_ref,
     scratch,
+    split_norm,
     tile_of,
     uses_kernel,
+    x_scale,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
 from kernels.formats import Weight
-from kernels.tiles import Tile
+from kernels.tiles import Tile, fold_block
 
-__all__ = ["MAX_ROWS", "linear", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
+__all__ = ["MAX_ROWS", "linear", "linear_folding", "linear_ref", "qkv_rope_append", "qkv_rope_append_ref"]
 
 
 # ---------------------------------------------------------------- reference
 
 
-def linear_ref(x, weight, bias=None, norm=None, eps=0.0, activation="none", residual=None):
+def linear_ref(x, weight, bias=None, norm=None, eps=0.0, activation="none", residual=None, squares=None):
     """activation(rmsnorm(x) @ weight.T + bias) + residual."""
-    h = x if norm is None else rms_norm_ref(x, norm, eps)
+    h = apply_norm_ref(x, norm, squares, eps)
     y = torch.nn.functional.linear(h, weight, bias)
     if activation == "silu_mul":
         gate, up = y.chunk(2, dim=-1)
@@ -59,12 +67,12 @@ def linear_ref(x, weight, bias=None, norm=None, eps=0.0, activation="none", resi
 
 def qkv_rope_append_ref(
     x, weight, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
-    page_size, num_heads, num_kv_heads, head_dim,
+    page_size, num_heads, num_kv_heads, head_dim, squares=None,
 ):  # fmt: skip
     """rmsnorm -> projection + bias -> qk-norm -> RoPE -> append. No step waits for the host, so that it can be captured."""
     M, B, D = x.shape[0], lengths.numel(), head_dim
     T = M // B
-    qkv = linear_ref(x, weight, bias, norm, eps).view(M, num_heads + 2 * num_kv_heads, D)
+    qkv = linear_ref(x, weight, bias, norm, eps, squares=squares).view(M, num_heads + 2 * num_kv_heads, D)
     q, k, v = qkv.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     if q_norm is not None:
         q, k = rms_norm_ref(q, q_norm, qk_eps), rms_norm_ref(k, k_norm, qk_eps)
@@ -108,6 +116,15 @@ def _add_bias(sums, bias_ptr, rows, N, MASK_N: tl.constexpr):
 
 
 @triton.jit
+def _linear_gain(gain_ptr, features, F, X_SCALE: tl.constexpr):
+    if gain_ptr is not None:
+        gain = tl.load(gain_ptr + features, mask=features < F, other=0).to(tl.float32) * X_SCALE
+    else:
+        gain = 1.0
+    return gain
+
+
+@triton.jit
 def _linear_residual(residual_ptr, features, m, M, F):
     if residual_ptr is not None:
         mask = (features < F)[:, None] & (m < M)[None, :]
@@ -119,29 +136,43 @@ def _linear_residual(residual_ptr, features, m, M, F):
 
 @triton.jit
 def _linear_epilogue(
-    sums, factor, bias_ptr, residual, y_ptr, rows, m, M, N, F, SILU_MUL: tl.constexpr, MASK_N: tl.constexpr
+    sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F,
+    SILU_MUL: tl.constexpr, MASK_N: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Norm factor, bias, activation, residual, store."""
+    """Norm factor, bias, activation, residual, store; and where there is a `gain`, what FoldedNorm has of the tile."""
     y = _add_bias(sums[0] * factor, bias_ptr, rows[0], N, MASK_N)
     if SILU_MUL:
         y = y / (1.0 + tl.exp(-y)) * _add_bias(sums[1] * factor, bias_ptr, rows[1], N, MASK_N)
-    y += residual
+    y = (y + residual).to(y_ptr.dtype.element_ty)
     mask = (rows[0] < F)[:, None] & (m < M)[None, :]
-    tl.store(y_ptr + m[None, :] * F + rows[0][:, None], y.to(y_ptr.dtype.element_ty), mask=mask)
+    offset = m[None, :] * F + rows[0][:, None]
+    tl.store(y_ptr + offset, y, mask=mask)
+    if sum_ptr is not None:
+        R: tl.constexpr = y.shape[0]
+        wide = y.to(tl.float32)
+        if MASK_N:
+            wide = tl.where((rows[0] < F)[:, None], wide, 0.0)
+        tl.store(scaled_ptr + offset, (wide * gain[:, None]).to(y.dtype), mask=mask)
+        blocks = tl.sum((wide * wide).reshape([R // BLOCK, BLOCK, y.shape[1]]), 1)
+        block, P = tl.min(rows[0], 0) // BLOCK + tl.arange(0, R // BLOCK), tl.cdiv(F, BLOCK)
+        tl.store(sum_ptr + m[None, :] * P + block[:, None], blocks, mask=(block < P)[:, None] & (m < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, folded_ptr, bias_ptr, residual_ptr, y_ptr, gain_ptr, scaled_ptr, sum_ptr,
+    partial_ptr, squares_ptr, counter_ptr,
     M, N, F, K, columns, eps,
-    SILU_MUL: tl.constexpr, DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
+    SILU_MUL: tl.constexpr, BLOCK: tl.constexpr, FOLDED: tl.constexpr,
+    DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
     STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual. `columns` is K in units of w_ptr and x_ptr."""
+    """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual; with a gain, y's FoldedNorm. `columns` is K in
+    units of w_ptr and x_ptr."""
     pdl_trigger(PDL)
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     k0 = part * (CHUNKS * CHUNK)
@@ -167,8 +198,10 @@ def _linear_kernel(
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
+    gain = _linear_gain(gain_ptr, rows[0], F, X_SCALE)
     pdl_wait(PDL)
 
+    folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
     residual = _linear_residual(residual_ptr, rows[0], m, M, F)
     # Added to a thread's products, the residual is loaded beside x; else ptxas loads it after the products, and waits again.
     # With more than two chunks, though, ptxas then takes the registers from x, and loads x in two turns.
@@ -182,7 +215,7 @@ def _linear_kernel(
     else:
         sums, squares, widened = multiply(
             tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+            CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, FOLDED, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     if ADD:
         residual = 0.0
@@ -190,11 +223,30 @@ def _linear_kernel(
         SETS: tl.constexpr = len(rows)
         if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R // SETS, MP, NORM):
             all_sums, all_squares = merge(partial_ptr, squares_ptr, tile, SETS, 1, SPLIT, R // SETS, MP, NORM)
-            factor = rms_factor(all_squares, K, eps) * (1 / X_SCALE) if NORM else 1.0
-            _linear_epilogue(all_sums, factor, bias_ptr, residual, y_ptr, rows, m, M, N, F, SILU_MUL, MASK_N)
+            factor = norm_factor(all_squares, folded, K, eps, NORM, FOLDED, X_SCALE)
+            _linear_epilogue(
+                all_sums,
+                factor,
+                bias_ptr,
+                residual,
+                y_ptr,
+                gain,
+                scaled_ptr,
+                sum_ptr,
+                rows,
+                m,
+                M,
+                N,
+                F,
+                SILU_MUL,
+                MASK_N,
+                BLOCK,
+            )
     else:
-        factor = rms_factor(squares, K, eps) * (1 / X_SCALE) if NORM else 1.0
-        _linear_epilogue(sums, factor, bias_ptr, residual, y_ptr, rows, m, M, N, F, SILU_MUL, MASK_N)
+        factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
+        _linear_epilogue(
+            sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F, SILU_MUL, MASK_N, BLOCK
+        )
         if GRID:
             for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
                 later_rows = _linear_rows(later, F, R, SILU_MUL)
@@ -204,7 +256,10 @@ def _linear_kernel(
                 )
                 pair = members(later_sums, SILU_MUL, R, MP)
                 later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
-                _linear_epilogue(pair, factor, bias_ptr, later_residual, y_ptr, later_rows, m, M, N, F, SILU_MUL, MASK_N)
+                _linear_epilogue(
+                    pair, factor, bias_ptr, later_residual, y_ptr, gain, None, None, later_rows, m, M, N, F,
+                    SILU_MUL, MASK_N, BLOCK,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -268,10 +323,10 @@ def _qkv_epilogue(
 
 @triton.jit(do_not_specialize=["M", "T", "P"])
 def _qkv_kernel(
-    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, lengths_ptr, table_ptr,
-    q_ptr, k_ptr, v_ptr, partial_ptr, squares_ptr, counter_ptr,
+    x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, folded_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, lengths_ptr,
+    table_ptr, q_ptr, k_ptr, v_ptr, partial_ptr, squares_ptr, counter_ptr,
     M, T, P, N, K, columns, eps, qk_eps, page_size,
-    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr,
+    HQ: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, TILES: tl.constexpr, FOLDED: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
@@ -282,6 +337,7 @@ def _qkv_kernel(
     TILES is 1, or with qk-norm, which needs the whole head, D / R."""
     pdl_trigger(PDL)
     HALF: tl.constexpr = D // 2
+    NORM: tl.constexpr = norm_ptr is not None
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     k0 = part * (CHUNKS * CHUNK)
     m = tl.arange(0, MP)
@@ -296,7 +352,7 @@ def _qkv_kernel(
         starts, left = unit_starts(first, HALF // 8, k0, columns, 0, WARPS, PARTS, BLOCKS, CHUNKS, True, False)
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
-        tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, True, False, MASK_K, STREAM)
+        tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, False, MASK_K, STREAM)
     # Constant during a step: lengths, table, cos and sin. Behind a barrier, because ptxas else moves their loads, each of which
     # waits for the one before it, ahead of the weights' loads.
     tl.debug_barrier()
@@ -305,23 +361,24 @@ def _qkv_kernel(
         cos, sin = _rope_factors(cos_ptr, sin_ptr, pair, position, HALF)
     pdl_wait(PDL)
 
+    folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
     if PACKED:
         sums, squares = multiply_packed(
             tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, k0, N, K, M,
-            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, True, M_FMA == 1, True, False, MASK_K, STREAM,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, True, M_FMA == 1, NORM, False, MASK_K, STREAM,
             X_SCALE, DTYPE,
         )  # fmt: skip
     else:
         sums, squares, _ = multiply(
             tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, False, True, False, MASK_K, STREAM, X_SCALE, DTYPE,
+            CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, FOLDED, False, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES
         member = tile % TILES * SPLIT + part
-        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, group, member, TILES * SPLIT, R // 2, MP, True):
-            all_sums, all_squares = merge(partial_ptr, squares_ptr, group, 2, TILES, SPLIT, R // 2, MP, True)
-            factor = rms_factor(all_squares, K, eps) * (1 / X_SCALE)
+        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, group, member, TILES * SPLIT, R // 2, MP, NORM):
+            all_sums, all_squares = merge(partial_ptr, squares_ptr, group, 2, TILES, SPLIT, R // 2, MP, NORM)
+            factor = norm_factor(all_squares, folded, K, eps, NORM, FOLDED, X_SCALE)
             if TILES > 1:  # the whole head
                 all_pairs = tl.arange(0, HALF)
                 all_cos, all_sin = _rope_factors(cos_ptr, sin_ptr, all_pairs, position, HALF)
@@ -332,7 +389,7 @@ def _qkv_kernel(
                 q_ptr, k_ptr, v_ptr, head, all_pairs, m, M, page_size, HQ, HKV, D,
             )  # fmt: skip
     else:
-        factor = rms_factor(squares, K, eps) * (1 / X_SCALE)
+        factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
         _qkv_epilogue(
             sums, factor, bias_ptr, q_norm_ptr, k_norm_ptr, qk_eps, cos, sin, position, page,
             q_ptr, k_ptr, v_ptr, head, pair, m, M, page_size, HQ, HKV, D,
@@ -342,8 +399,8 @@ def _qkv_kernel(
 # ---------------------------------------------------------------- operators
 
 
-def _linear_output(x, w: Operand, bias, norm, activation, residual):
-    check_matmul(x, w, bias, norm)
+def _linear_output(x, w: Operand, bias, norm, squares, activation, residual):
+    check_matmul(x, w, bias, norm, squares)
     if activation not in ("none", "silu_mul"):
         raise ValueError(f"activation: found {activation!r}, expected 'none' or 'silu_mul'")
     if activation == "silu_mul" and w.is_packed and w.rows % 16:
@@ -356,6 +413,35 @@ def _linear_output(x, w: Operand, bias, norm, activation, residual):
     return y
 
 
+def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual, y, gain=None, folded=None, block=0):
+    """_linear_kernel, which fills y, and of a `gain` the FoldedNorm `folded` of y."""
+    tile = tile_of(activation if activation == "silu_mul" else "linear", x, w)
+    if gain is not None and (tile.rows % block or tile.grid):
+        raise ValueError(f"Tile.rows: found {tile.rows}, expected a multiple of {block} (and no grid) where a norm is folded")
+    arguments, options = matmul_arguments(tile, x, w, norm, squares)
+    if gain is not None:
+        arguments["X_SCALE"] = x_scale(x.dtype)
+    tiles = triton.cdiv(w.rows, tile.rows)
+    programs = min(tile.grid * num_sms(x.device.index or 0), tiles) if tile.grid else tiles * tile.split
+    _linear_kernel[(programs,)](
+        bias_ptr=bias,
+        residual_ptr=residual,
+        y_ptr=y,
+        gain_ptr=gain,
+        scaled_ptr=folded and folded.scaled,
+        sum_ptr=folded and folded.squares,
+        F=y.shape[1],
+        eps=eps,
+        SILU_MUL=activation == "silu_mul",
+        BLOCK=block,
+        GRID=tile.grid,
+        SPLIT=tile.split,
+        **arguments,
+        **scratch(x, programs, tile, arguments["MP"], programs if tile.grid else tiles),
+        **options,
+    )
+
+
 @torch.library.custom_op("rooflama::linear", mutates_args=())
 def _linear(
     x: torch.Tensor,
@@ -366,60 +452,95 @@ def _linear(
     rows: int,
     bias: torch.Tensor | None,
     norm: torch.Tensor | None,
+    squares: torch.Tensor | None,
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     w = Operand(weight, scale, zero, format, rows)
-    y = _linear_output(x, w, bias, norm, activation, residual)
+    y = _linear_output(x, w, bias, norm, squares, activation, residual)
     if not uses_kernel(x):
-        return linear_ref(x, w.plain(x), bias, norm, eps, activation, residual)
-    tile = tile_of("silu_mul" if activation == "silu_mul" else "linear", x, w)
-    arguments, options = matmul_arguments(tile, x, w)
-    tiles = triton.cdiv(rows, tile.rows)
-    programs = min(tile.grid * num_sms(x.device.index or 0), tiles) if tile.grid else tiles * tile.split
-    _linear_kernel[(programs,)](
-        norm_ptr=norm if norm is None or tile.dot else norm.view(torch.int32),
-        bias_ptr=bias,
-        residual_ptr=residual,
-        y_ptr=y,
-        F=y.shape[1],
-        eps=eps,
-        SILU_MUL=activation == "silu_mul",
-        GRID=tile.grid,
-        SPLIT=tile.split,
-        **arguments,
-        **scratch(x, programs, tile, arguments["MP"], programs if tile.grid else tiles),
-        **options,
-    )
+        return linear_ref(x, w.plain(x), bias, norm, eps, activation, residual, squares)
+    _launch_linear(x, w, bias, norm, squares, eps, activation, residual, y)
     return y
 
 
 @_linear.register_fake
-def _(x, weight, scale, zero, format, rows, bias, norm, eps, activation, residual):
-    return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, activation, residual)
+def _(x, weight, scale, zero, format, rows, bias, norm, squares, eps, activation, residual):
+    return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, squares, activation, residual)
 
 
 def linear(
     x: torch.Tensor,
     weight: Weight,
     *,
-    norm: torch.Tensor | None = None,
+    norm: torch.Tensor | FoldedNorm | None = None,
     eps: float = 0.0,
     activation: str = "none",
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """activation(rmsnorm(x) @ weight.T + bias) + residual, in x.dtype.
 
-    x [M, K], M of 1 to MAX_ROWS; norm [K] or None for no RMSNorm; residual [M, N].
+    x [M, K], M of 1 to MAX_ROWS; norm: the gain [K], or x's FoldedNorm, or None for no RMSNorm; residual [M, N].
     activation "none" gives [M, N]; "silu_mul" gives silu(gate) * up [M, N / 2] of a weight whose first half is gate.
     ValueError: a shape, dtype or activation that does not fit.
     """
-    return torch.ops.rooflama.linear(x, *Operand.of(weight), weight.bias, norm, eps, activation, residual)
+    x, gain, squares = split_norm(x, norm)
+    return torch.ops.rooflama.linear(x, *Operand.of(weight), weight.bias, gain, squares, eps, activation, residual)
 
 
-def _qkv_output(x, w: Operand, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D):
-    check_matmul(x, w, bias, norm)
+def _folding_output(x, w: Operand, bias, residual, gain, block) -> tuple[torch.Tensor, FoldedNorm]:
+    y = _linear_output(x, w, bias, None, None, "none", residual)
+    if gain.shape != y.shape[1:] or gain.dtype != x.dtype:
+        raise ValueError(f"gain: found {gain.dtype} {list(gain.shape)}, expected {x.dtype} [{w.rows}]")
+    return y, FoldedNorm(torch.empty_like(y), y.new_empty(y.shape[0], -(-w.rows // block), dtype=torch.float32))
+
+
+@torch.library.custom_op("rooflama::linear_folding", mutates_args=())
+def _linear_folding(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    format: str,
+    rows: int,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    block: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    w = Operand(weight, scale, zero, format, rows)
+    y, folded = _folding_output(x, w, bias, residual, gain, block)
+    if not uses_kernel(x):
+        y = linear_ref(x, w.plain(x), bias, residual=residual)
+        return y, *fold_norm_ref(y, gain, block)
+    _launch_linear(x, w, bias, None, None, 0.0, "none", residual, y, gain, folded, block)
+    return y, *folded
+
+
+@_linear_folding.register_fake
+def _(x, weight, scale, zero, format, rows, bias, residual, gain, block):
+    y, folded = _folding_output(x, Operand(weight, scale, zero, format, rows), bias, residual, gain, block)
+    return y, *folded
+
+
+def linear_folding(
+    x: torch.Tensor, weight: Weight, *, residual: torch.Tensor, gain: torch.Tensor
+) -> tuple[torch.Tensor, FoldedNorm]:
+    """y = x @ weight.T + bias + residual [M, N], and the FoldedNorm of y for a norm of this gain [N]: what the operators that
+    read y take as their `norm`. Pays where tiles.folds_norm says so.
+
+    x [M, K], M of 1 to MAX_ROWS; residual [M, N]. ValueError: a shape or dtype that does not fit.
+    """
+    block = fold_block(x.shape[0], weight.packed)
+    y, *folded = torch.ops.rooflama.linear_folding(x, *Operand.of(weight), weight.bias, residual, gain, block)
+    return y, FoldedNorm(*folded)
+
+
+def _qkv_output(
+    x, w: Operand, bias, norm, squares, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D
+):  # fmt: skip
+    check_matmul(x, w, bias, norm, squares)
     M, B = x.shape[0], lengths.numel()
     if w.rows != (Hq + 2 * Hkv) * D or D % 16:
         raise ValueError(f"weight: found {w.rows} rows, expected ({Hq} + 2 * {Hkv}) heads of {D}, a multiple of 16")
@@ -454,7 +575,8 @@ def _qkv_rope_append(
     format: str,
     rows: int,
     bias: torch.Tensor | None,
-    norm: torch.Tensor,
+    norm: torch.Tensor | None,
+    squares: torch.Tensor | None,
     eps: float,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
@@ -472,21 +594,22 @@ def _qkv_rope_append(
 ) -> torch.Tensor:
     Hq, Hkv, D = num_heads, num_kv_heads, head_dim
     w = Operand(weight, scale, zero, format, rows)
-    q = _qkv_output(x, w, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
+    q = _qkv_output(
+        x, w, bias, norm, squares, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D
+    )  # fmt: skip
     if not uses_kernel(x):
         return qkv_rope_append_ref(
             x, w.plain(x), bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
-            page_size, Hq, Hkv, D,
+            page_size, Hq, Hkv, D, squares,
         )  # fmt: skip
     tile = fit_to_head(tile_of("qkv", x, w), D)
     if q_norm is not None and D & (D - 1):
         raise ValueError(f"head_dim: found {D}, expected a power of two where queries and keys are normalised")
     tiles_of_head = D // tile.rows if q_norm is not None else 1
-    arguments, options = matmul_arguments(tile, x, w)
+    arguments, options = matmul_arguments(tile, x, w, norm, squares)
     tiles = rows // tile.rows
     programs = tiles * tile.split
     _qkv_kernel[(programs,)](
-        norm_ptr=norm if tile.dot else norm.view(torch.int32),
         bias_ptr=bias,
         q_norm_ptr=q_norm,
         k_norm_ptr=k_norm,
@@ -516,11 +639,13 @@ def _qkv_rope_append(
 
 @_qkv_rope_append.register_fake
 def _(
-    x, weight, scale, zero, format, rows, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
-    page_size, num_heads, num_kv_heads, head_dim,
+    x, weight, scale, zero, format, rows, bias, norm, squares, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table,
+    k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim,
 ):  # fmt: skip
     Hq, Hkv, D, w = num_heads, num_kv_heads, head_dim, Operand(weight, scale, zero, format, rows)
-    return _qkv_output(x, w, bias, norm, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D)
+    return _qkv_output(
+        x, w, bias, norm, squares, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D
+    )  # fmt: skip
 
 
 def fit_to_head(tile: Tile, head_dim: int) -> Tile:
@@ -533,7 +658,7 @@ def qkv_rope_append(
     x: torch.Tensor,
     weight: Weight,
     *,
-    norm: torch.Tensor,
+    norm: torch.Tensor | FoldedNorm,
     eps: float,
     q_norm: torch.Tensor | None,
     k_norm: torch.Tensor | None,
@@ -551,14 +676,15 @@ def qkv_rope_append(
 ) -> torch.Tensor:
     """Queries [M, Hq, D] of x [M, K]; keys and values are appended to the cache.
 
-    RMSNorm, projection with `weight` [(Hq + 2 Hkv) D, K] and its bias, RMSNorm of each query and key head (q_norm, k_norm [D]
-    or None), RoPE (rotate-half) with cos and sin [max_positions, D / 2] float32, append.
+    RMSNorm (norm: the gain [K], or x's FoldedNorm), projection with `weight` [(Hq + 2 Hkv) D, K] and its bias, RMSNorm of each
+    query and key head (q_norm, k_norm [D] or None), RoPE (rotate-half) with cos and sin [max_positions, D / 2] float32, append.
     Token t of sequence b is at position p = lengths[b] - T + t; it goes to row p % page_size of page table[b, p // page_size]
     of k_cache and v_cache [pages, Hkv, page_size, D], in their dtype: x's, or float8_e4m3fn, which saturates at +-448. Nothing
     is written where p is below 0. lengths [B], table [B, P] int32.
     ValueError: a shape or dtype that does not fit.
     """
+    x, gain, squares = split_norm(x, norm)
     return torch.ops.rooflama.qkv_rope_append(
-        x, *Operand.of(weight), weight.bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
-        page_size, num_heads, num_kv_heads, head_dim,
+        x, *Operand.of(weight), weight.bias, gain, squares, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table,
+        k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim,
     )  # fmt: skip

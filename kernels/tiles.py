@@ -107,6 +107,21 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
 
 
+def folds_norm(rows: int, *formats) -> bool:
+    """Whether an RMSNorm between two linears is folded into the first one's kernel: where both multiply on the tensor cores.
+
+    FMA takes the norm for free, from loads before its wait, and its tiles of few features would leave many sums of squares.
+    formats: of the two weights, None for plain ones.
+    """
+    return rows > FMA_RULE_ROWS or _batch_invariant or all(fmt is not None for fmt in formats)
+
+
+def fold_block(rows: int, fmt) -> int:
+    """Output features behind one sum of squares of a folded norm, for a first weight in this format: few enough that every tile
+    computes whole blocks."""
+    return 16 if fmt is not None and rows <= 16 and not _batch_invariant else 64
+
+
 def padded_rows(rows: int) -> int:
     """Rows of x that a kernel works on: what FMA takes as they are, else a power of two of at least 16."""
     return rows if rows <= FMA_RULE_ROWS else max(16, 1 << (rows - 1).bit_length())
@@ -183,9 +198,13 @@ def packed_shape(tile: Tile, fmt: str) -> tuple[int, int]:
 
 def candidate_tiles(op: str, rows: int, N: int, K: int, fmt: str = "bf16") -> list[Tile]:
     """The tiles worth measuring for one shape inside the whole step."""
-    if fmt in UNIT_COLUMNS:
-        return _packed_candidates(op, fmt, rows, N, K)
-    return _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K) if rows <= 8 else _dot_candidates(op, rows, N, K)
+    packed = fmt if fmt in UNIT_COLUMNS else None
+    tiles = (
+        _packed_candidates(op, fmt, rows, N, K) if packed else _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K)
+    )
+    if op == "linear" and folds_norm(rows, packed):
+        tiles = [t for t in tiles if t.rows % fold_block(rows, packed) == 0]
+    return tiles
 
 
 def _fma_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:

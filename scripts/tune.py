@@ -11,6 +11,7 @@ Prints the entries to put into kernels/tiles.py (MEASURED), and writes every mea
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -29,7 +30,7 @@ import kernels
 from decoding import decode_one_token
 from generate import Engine, add_flag
 from kernels.formats import Weight
-from kernels.tiles import Tile, candidate_tiles, override_tiles, padded_rows, tile_for
+from kernels.tiles import Tile, candidate_tiles, fold_block, override_tiles, padded_rows, tile_for
 from model import SHAPES
 from quantize import MODES, make_recipe
 from timing import floor_ms
@@ -62,7 +63,8 @@ def packed_of(config, op: str):
 
 
 def compile_tile(job) -> tuple | None:
-    """In a process of its own: runs one operator once with one tile, for the compiled kernel in Triton's cache."""
+    """In a process of its own: runs one operator with one tile, for the compiled kernels in Triton's cache: as it is where a
+    norm is folded, too, where that may be."""
     shape, mode, rows, op, N, K, tile = job
     c = quantized_config(shape, mode)
     make = lambda *size, dtype=torch.bfloat16: torch.zeros(*size, dtype=dtype, device="cuda")
@@ -72,37 +74,41 @@ def compile_tile(job) -> tuple | None:
         tensor.zero_()
     weight.tile()
     lengths = make(rows, dtype=torch.int32)
+    norms = [norm]
+    if kernels.folds_norm(rows, c.layer_format, weight.packed):
+        squares = make(rows, -(-K // fold_block(rows, c.layer_format)), dtype=torch.float32)
+        norms.append(kernels.FoldedNorm(x, squares))
     try:
         with override_tiles({(op, N, K): tile}):
-            if op == "qkv":
-                cache = make(rows, c.num_kv_heads, 64, c.head_dim)
-                rope = make(64, c.head_dim // 2, dtype=torch.float32)
-                qk = make(c.head_dim) if c.qk_norm else None
-                kernels.qkv_rope_append(
-                    x, weight, norm=norm, eps=1e-5, q_norm=qk, k_norm=qk, qk_eps=1e-5, cos=rope, sin=rope, lengths=lengths,
-                    table=make(rows, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
-                    page_size=64, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
-                )  # fmt: skip
-            elif op == "head":
-                sampling = {"temperature": make(rows, dtype=torch.float32), "seed": make(rows, dtype=torch.int64)}
-                kernels.head(
-                    x,
-                    weight,
-                    norm=norm,
-                    eps=1e-5,
-                    vocab_size=N,
-                    lengths=lengths,
-                    sample=make(rows, dtype=torch.int32),
-                    **sampling,
-                )
-            elif op == "silu_mul":
-                kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
-            else:
-                kernels.linear(x, weight, residual=make(rows, N))
+            for norm in norms:
+                run_operator(op, c, x, weight, norm, lengths)
         torch.cuda.synchronize()
     except Exception as error:  # a tile that does not fit the card is a result, not a fault
         return (op, N, K, tile, f"{type(error).__name__}: {str(error)[:80]}")
     return None
+
+
+def run_operator(op: str, c, x, weight: Weight, norm, lengths) -> None:
+    """One linear of a decode step on rows x [M, K]; norm: its gain, or a FoldedNorm."""
+    rows, N, make = len(x), weight.out_features, functools.partial(torch.zeros, device=x.device)
+    if op == "qkv":
+        cache = make(rows, c.num_kv_heads, 64, c.head_dim, dtype=x.dtype)
+        rope = make(64, c.head_dim // 2)
+        qk = make(c.head_dim, dtype=x.dtype) if c.qk_norm else None
+        kernels.qkv_rope_append(
+            x, weight, norm=norm, eps=1e-5, q_norm=qk, k_norm=qk, qk_eps=1e-5, cos=rope, sin=rope, lengths=lengths,
+            table=make(rows, 1, dtype=torch.int32), k_cache=cache, v_cache=cache.clone(),
+            page_size=64, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
+        )  # fmt: skip
+    elif op == "head":
+        sampling = {"temperature": make(rows), "seed": make(rows, dtype=torch.int64), "sample": make(rows, dtype=torch.int32)}
+        kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths, **sampling)
+    elif op == "silu_mul":
+        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
+    elif isinstance(norm, kernels.FoldedNorm):
+        kernels.linear_folding(x, weight, residual=make(rows, N, dtype=x.dtype), gain=make(N, dtype=x.dtype))
+    else:
+        kernels.linear(x, weight, residual=make(rows, N, dtype=x.dtype))
 
 
 class StepTimer:

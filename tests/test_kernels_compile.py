@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 import kernels
 from kernels import _common
 from kernels.formats import PackedFormat, Weight
-from kernels.tiles import MEASURED, SHARED_BYTES, Tile, override_tiles
+from kernels.tiles import MEASURED, SHARED_BYTES, Tile, fold_block, override_tiles
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -76,15 +76,19 @@ def empty(*size, dtype=torch.bfloat16):
     return torch.empty(*size, dtype=dtype)
 
 
-def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16, packed=None):
-    """The operator `op` of tiles.OPS at a shape, on memory that nothing reads."""
+def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16, packed=None, fold=False):
+    """The operator `op` of tiles.OPS at a shape, on memory that nothing reads; `fold`: as it is where norms are folded."""
     x, norm = empty(M, K), empty(K)
+    if fold:
+        norm = kernels.FoldedNorm(x, empty(M, -(-K // fold_block(M, packed)), dtype=torch.float32))
     weight = Weight(N, K, bias=bias, packed=packed)  # never touched, so that a large one takes no memory
     if packed:
         weight.weight.zero_()  # `tile` looks for codes that stand for no number
     weight.tile()
     lengths = empty(M, dtype=torch.int32)
-    if op == "linear":
+    if op == "linear" and fold:
+        kernels.linear_folding(x, weight, residual=empty(M, N), gain=empty(N))
+    elif op == "linear":
         kernels.linear(x, weight, residual=empty(M, N))
     elif op == "silu_mul":
         kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
@@ -177,6 +181,27 @@ def test_packed_head_and_qk_norm(launches):
     call("qkv", 768, 512, 40, head_dim=128, packed=PackedFormat("fp8"))
     call("linear", 512, 512, 40, packed=INT4[1])
     check(launches, 4)
+
+
+FOLDING = [
+    (16, "qkv", 6144, 4096, None), (16, "silu_mul", 28672, 4096, None), (16, "linear", 4096, 14336, None),
+    (16, "head", 128256, 4096, None), (5, "linear", 2048, 2048, None), (1, "qkv", 768, 512, INT4[0]),
+    (1, "silu_mul", 512, 512, INT4[1]), (1, "linear", 512, 896, INT4[0]), (8, "head", 1000, 512, PackedFormat("int8")),
+    (40, "linear", 512, 896, PackedFormat("fp8")), (40, "silu_mul", 512, 512, PackedFormat("fp8")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("M", "op", "N", "K", "packed"), FOLDING, ids=str)
+def test_folded_norms(launches, M, op, N, K, packed):
+    call(op, N, K, M, head_dim=128, packed=packed, fold=True)
+    check(launches, 1)
+
+
+def test_two_programs_of_a_folded_reader_share_an_sm(launches):
+    """Its 224 programs are for 132 SMs: see `dot`."""
+    call("silu_mul", 28672, 4096, 16, fold=True)
+    (compiled,) = check(launches, 1)
+    assert 2 * (compiled.metadata.shared + 1024) <= 228 * 1024
 
 
 def test_qk_norm_and_bias(launches):

@@ -259,7 +259,7 @@ def test_opcheck():
     draw = sampling([0.0, 1.0])
     lengths = torch.ones(2, dtype=torch.int32, device=DEVICE)
     with override_tiles({"head": Tile(32, 64, 4)}):
-        arguments = (x, *Operand.of(weight), norm, EPS, 90, *draw.values(), lengths)
+        arguments = (x, *Operand.of(weight), norm, None, EPS, 90, *draw.values(), lengths)
         torch.library.opcheck(torch.ops.rooflama.head.default, arguments)
     value, ids, state = make_state(20)
     order = ("token", "ring", "cursor", "done", "flag", "lengths", "limit", "stop_ids", "embedding", "x")

@@ -293,11 +293,17 @@ def operator_arguments(dtype):
     a = make_qkv(B=2, T=2, K=64, Hq=2, Hkv=1, D=16, lengths=[2, 7], dtype=dtype, bias=True, qk_norm=True)
     weight = a.pop("weight")
     a["k_cache"].zero_(), a["v_cache"].zero_()
-    qkv = (a["x"], *Operand.of(weight), weight.bias, *list(a.values())[1:])
+    qkv = (a["x"], *Operand.of(weight), weight.bias, a["norm"], None, *list(a.values())[2:])
     w, x, res = make_weight(32, 64, dtype, True), randn(3, 64, dtype=dtype), randn(3, 16, dtype=dtype)
+    gain, squares = randn(64, dtype=dtype), torch.rand(3, 2, device=DEVICE)
     yield torch.ops.rooflama.qkv_rope_append.default, qkv
-    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), w.bias, randn(64, dtype=dtype), EPS, "silu_mul", res)
-    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), None, None, 0.0, "none", None)
+    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), w.bias, gain, None, EPS, "silu_mul", res)
+    yield torch.ops.rooflama.linear.default, (x, *Operand.of(w), None, None, squares, EPS, "none", None)
+    w = make_weight(72, 64, dtype)
+    yield (
+        torch.ops.rooflama.linear_folding.default,
+        (x, *Operand.of(w), None, randn(3, 72, dtype=dtype), w.weight[0].repeat(2)[:72], 16),
+    )
 
 
 def test_opcheck():

@@ -164,7 +164,7 @@ def test_float32_takes_the_reference():
 
 def test_opcheck():
     weight, x = make(32, 256, INT4, bias=True), randn(3, 256, dtype=BF16)
-    arguments = (x, *Operand.of(weight), weight.bias, randn(256, dtype=BF16), EPS, "silu_mul", None)
+    arguments = (x, *Operand.of(weight), weight.bias, randn(256, dtype=BF16), None, EPS, "silu_mul", None)
     torch.library.opcheck(torch.ops.rooflama.linear.default, arguments)
 
 
