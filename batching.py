@@ -68,15 +68,12 @@ def _request(fields: dict, defaults: SamplingParams, source: str) -> Request:
             found = repr(fields[name])[:80] if name in fields else "nothing"
             raise ValueError(f"{name}: found {found}, expected {expected}")
 
-    def whole(value):
-        return isinstance(value, int) and not isinstance(value, bool)
-
     for name in fields:
         check(name, name in PARAMETERS | {"id", "prompt", "messages"}, "id, prompt, messages or a sampling parameter")
-    check("id", isinstance(fields.get("id"), str) or whole(fields.get("id")), "a text or a whole number")
+    check("id", type(fields.get("id")) in (str, int), "a text or a whole number")
     prompt, messages = fields.get("prompt"), fields.get("messages")
     if messages is None:
-        ids = isinstance(prompt, list) and all(whole(token) for token in prompt)
+        ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
         check("prompt", isinstance(prompt, str) or ids, "text or token ids (or messages in its place)")
     else:
         check("prompt", prompt is None, "none beside messages")
@@ -106,10 +103,8 @@ class ResultFile:
                 break  # the writer was killed in the middle of it
             fields = _parse(line, f"{path}, line {number}")
             if not isinstance(fields.get("id"), (str, int)) or fields["id"] not in ids or fields["id"] in self.done:
-                raise ValueError(
-                    f"{path}, line {number}, id: found {fields.get('id')!r}, expected one of the prompts', once: "
-                    "is it the output of another prompt file?"
-                )
+                expected = "one of the prompts', once: is it the output of another prompt file?"
+                raise ValueError(f"{path}, line {number}, id: found {fields.get('id')!r}, expected {expected}")
             self.done.add(fields["id"])
             self.num_bytes += len(line)
         self._take_back()

@@ -12,10 +12,7 @@ import sys
 from generate import WARM_UP_TOKENS, Engine, Stream
 from sampling import SamplingParams
 
-SETTINGS = (
-    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed"),
-    *("max_new_tokens", "stop", "stop_token_ids", "ignore_eos"),
-)
+SETTINGS = [field.name for field in dataclasses.fields(SamplingParams) if field.name not in ("n", "logprobs")]
 LISTS = ("stop", "stop_token_ids")
 HELP = f"""\
 /help            this
@@ -75,9 +72,7 @@ class Chat:
         except ValueError as error:
             say(f"error: {error}; the conversation stays as it was (/clear begins anew)")
             return
-        shown = ""
-        clean = printable if sys.stdout.isatty() else str
-        note = None
+        shown, note, clean = "", None, printable if sys.stdout.isatty() else str
         try:
             with contextlib.closing(self.last):
                 for piece in self.last:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import json
 import re
+import resource
 import subprocess
 import sys
 import threading
@@ -59,35 +60,21 @@ _TURNS = """\
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ('user', 'assistant') %}
         {{- raise_exception('roles must alternate user, assistant, ... after an optional system message') }}
     {%- endif %}
-    {%- set content = message['content'] %}
-    {%- if loop.first and system is not none %}
-        {%- set content = SYSTEM + content %}
-    {%- endif %}
+    {%- set content = SYSTEM + message['content'] if loop.first and system is not none else message['content'] %}
+    {{- QUESTION if message['role'] == 'user' else ANSWER }}
+{%- endfor %}
 """
 
 LLAMA2 = (
     _TURNS.replace("SYSTEM", r"'<<SYS>>\n' + system + '\n<</SYS>>\n\n'")
-    + """\
-    {%- if message['role'] == 'user' %}
-        {{- bos_token + '[INST] ' + content | trim + ' [/INST]' }}
-    {%- else %}
-        {{- ' ' + content | trim + ' ' + eos_token }}
-    {%- endif %}
-{%- endfor %}
-"""
+    .replace("QUESTION", "bos_token + '[INST] ' + content | trim + ' [/INST]'")
+    .replace("ANSWER", "' ' + content | trim + ' ' + eos_token")
 )
 
-MISTRAL = (
-    "{{- bos_token }}\n"
-    + _TURNS.replace("SYSTEM", r"system + '\n\n'")
-    + """\
-    {%- if message['role'] == 'user' %}
-        {{- '[INST] ' + content + ' [/INST]' }}
-    {%- else %}
-        {{- ' ' + content | trim + eos_token }}
-    {%- endif %}
-{%- endfor %}
-"""
+MISTRAL = "{{- bos_token }}\n" + (
+    _TURNS.replace("SYSTEM", r"system + '\n\n'")
+    .replace("QUESTION", "'[INST] ' + content + ' [/INST]'")
+    .replace("ANSWER", "' ' + content | trim + eos_token")
 )
 
 
@@ -190,12 +177,9 @@ def restrict():
         codecs.lookup(encoding)
     with contextlib.suppress(Exception):  # also what an error looks up
         _compile("{% for a in b %}{{ a['\\n'] | tojson | trim }}{% endfor %}", ("<s>",))[0].render(b=[{}, 1])
-    if sys.platform == "linux":
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # of new ones; those that are open stay
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))  # of new ones; those that are open stay
 
 
 def _serve():
@@ -265,14 +249,9 @@ class ChatTemplate:
         return json.loads(line)
 
     def _start(self):
-        self._child = subprocess.Popen(
-            [sys.executable, "-P", __file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            start_new_session=True,  # Ctrl-C in the terminal is not meant for it
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+        command = [sys.executable, "-P", __file__]
+        self._child = subprocess.Popen(command, **pipes, start_new_session=True)  # Ctrl-C in the terminal is not meant for it
         self._stop = weakref.finalize(self, _end, self._child)
 
 

@@ -52,13 +52,14 @@ STORED_DTYPES = FLOAT_DTYPES | {  # that a file may hold beside them
     **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
 }
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+Shape = tuple[int, ...]
 
 
 class TensorSpec(NamedTuple):
     """What a tensor of ours is."""
 
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: Shape
 
     @property
     def num_bytes(self) -> int:
@@ -70,7 +71,7 @@ class TensorInfo(NamedTuple):
 
     path: Path
     dtype: torch.dtype
-    shape: tuple[int, ...]
+    shape: Shape
     start: int  # of its bytes in the file
 
     @property
@@ -114,14 +115,16 @@ Loaded = tuple[ModelConfig, dict[str, Tensor], LoadReport]
 
 def read_json(path: Path) -> dict:
     """A JSON object. ValueError names the file."""
+    return _parse_object(read_small(path), str(path))
+
+
+def _parse_object(data: bytes, where: str) -> dict:
     try:
-        value = json.loads(read_small(path))
+        value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        if str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: invalid JSON: {error}") from None
+        raise ValueError(f"{where}: invalid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: found a JSON {type(value).__name__}, expected an object")
+        raise ValueError(f"{where}: found a JSON {type(value).__name__}, expected an object")
     return value
 
 
@@ -155,12 +158,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"{path}: safetensors header: found {length} bytes, expected at most {MAX_HEADER_BYTES}")
         if size < 8 + length:
             raise ValueError(f"{path}: truncated: found {size} bytes, expected more than {8 + length}")
-        try:
-            header = json.loads(file.read(length))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: safetensors header: invalid JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: safetensors header: found a JSON {type(header).__name__}, expected an object")
+        header = _parse_object(file.read(length), f"{path}: safetensors header")
     header.pop("__metadata__", None)
     entries = [_parse_entry(path, name, entry) for name, entry in header.items()]
 
@@ -176,7 +174,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _parse_entry(path: Path, name: str, entry) -> tuple[int, int, str, torch.dtype, tuple[int, ...]]:
+def _parse_entry(path: Path, name: str, entry) -> tuple[int, int, str, torch.dtype, Shape]:
     check_name(path, name)
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, stop]}:
@@ -223,10 +221,7 @@ def find_tensors(directory: Path) -> tuple[dict[str, TensorInfo], list[str]]:
 
 
 def check_tensors(
-    found: dict[str, TensorInfo],
-    expected: dict[str, tuple[int, ...]],
-    directory: Path,
-    dtypes: dict[str, torch.dtype] | None = None,
+    found: dict[str, TensorInfo], expected: dict[str, Shape], directory: Path, dtypes: dict[str, torch.dtype] | None = None
 ) -> None:
     """Exactly the expected names, each with its shape and a plain floating-point dtype, or the one that `dtypes` asks for."""
     if missing := [name for name in expected if name not in found]:
@@ -278,7 +273,7 @@ def _with_formats(config: ModelConfig, quantization: dict, where: str) -> ModelC
     return dataclasses.replace(config, layer_format=formats["layers"], head_format=formats["head"])
 
 
-def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """Names and shapes of model.Transformer's state dict, in the order in which they are saved."""
     return {name: spec.shape for name, spec in tensor_specs(config).items()}
 
@@ -338,40 +333,28 @@ def default_generation(directory: str | Path) -> dict:
 # ---------------------------------------------------------------- loading
 
 
-def load_checkpoint(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, progress: bool = True) -> Loaded:
-    """A checkpoint of our format, its state dict on the device. `dtype` None keeps the checkpoint's."""
-    return load_source(open_checkpoint(directory), device, dtype, progress)
-
-
-def open_checkpoint(directory: str | Path) -> Source:
-    directory = Path(directory)
+def open_checkpoint(directory: Path) -> Source:
+    """A checkpoint of our format."""
     config, raw = read_config(directory)
     found, notes = find_tensors(directory)
-    expected = expected_tensors(config)
-    check_tensors(found, expected, directory, packed_dtypes(config))
-    pieces = {name: [Piece(name, found[name], lambda out: out)] for name in expected}
+    specs, plain = tensor_specs(config), tensor_specs(dataclasses.replace(config, layer_format=None, head_format=None))
+    # Those of packed weights are as they are stored: codes and scales mean nothing in another dtype.
+    dtypes = {name: spec.dtype for name, spec in specs.items() if spec != plain.get(name)}
+    check_tensors(found, expected_tensors(config), directory, dtypes)
+    pieces = {name: [Piece(name, found[name], lambda out: out)] for name in specs}
     return Source(directory, "rooflama", config, pieces, notes, raw["rooflama"].get("quantization"))
-
-
-def packed_dtypes(config: ModelConfig) -> dict[str, torch.dtype]:
-    """Those of packed weights' tensors, which are stored as they are: codes and scales mean nothing in another dtype."""
-    plain = tensor_specs(dataclasses.replace(config, layer_format=None, head_format=None))
-    return {name: spec.dtype for name, spec in tensor_specs(config).items() if spec != plain.get(name)}
 
 
 @torch.inference_mode(False)  # which the reading threads, not having inherited it, could not write to
 def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, progress: bool = True) -> Loaded:
-    """Allocate every tensor on the device and fill it."""
+    """A state dict on the device, in `dtype`; None keeps the checkpoint's."""
     began = time.perf_counter()
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     specs = tensor_specs(config)
     state = None
-    try:
+    with out_of_memory_suppressed():
         state = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-    if state is None:  # what was allocated is free again
+    if state is None:
         needed, free = _num_bytes(specs) / 2**30, free_bytes(torch.device(device)) / 2**30
         raise MemoryError(f"{source.directory}: the weights need {needed:.2f} GiB, free on {device}: {free:.2f} GiB")
     num_bytes = fill(source, state, progress)
@@ -379,9 +362,14 @@ def load_source(source: Source, device="cpu", dtype: torch.dtype | None = None, 
     return config, state, LoadReport(num_bytes, seconds, num_bytes / 1e9 / seconds, source.notes)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or in a computer's memory."""
-    return any(said in str(error) for said in ("out of memory", "can't allocate memory"))
+@contextlib.contextmanager
+def out_of_memory_suppressed() -> Iterator[None]:
+    """Ends the block where an allocation fails, on a GPU or in a computer's memory; what was allocated in it is free again."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(said in str(error) for said in ("out of memory", "can't allocate memory")):
+            raise
 
 
 def free_bytes(device: torch.device) -> int:
@@ -390,13 +378,10 @@ def free_bytes(device: torch.device) -> int:
         fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
         return int(fields["MemAvailable"].split()[0]) * 1024
     gc.collect()
-    try:
+    with out_of_memory_suppressed():
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    except RuntimeError as error:  # so little that CUDA itself cannot start
-        if not is_out_of_memory(error):
-            raise
-        return 0
+    return 0  # so little that CUDA itself cannot start
 
 
 def fill(source: Source, tensors: dict[str, Tensor], progress: bool = True) -> int:
@@ -484,10 +469,13 @@ def save_checkpoint(
     """Write a checkpoint that appears whole or not at all; returns the bytes of its tensors.
 
     tensors: (name, tensor) as `tensor_specs(config)` lists them; taken one at a time, so that a generator needs memory for one
-    only. source: where they come from, for config.json. companions: a directory with tokenizer files. quantization: how the
+    only. source: where they come from, for config.json. companions: the input, with tokenizer files. quantization: how the
     weights that config says are packed were made, for config.json; one without "method" is refused when there are such.
-    ValueError: other tensors than expected; `directory` holds something else than a checkpoint, or is being written.
+    ValueError: other tensors than expected; `directory` is the input, holds something else than a checkpoint, or is being
+    written.
     """
+    if companions and Path(directory).resolve() == Path(companions).resolve():
+        raise ValueError(f"{directory}: the output is the input; expected another directory")
     about = {"format_version": FORMAT_VERSION, "source": source, "quantization": None}
     if config.layer_format or config.head_format:
         formats = {"layers": config.layer_format, "head": config.head_format}

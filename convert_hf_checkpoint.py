@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import functools
 import math
+import os
 import pickle
 import re
 import resource
@@ -26,19 +27,7 @@ import torch
 from torch import Tensor
 
 import checkpoint
-from checkpoint import (
-    FLOAT_DTYPES,
-    Piece,
-    Source,
-    TensorInfo,
-    check_tensors,
-    expected_tensors,
-    find_tensors,
-    read_json,
-    read_tensor,
-    some,
-    tensor_specs,
-)
+from checkpoint import Piece, Source, TensorInfo, check_tensors, expected_tensors, read_json, read_tensor, some, tensor_specs
 from kernels.formats import GROUP_SIZES, PackedFormat, pack_int4, unpack_int4
 from model import DTYPES, ModelConfig
 
@@ -111,7 +100,7 @@ def _open_hf(directory: Path, raw: dict) -> Source:
     config = ModelConfig.from_dict(raw, str(path))
     if not any(directory.glob("*.safetensors")) and (pickles := sorted(f.name for f in directory.glob("pytorch_model*.bin"))):
         raise ValueError(f"{directory}: found {some(pickles)}, expected safetensors (pickled weights are not read)")
-    found, notes = find_tensors(directory)
+    found, notes = checkpoint.find_tensors(directory)
     found = {name: info for name, info in found.items() if not IGNORED.fullmatch(name)}
 
     head, embedding = found.get("lm_head.weight"), found.get("model.embed_tokens.weight")
@@ -124,7 +113,7 @@ def _open_hf(directory: Path, raw: dict) -> Source:
         else:
             config = dataclasses.replace(config, tie_word_embeddings=False)
             notes.append(f"warning: {path}: tie_word_embeddings is true, lm_head.weight differs: the file's lm_head is used")
-    if embedding and embedding.dtype != config.dtype and embedding.dtype in FLOAT_DTYPES.values():
+    if embedding and embedding.dtype != config.dtype and embedding.dtype in checkpoint.FLOAT_DTYPES.values():
         if raw.get("dtype") is None and raw.get("torch_dtype") is None:
             config = dataclasses.replace(config, dtype=embedding.dtype)
         else:
@@ -157,15 +146,13 @@ def _open_hf(directory: Path, raw: dict) -> Source:
 
 
 def _same_data(a: TensorInfo, b: TensorInfo) -> bool:
-    if (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    step = 2**24
+    """Compared in pieces: whether they fit into memory is not known yet."""
+    left, step = a.nbytes, 2**24
     with open(a.path, "rb") as file_a, open(b.path, "rb") as file_b:
         file_a.seek(a.start), file_b.seek(b.start)
-        left = a.dtype.itemsize * math.prod(a.shape)
         while left > 0 and file_a.read(min(step, left)) == file_b.read(min(step, left)):
             left -= step
-    return left <= 0
+    return left <= 0 and (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
 # ---------------------------------------------------------------- packed by others
@@ -273,9 +260,8 @@ def _compressed_tensors(quantization: dict, where: str) -> Packing:
     groups, schemes = quantization.get("config_groups"), []
     for name, group in groups.items() if isinstance(groups, dict) else ():
         weights, place = group.get("weights") if isinstance(group, dict) else group, f"{where}.config_groups.{name}.weights"
-        schemes.append(
-            {field: _field(weights, place, field, values) for field, values in supported.items()} | {"actorder": None}
-        )
+        scheme = {field: _field(weights, place, field, values) for field, values in supported.items()}
+        schemes.append(scheme | {"actorder": None})
     if not schemes or any(scheme != schemes[0] for scheme in schemes):
         raise ValueError(f"{where}.config_groups: found {schemes}, expected groups whose weights are quantised in one way")
     if is_fp8:
@@ -306,7 +292,7 @@ def _check_packed(packing: Packing, found: dict, packed: dict, shapes: dict, dir
     for name in ignored:
         del found[name]
     expected = {name: shape for name, shape in shapes.items() if name.removesuffix(".weight") not in packed}
-    dtypes, scale_dtypes, scale = {}, set(), packing.parts["scale"][0]
+    dtypes = {}
     for name, (rows, columns) in packed.items():
         stored = packing.shapes(rows, columns)
         _drop_needless(packing, found, name, columns, shapes)
@@ -315,17 +301,15 @@ def _check_packed(packing: Packing, found: dict, packed: dict, shapes: dict, dir
             stored["weight_scale"] = info.shape
         expected |= {f"{name}.{suffix}": shape for suffix, shape in stored.items()}
         dtypes |= {f"{name}.{suffix}": dtype for suffix, dtype in packing.dtypes.items()}
-        if info := found.get(f"{name}.{scale}"):
-            scale_dtypes.add(info.dtype)
     check_tensors(found, expected, directory, dtypes)
     for name in packed if packing.symmetric_words else ():
-        words, info = packing.symmetric_words, found[f"{name}.qzeros"]
-        if not torch.isin(read_tensor(info), torch.tensor(words, dtype=torch.int32)).all():
-            raise ValueError(
-                f"{info.path}: tensor {name}.qzeros: found other zero points than the middle code, but sym is true"
-            )
+        words, info = torch.tensor(packing.symmetric_words, dtype=torch.int32), found[f"{name}.qzeros"]
+        if not torch.isin(read_tensor(info), words).all():
+            wrong = "found other zero points than the middle code, but sym is true"
+            raise ValueError(f"{info.path}: tensor {name}.qzeros: {wrong}")
     if packing.format.format != "int4":
         return packing
+    scale_dtypes = {found[f"{name}.{packing.parts['scale'][0]}"].dtype for name in packed}
     scale_dtype = scale_dtypes.pop() if len(scale_dtypes) == 1 else torch.float32  # which holds all others
     return dataclasses.replace(packing, format=dataclasses.replace(packing.format, scale_dtype=scale_dtype))
 
@@ -549,8 +533,6 @@ def convert(directory: Path, output: Path, dtype: torch.dtype | None = None, nam
 
     `name` is kept as its source, the directory by default; options go to save_checkpoint.
     """
-    if Path(output).resolve() == Path(directory).resolve():
-        raise ValueError(f"{output}: the output is the input; expected another directory")
     source = open_source(directory)
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     tensors = _one_ahead(finite_tensors(source, config.dtype))
@@ -601,17 +583,30 @@ def run(args: argparse.Namespace) -> None:
 
 
 def report_errors(work: Callable[[], None], debug: bool) -> int:
-    """The exit status: 0, or 1 after one line on stderr; a traceback only to debug."""
+    """The exit status: 0; 1 after one line on stderr, or, to debug, a traceback; 130 after Ctrl-C."""
     try:
         work()
-    except (ValueError, OSError, MemoryError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has gone: `| head -1`
+        end_output()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MemoryError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
         if debug:
             raise
         print("error:", one_line(error), file=sys.stderr)
+        end_output()
         return 1
-    except KeyboardInterrupt:
-        return 130
     return 0
+
+
+def end_output() -> None:
+    """Writes what is left of the output; where that fails (a closed pipe, a full disk), Python must not try again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def one_line(error: BaseException | str) -> str:

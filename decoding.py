@@ -207,8 +207,7 @@ def candidates(
         if kind == "truncate":
             best, token = kernels.choose(logits, best, lengths=lengths, **settings)
         elif kind == "penalize":
-            penalized = penalize(logits, **history)
-            best, token = kernels.choose(penalized, penalized.amax(dim=-1, keepdim=True), lengths=lengths, **settings)
+            best, token = choose_in_kernels(penalize(logits, **history), settings | {"lengths": lengths})
     else:
         logits = model.logits(hidden)
         penalized = penalize(logits, **history) if history else logits
@@ -250,14 +249,8 @@ def choose_token(
 
 
 def choose_in_kernels(logits, settings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`kernels.choose` of however many logits [B, V], with its settings [B] -> each one's (value, id), [B, 1] both."""
-    chosen = []
-    for begin in range(0, logits.shape[0], kernels.MAX_ROWS):
-        part = slice(begin, begin + kernels.MAX_ROWS)
-        maxima = logits[part].amax(dim=-1, keepdim=True)
-        chosen.append(kernels.choose(logits[part], maxima, **{name: t[part] for name, t in settings.items()}))
-    best, token = zip(*chosen, strict=True)
-    return torch.cat(best), torch.cat(token)
+    """`kernels.choose` of any logits [B, V], with its settings [B] -> each one's (value, id), [B, 1] both."""
+    return kernels.choose(logits, logits.amax(dim=-1, keepdim=True), **settings)
 
 
 def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slots: torch.Tensor) -> None:

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,26 +18,17 @@ import torch
 
 import checkpoint
 import convert_hf_checkpoint
-from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, decode_one_token
+from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode
 from kernels import MAX_ROWS
+from kernels.formats import Weight
 from kv_cache import CACHE_DTYPES, bytes_per_row
-from model import DTYPES, SHAPES, Transformer
+from model import DTYPES, SHAPES, Scale, Transformer
 from prefill import CHUNK_ROWS, Prefiller
 from runs import Output, Request, Run
 from sampling import SamplingParams
 from speculative import MAX_DRAFTS, Drafter, ModelDrafter, NgramDrafter, SelfDrafter, Speculator
-from timing import BANDWIDTH, Timing, floor_ms, metrics, report, weight_bytes_per_step
+from timing import Timing, metrics, report
 from tokenizer import load_tokenizer
-
-__all__ = [  # for the scripts, beside what is defined below
-    "BANDWIDTH",
-    "STEPS_PER_GRAPH",
-    "Decoder",
-    "decode_one_token",
-    "floor_ms",
-    "metrics",
-    "weight_bytes_per_step",
-]
 
 DEMO = Path(__file__).parent / "assets" / "demo"
 CHAT_TOKENS = 4096  # max_new_tokens of an answer in a conversation, unless told
@@ -49,40 +39,42 @@ CHAT_ROWS = 8192  # cache rows that a conversation begins with, where the contex
 # ---------------------------------------------------------------- the Python API
 
 
-class Stream:
-    """An iterator over the text of one answer, piece by piece. `close()` ends it early, as does the engine's next run."""
+class _Live(Iterator):
+    """What a run gives, as it comes. `close()` ends the run early, as does the engine's next one."""
 
-    def __init__(self, run: Run):
-        if len(run.answers) != 1:
-            raise ValueError(f"n: found {len(run.answers)}, expected 1 where text is streamed")
-        self._run = run
-        self._pieces = (text for _, text in run.pieces() if text)
+    def __init__(self, run: Run, items: Iterator):
+        self._run, self._items = run, items
 
-    def __iter__(self) -> Iterator[str]:
-        return self
-
-    def __next__(self) -> str:
-        return next(self._pieces)
+    def __next__(self):
+        return next(self._items)
 
     def close(self) -> None:
-        self._pieces.close()
-
-    @property
-    def output(self) -> Output:
-        """What has come so far; all of it once the iterator has ended."""
-        return self._run.outputs()[0]
+        self._items.close()
 
     @property
     def timing(self) -> Timing:
         return self._run.timing
 
 
-class Results:
-    """An iterator over (request, its outputs, one a sample), in the order in which they finish. `close()` ends it early, as
-    does the engine's next run."""
+class Stream(_Live):
+    """The text of one answer, piece by piece."""
 
     def __init__(self, run: Run):
-        self._run, self._results = run, self._finished()
+        if len(run.answers) != 1:
+            raise ValueError(f"n: found {len(run.answers)}, expected 1 where text is streamed")
+        super().__init__(run, (text for _, text in run.pieces() if text))
+
+    @property
+    def output(self) -> Output:
+        """What has come so far; all of it once the iterator has ended."""
+        return self._run.outputs()[0]
+
+
+class Results(_Live):
+    """(request, its outputs, one a sample), in the order in which they finish."""
+
+    def __init__(self, run: Run):
+        super().__init__(run, self._finished())
         self.batch_size = run.batch_size  # sequences at once
 
     def _finished(self) -> Iterator[tuple[Request, list[Output]]]:
@@ -93,19 +85,6 @@ class Results:
                     for sample in answer.job.answers:  # theirs alone from now on: many would fill the memory
                         sample.tokens, sample.logprobs, sample.text, sample.stream = [], None, "", None
                     yield answer.job.request, outputs
-
-    def __iter__(self) -> Iterator[tuple[Request, list[Output]]]:
-        return self
-
-    def __next__(self) -> tuple[Request, list[Output]]:
-        return next(self._results)
-
-    def close(self) -> None:
-        self._results.close()
-
-    @property
-    def timing(self) -> Timing:
-        return self._run.timing
 
 
 class Engine:
@@ -160,21 +139,13 @@ class Engine:
         model = Transformer(config, device="meta", dtype=config.dtype)
         model.load_state_dict(tensors, strict=True, assign=True)
         tokenizer = load_tokenizer(directory, config.vocab_size, config.model_type)
-        if tokenizer and tokenizer.vocab_size > config.vocab_size:
-            raise ValueError(
-                f"{directory}: the tokenizer: found {tokenizer.vocab_size} tokens, expected at most {config.vocab_size}"
-            )
         engine = cls(model, tokenizer, **options)
         if tokenizer:
             model.vocab_limit = tokenizer.vocab_size
         defaults = checkpoint.default_generation(directory)
         engine.stop_ids |= set(defaults.pop("eos_token_id", ()))
-        if not defaults.pop("do_sample", True):
-            defaults = {"temperature": 0.0}
-        fields = {f.name for f in dataclasses.fields(SamplingParams)}
-        engine.defaults = {k: v for k, v in defaults.items() if k in fields}
-        unused = [f"generation_config.json: {k} = {v} is not used" for k, v in defaults.items() if k not in fields]
-        engine.load_sec, engine.load_notes = time.perf_counter() - started, [*report.notes, *unused]
+        engine.defaults = defaults if defaults.pop("do_sample", True) else {"temperature": 0.0}
+        engine.load_sec, engine.load_notes = time.perf_counter() - started, report.notes
         return engine
 
     @classmethod
@@ -183,14 +154,13 @@ class Engine:
         if shape not in SHAPES:
             raise ValueError(f"random_weights: found {shape!r}, expected one of {', '.join(SHAPES)}")
         started = time.perf_counter()
-        config = SHAPES[shape]
+        config = dataclasses.replace(SHAPES[shape], dtype=dtype or SHAPES[shape].dtype)
         if mode:
             import quantize
 
-            model = quantize.random_model(config, mode, parse_device(device), dtype)
-        else:
-            model = Transformer(config, device=parse_device(device), dtype=dtype)
-            fill_randomly(model)
+            config = quantize.make_recipe(mode, config).config(config)
+        model = Transformer(config, device=parse_device(device))
+        fill_randomly(model)
         engine = cls(model, **options)
         synchronize(model.norm.weight.device)
         engine.load_sec = time.perf_counter() - started
@@ -296,16 +266,13 @@ class Engine:
             return
         self.session = self.decoder = self.prefiller = self.speculator = None  # frees the memory of the old one first
         rows = self._session_rows(length)
-        try:
+        with checkpoint.out_of_memory_suppressed():
             spare = MAX_DRAFTS if self.speculation else 0
             session = Session(self.model, batch_size, rows, self.cache_dtype, self.batch_invariant, spare)
             if self.speculation:
                 self.speculator = Speculator(self.model, session, **self.speculation)
             self.session = session
-        except RuntimeError as error:
-            if not checkpoint.is_out_of_memory(error):
-                raise
-        if self.session is None:  # what it had allocated is free now that the exception is gone
+        if self.session is None:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
         graphs = self.compile_prefill or self.decoder.mode == "graph"
@@ -394,10 +361,20 @@ def synchronize(device: torch.device) -> None:
 
 @torch.no_grad()
 def fill_randomly(model: Transformer, seed: int = 0) -> None:
-    """Normal weights of deviation 0.02, gains of 1 +- 0.02: of a real model's size: zeros would run faster."""
-    generator = torch.Generator(model.norm.weight.device).manual_seed(seed)
-    for name, tensor in model.state_dict().items():
-        tensor.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
+    """Normal weights of deviation 0.02, gains of 1 +- 0.02: of a real model's size: zeros would run faster. Weights that are to
+    be packed are packed one by one: never is more than one of them plain."""
+    device = model.norm.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, Scale):
+            module.weight.normal_(1.0, 0.02, generator=generator)
+        elif isinstance(module, Weight):
+            shape, options = (module.out_features, module.in_features), {"dtype": module.dtype, "device": device}
+            plain = Weight(*shape, bias=module.bias is not None, **options) if module.packed else module
+            for tensor in plain.buffers():
+                tensor.normal_(0.0, 0.02, generator=generator)
+            if module.packed:
+                module.load_state_dict(plain.round_to_nearest(module.packed).state_dict())
 
 
 # ---------------------------------------------------------------- command line
@@ -412,12 +389,7 @@ def add_flag(parser: argparse.ArgumentParser, name: str, **options) -> None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flag = lambda name, **options: add_flag(parser, name, **options)
-    flag(
-        "checkpoint_path",
-        type=Path,
-        default=DEMO,
-        help="a checkpoint directory, ours or Hugging Face's (default: the demo model)",
-    )
+    flag("checkpoint_path", type=Path, default=DEMO, help="a directory, ours or Hugging Face's (default: the demo model)")
     flag("random_weights", metavar="SHAPE", help=f"random weights instead of a checkpoint: {', '.join(SHAPES)}")
     flag("prompt", default="ROMEO:", help="text; an integer makes a synthetic prompt of so many tokens")
     flag("num_samples", type=int, default=1, help="samples, one after the other")
@@ -438,19 +410,13 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("ignore_eos", action="store_true", default=None, help="go on past the model's stop tokens")
     flag("compile", action="store_true", help="the fast decode path: CUDA graphs on a GPU, torch.compile on a CPU")
     flag("compile_prefill", action="store_true", help="the fast prefill too: CUDA graphs, on a CPU torch.compile")
-    flag(
-        "decode_mode", choices=Decoder.MODES, help="force a way to run decode steps (default: auto with --compile, else eager)"
-    )
+    flag("decode_mode", choices=Decoder.MODES, help="how to run decode steps (default: auto with --compile, else eager)")
     flag("batch_invariant", action="store_true", help="the same tokens for a prompt whatever shares its batch; slower")
     flag("draft_checkpoint_path", type=Path, help="speculate with this smaller model of the same vocabulary")
     flag("speculate", choices=("ngram", "self"), help="speculate without one: by look-up in the text, or the model in int4")
-    flag(
-        "speculate_k", type=int, help=f"the most tokens that are drafted at once (default {DRAFTS}); fewer where that is faster"
-    )
+    flag("speculate_k", type=int, help=f"the most tokens drafted at once (default {DRAFTS}); fewer where that is faster")
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
-    flag(
-        "kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the cache's bytes (default: the model's dtype)"
-    )
+    flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the bytes (default: the model's dtype)")
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")
@@ -476,11 +442,10 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def load_engine(args: argparse.Namespace) -> Engine:
     """The engine that the command line asks for."""
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    mode = args.decode_mode or ("auto" if args.compile else "eager")
-    options = {"decode_mode": mode, "compile_prefill": args.compile_prefill, "max_seq_len": args.max_seq_len}
-    options["kv_cache_dtype"] = args.kv_cache_dtype
-    options["batch_invariant"] = args.batch_invariant
+    dtype = DTYPES.get(args.dtype)
+    names = ("compile_prefill", "max_seq_len", "kv_cache_dtype", "batch_invariant")
+    options = {name: getattr(args, name) for name in names}
+    options["decode_mode"] = args.decode_mode or ("auto" if args.compile else "eager")
     if args.random_weights:
         return Engine.random(args.random_weights, args.device, dtype, args.quantize, **options)
     engine = Engine.load(args.checkpoint_path, args.device, dtype, progress=True, **options)
@@ -494,15 +459,13 @@ def load_engine(args: argparse.Namespace) -> Engine:
 def set_up_speculation(args: argparse.Namespace, engine: Engine) -> None:
     """The drafter that the command line asks for, if any."""
     if args.draft_checkpoint_path:
-        dtype = DTYPES[args.dtype] if args.dtype else None
-        draft = Engine.load(args.draft_checkpoint_path, args.device, dtype, progress=True)
+        draft = Engine.load(args.draft_checkpoint_path, args.device, DTYPES.get(args.dtype), progress=True)
         if engine.tokenizer and draft.tokenizer:
             for i in range(min(e.tokenizer.vocab_size for e in (engine, draft))):
                 found, expected = (e.tokenizer.token_bytes(i, skip_special=False) for e in (draft, engine))
                 if found != expected:
-                    raise ValueError(
-                        f"{args.draft_checkpoint_path}: token {i}: found {found}, expected the target's {expected}"
-                    )
+                    where = f"{args.draft_checkpoint_path}: token {i}"
+                    raise ValueError(f"{where}: found {found}, expected the target's {expected}")
         drafter = ModelDrafter(draft.model, f"draft model {args.draft_checkpoint_path.name}")
     elif args.speculate:
         drafter = NgramDrafter() if args.speculate == "ngram" else SelfDrafter(engine.model)
@@ -567,49 +530,31 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
         print(json.dumps({"outputs": [o.to_dict() for o in outputs], "metrics": last}))
 
 
+def dispatch(args: argparse.Namespace) -> None:
+    """What the command line asks for: one prompt, many, or a conversation."""
+    engine = load_engine(args)
+    for note in engine.load_notes:
+        print(convert_hf_checkpoint.one_line(note), file=sys.stderr)
+    set_up_speculation(args, engine)
+    params = sampling_params(args, engine)
+    if args.interactive:
+        import chat
+
+        chat.converse(engine, params, args.system)
+    elif args.prompt_file:
+        import batching
+
+        result = batching.run(engine, params, args.prompt_file, args.output_file, args.batch_size)
+        if args.json:
+            print(json.dumps({"metrics": result}))
+    else:
+        run(args, engine, params)
+
+
 def main(argv=None) -> int:
     """The command line. Exit status 0; 1 and one line on stderr for bad input; 2 for bad usage; 130 after Ctrl-C."""
     args = parse_args(argv)
-    try:
-        engine = load_engine(args)
-        for note in engine.load_notes:
-            print(convert_hf_checkpoint.one_line(note), file=sys.stderr)
-        set_up_speculation(args, engine)
-        params = sampling_params(args, engine)
-        if args.interactive:
-            import chat
-
-            chat.converse(engine, params, args.system)
-        elif args.prompt_file:
-            import batching
-
-            result = batching.run(engine, params, args.prompt_file, args.output_file, args.batch_size)
-            if args.json:
-                print(json.dumps({"metrics": result}))
-        else:
-            run(args, engine, params)
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output has gone: `| head -1`
-        end_output()
-        return 0
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MemoryError, FloatingPointError, torch.cuda.OutOfMemoryError) as error:
-        if args.debug:
-            raise
-        print("error:", convert_hf_checkpoint.one_line(error), file=sys.stderr)
-        end_output()
-        return 1
-    return 0
-
-
-def end_output() -> None:
-    """Writes what is left of the output; where that fails (a closed pipe, a full disk), Python must not try again at exit."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return convert_hf_checkpoint.report_errors(lambda: dispatch(args), args.debug)
 
 
 if __name__ == "__main__":

@@ -61,17 +61,9 @@ class Recipe:
         return dataclasses.replace(plain, layer_format=self.layers, head_format=self.head, tie_word_embeddings=tied)
 
 
-def make_recipe(
-    mode: str,
-    config: ModelConfig,
-    groupsize: int = 128,
-    asymmetric: bool = False,
-    head: str | None = None,
-    search: bool = True,
-    percdamp: float = 0.01,
-    blocksize: int = 128,
-) -> Recipe:
-    """What a mode means for a model. head: int8, int4, fp8, "none" or None for the mode's own. ValueError names the flag."""
+def make_recipe(mode: str, config: ModelConfig, groupsize=128, asymmetric=False, head: str | None = None, **options) -> Recipe:
+    """What a mode means for a model. head: int8, int4, fp8, "none" or None for the mode's own; options: the recipe's search,
+    percdamp and blocksize. ValueError names the flag."""
     if mode not in MODES:
         raise ValueError(f"quantisation mode: found {mode!r}, expected one of {', '.join(MODES)}")
     if found := config.layer_format or config.head_format:
@@ -79,17 +71,17 @@ def make_recipe(
     name, method, default_head = MODES[mode]
     if asymmetric and name != "int4":
         raise ValueError(f"asymmetric: found with mode {mode}, expected an int4 mode")
-    if not 0 < percdamp < 1:
-        raise ValueError(f"percdamp: found {percdamp}, expected a number between 0 and 1")
-    if blocksize < 1:
-        raise ValueError(f"blocksize: found {blocksize}, expected at least 1")
 
     def fmt(name):
         if name == "int4":
             return PackedFormat("int4", groupsize, not asymmetric, config.dtype)
         return None if name == "none" else PackedFormat(name)
 
-    recipe = Recipe(mode, method, fmt(name), fmt(head or default_head), search, percdamp, blocksize)
+    recipe = Recipe(mode, method, fmt(name), fmt(head or default_head), **options)
+    if not 0 < recipe.percdamp < 1:
+        raise ValueError(f"percdamp: found {recipe.percdamp}, expected a number between 0 and 1")
+    if recipe.blocksize < 1:
+        raise ValueError(f"blocksize: found {recipe.blocksize}, expected at least 1")
     tensor_specs(recipe.config(config))  # refuses groups that do not fill a row
     return recipe
 
@@ -119,21 +111,6 @@ def read_windows(path: Path, tokenizer: Tokenizer | None, config: ModelConfig, l
     return calibration_windows(text, tokenizer, limit, min(seq_length, config.max_position_embeddings))
 
 
-class Statistics:
-    """What a linear's inputs x [T, K], all windows together, look like."""
-
-    def __init__(self, columns: int, device):
-        self.hessian = torch.zeros(columns, columns, device=device)  # of the squared error of an output: mean of x x^T
-        self.magnitude = torch.zeros(columns, device=device)  # mean of |x|
-        self.count = 0
-
-    def add(self, x: Tensor) -> None:
-        x, kept = x.float(), self.count / (self.count + x.shape[0])
-        self.count += x.shape[0]
-        self.hessian.mul_(kept).addmm_(x.T, x, alpha=1 / self.count)
-        self.magnitude.mul_(kept).add_(x.abs().sum(0) / self.count)
-
-
 def stage_input(layer: Layer, stage: str, x: Tensor, rope) -> Tensor:
     """What linear `stage` of a layer multiplies, [T, K], where the layer is given x [T, H]."""
     attention, eps, step = layer.attention, layer.feed_forward.eps, PrefillStep(x.shape[0])
@@ -149,11 +126,17 @@ def stage_input(layer: Layer, stage: str, x: Tensor, rope) -> Tensor:
     return rooflama.linear(x, layer.feed_forward.w13, layer.ffn_norm.weight, eps, "silu_mul")
 
 
-def measure(layer: Layer, stage: str, hidden: list[Tensor], rope) -> Statistics:
-    statistics = Statistics(layer.get_submodule(stage).in_features, hidden[0].device)
-    for x in hidden:
-        statistics.add(stage_input(layer, stage, x, rope))
-    return statistics
+def measure(layer: Layer, stage: str, hidden: list[Tensor], rope) -> tuple[Tensor, Tensor]:
+    """Of a linear's inputs x, all windows together: the mean of x x^T [K, K] (an output's squared error has it as its Hessian)
+    and that of |x| [K]."""
+    columns, device = layer.get_submodule(stage).in_features, hidden[0].device
+    hessian, magnitude = torch.zeros(columns, columns, device=device), torch.zeros(columns, device=device)
+    for window in hidden:
+        x = stage_input(layer, stage, window, rope).float()
+        hessian.addmm_(x.T, x)
+        magnitude += x.abs().sum(0)
+    count = sum(map(len, hidden))
+    return hessian.div_(count), magnitude.div_(count)
 
 
 # ---------------------------------------------------------------- quantisers
@@ -164,13 +147,11 @@ def search_scale(values: Tensor, fmt: PackedFormat, cost: Callable[[Tensor], Ten
 
     Clipping a group's largest values lets the others be finer: ranges from all of it down to half are tried.
     """
-    best = scale = zero = None
+    best = torch.inf
+    scale, zero = fit_scale(values, fmt)
     for shrink in SHRINKS:
         new_scale, new_zero = fit_scale(values, fmt, shrink)
         new = cost(decode(encode(values, new_scale, new_zero, fmt), new_scale, new_zero, fmt) - values)
-        if best is None:
-            best, scale, zero = new, new_scale, new_zero
-            continue
         better = new < best
         best, scale = torch.where(better, new, best), torch.where(better, new_scale, scale)
         zero = None if zero is None else torch.where(better, new_zero, zero)
@@ -274,56 +255,56 @@ def fold_scale(layer: Layer, stage: str, scale: Tensor) -> None:
 # ---------------------------------------------------------------- layer by layer
 
 
-def replace(layer: Layer, stage: str, weight: Weight) -> None:
-    parent, name = stage.split(".")
-    setattr(layer.get_submodule(parent), name, weight)
-
-
 def quantize_layer(layer: Layer, recipe: Recipe, hidden: list[Tensor], rope) -> None:
     """Replace a layer's Weights. hidden: what calibration gives it, [T, H] a window; empty without calibration."""
     fmt, c = recipe.layers, layer.attention.config
     if recipe.method == "rtn":
         for stage in STAGES:
             weight = layer.get_submodule(stage)
-            replace(layer, stage, round_searched(weight, fmt) if recipe.search else weight.round_to_nearest(fmt))
+            layer.set_submodule(stage, round_searched(weight, fmt) if recipe.search else weight.round_to_nearest(fmt))
     elif recipe.method == "gptq":
         for stage in STAGES:  # the inputs of a stage are those that the quantised stages before it give
-            hessian = measure(layer, stage, hidden, rope).hessian
-            replace(layer, stage, gptq(layer.get_submodule(stage), hessian, fmt, recipe.percdamp, recipe.blocksize))
+            weight, (hessian, _) = layer.get_submodule(stage), measure(layer, stage, hidden, rope)
+            layer.set_submodule(stage, gptq(weight, hessian, fmt, recipe.percdamp, recipe.blocksize))
     else:
         measured = {stage: measure(layer, stage, hidden, rope) for stage in STAGES}
-        for stage, statistics in measured.items():
+        for stage, (hessian, magnitude) in measured.items():
             weight = layer.get_submodule(stage)
-            magnitudes = [statistics.magnitude, weight.weight.float().abs().mean(0)]
+            magnitudes = [magnitude, weight.weight.float().abs().mean(0)]
             if stage == "attention.wo":  # the query heads of a group have one v to fold their scale into
                 heads = [m.view(c.num_kv_heads, -1, c.head_dim) for m in magnitudes]
                 magnitudes = [m.mean(1, keepdim=True).expand_as(m).flatten() for m in heads]
-            scale = awq_scale(weight, statistics.hessian, *magnitudes, fmt)
+            scale = awq_scale(weight, hessian, *magnitudes, fmt)
             fold_scale(layer, stage, scale)
-            statistics.hessian.div_(scale).div_(scale[:, None])  # of the inputs as they are now
-        for stage in STAGES:
-            replace(layer, stage, round_searched(layer.get_submodule(stage), fmt, measured[stage].hessian))
+            hessian.div_(scale).div_(scale[:, None])  # of the inputs as they are now
+        for stage, (hessian, _) in measured.items():
+            layer.set_submodule(stage, round_searched(layer.get_submodule(stage), fmt, hessian))
 
 
-def quantize_layers(config: ModelConfig, layers: Iterable[Layer], recipe: Recipe, hidden: list[Tensor]) -> Iterator[Layer]:
+def quantize_layers(
+    config: ModelConfig, layers: Iterable[Layer], recipe: Recipe, hidden: list[Tensor], progress: bool
+) -> Iterator[Layer]:
     """Quantise layers one after the other, as they come; hidden: the embedded calibration windows, used up."""
+    if recipe.method != "rtn" and not hidden:
+        raise ValueError(f"mode {recipe.mode}: found no calibration text, expected some (it needs a tokenizer)")
     rope = rope_tables(config, max(map(len, hidden)), hidden[0].device) if hidden else None
-    for layer in layers:
-        quantize_layer(layer, recipe, hidden, rope)
-        for i, x in enumerate(hidden):
-            hidden[i] = layer(x, rope, PrefillStep(x.shape[0]))
-        yield layer
+    layer_bytes = sum(spec.num_bytes for name, spec in tensor_specs(config).items() if name.startswith("layers.0."))
+    with checkpoint.progress_line(f"quantize {recipe.mode}", layer_bytes * config.num_layers, progress) as add:
+        for layer in layers:
+            quantize_layer(layer, recipe, hidden, rope)
+            for i, x in enumerate(hidden):
+                hidden[i] = layer(x, rope, PrefillStep(x.shape[0]))
+            add(layer_bytes)
+            yield layer
 
 
 @torch.no_grad()
 def quantize_model(model: Transformer, mode: str, windows: list[Tensor] = (), progress: bool = False, **options) -> None:
     """Quantise a loaded model in place. windows: calibration token ids [T] each, for GPTQ and AWQ; options of make_recipe."""
     recipe = make_recipe(mode, model.config, **options)
-    _need_windows(recipe, windows)
     hidden = [model.embed(window.to(model.norm.weight.device)) for window in windows] if recipe.method != "rtn" else []
-    with _progress(mode, model.config, progress) as add:
-        for _ in quantize_layers(model.config, model.layers, recipe, hidden):
-            add()
+    for _ in quantize_layers(model.config, model.layers, recipe, hidden, progress):
+        pass
     if recipe.head:
         model.output = round_searched(model.head, recipe.head)
     model.config = recipe.config(model.config)
@@ -337,51 +318,22 @@ def quantize_at_load(model: Transformer, mode: str, tokenizer: Tokenizer | None,
     quantize_model(model, mode, windows, progress)
 
 
-@torch.no_grad()
-def random_model(config: ModelConfig, mode: str, device, dtype: torch.dtype | None = None) -> Transformer:
-    """A model of random weights, quantised one by one as they are made: never is more than one of them plain."""
-    config = dataclasses.replace(config, dtype=dtype or config.dtype)
-    model = Transformer(make_recipe(mode, config).config(config), device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, module in model.named_modules():
-        if isinstance(module, Weight) and module.packed:
-            bias = module.bias is not None
-            plain = Weight(module.out_features, module.in_features, bias=bias, dtype=config.dtype, device=device)
-            for tensor in plain.buffers():
-                tensor.normal_(0.0, 0.02, generator=generator)
-            module.load_state_dict(plain.round_to_nearest(module.packed).state_dict())
-        else:
-            for tensor in module.buffers(recurse=False):
-                tensor.normal_(1.0 if "norm" in name else 0.0, 0.02, generator=generator)
-    return model
-
-
 def quantize_checkpoint(
-    source: Source,
-    output: Path,
-    recipe: Recipe,
-    windows: list[Tensor] = (),
-    device="cpu",
-    about: dict | None = None,
-    name: str = "",
-    progress: bool = True,
+    source: Source, output: Path, recipe: Recipe, windows: list[Tensor] = (), device="cpu", about=None, name="", progress=True
 ) -> int:
     """Write a quantised copy of a plain checkpoint, read layer by layer; returns the bytes of its tensors.
 
     about: what config.json shall say of the quantisation beside method, mode and formats. name: kept as the source.
     """
-    _need_windows(recipe, windows)
-    if Path(output).resolve() == source.directory.resolve():
-        raise ValueError(f"{output}: the output is the input; expected another directory")
     about = {"method": recipe.method, "mode": recipe.mode} | (about or {})
-    with _progress(recipe.mode, source.config, progress) as add:
-        tensors = _quantized_tensors(source, recipe, windows if recipe.method != "rtn" else [], torch.device(device), add)
-        options = {"source": name or str(source.directory), "companions": source.directory, "quantization": about}
+    options = {"source": name or str(source.directory), "companions": source.directory, "quantization": about}
+    windows = windows if recipe.method != "rtn" else []
+    with contextlib.closing(_quantized_tensors(source, recipe, windows, torch.device(device), progress)) as tensors:
         return checkpoint.save_checkpoint(output, recipe.config(source.config), tensors, progress=False, **options)
 
 
 @torch.no_grad()
-def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Callable) -> Iterator[tuple[str, Tensor]]:
+def _quantized_tensors(source: Source, recipe: Recipe, windows, device, progress) -> Iterator[tuple[str, Tensor]]:
     """A quantised checkpoint's tensors in their order; the device holds one layer and the calibration's activations."""
     config, stream = source.config, finite_tensors(source, source.config.dtype)
     names = list(tensor_specs(recipe.config(config)))
@@ -397,10 +349,9 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Cal
             layer.load_state_dict(state, assign=True)
             yield layer
 
-    for i, layer in enumerate(quantize_layers(config, read_layers(), recipe, hidden)):
+    for i, layer in enumerate(quantize_layers(config, read_layers(), recipe, hidden, progress)):
         state = {f"layers.{i}.{name}": tensor for name, tensor in layer.state_dict().items()}
         yield from ((name, state[name].cpu()) for name in names if name in state)
-        add()
     yield next(stream)  # the final norm
     if config.tie_word_embeddings and recipe.head is None:
         return
@@ -410,20 +361,6 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, add: Cal
     if recipe.head:
         head = round_searched(head, recipe.head)
     yield from ((f"output.{name}", tensor.cpu()) for name, tensor in head.state_dict().items())
-
-
-def _need_windows(recipe: Recipe, windows) -> None:
-    if recipe.method != "rtn" and not windows:
-        raise ValueError(f"mode {recipe.mode}: found no calibration text, expected some (it needs a tokenizer)")
-
-
-@contextlib.contextmanager
-def _progress(mode: str, config: ModelConfig, show: bool) -> Iterator[Callable[[], None]]:
-    """A bar on stderr; yields a function to call after each layer."""
-    specs = tensor_specs(dataclasses.replace(config, num_layers=1)).items()
-    layer_bytes = sum(spec.num_bytes for name, spec in specs if name.startswith("layers."))
-    with checkpoint.progress_line(f"quantize {mode}", layer_bytes * config.num_layers, show) as add:
-        yield lambda: add(layer_bytes)
 
 
 # ---------------------------------------------------------------- command line

@@ -29,7 +29,8 @@ END_TOKENS = ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>", "<|im_end|>", "<|en
 
 
 class Tokenizer:
-    """What every kind offers. A kind gives `_encode_text` and `_text_bytes`.
+    """What every kind offers. A kind gives `_encode_text(text, at_start)`: the ids of a text without control tokens, `at_start`
+    where nothing stands before it; and `_tokens`, the bytes of each ordinary token, or a `_text_bytes` of its own.
 
     vocab_size: one past the largest id; the model's may be larger (padding).
     bos_id: what stands before a text, or None where the checkpoint was trained without.
@@ -38,13 +39,9 @@ class Tokenizer:
 
     drops_first_space = False  # SentencePiece writes a text with a space before it, and takes it off again
 
-    def _encode_text(self, text: str, at_start: bool) -> list[int]:
-        """The ids of text without control tokens; `at_start` where nothing stands before it."""
-        raise NotImplementedError
-
     def _text_bytes(self, token_id: int) -> bytes | None:
         """The bytes of one ordinary token below vocab_size; None where there is none."""
-        raise NotImplementedError
+        return self._tokens[token_id] if token_id < len(self._tokens) else None
 
     def _finish(
         self, text_size: int, special: dict[str, int], config: dict, vocab_size: int | None, prefix: list[int] | None = None
@@ -92,14 +89,10 @@ class Tokenizer:
         `messages`: {"role", "content"} objects, plain JSON; `variables`: what else the template knows (tools, enable_thinking).
         """
         if self.chat is None:
-            raise ValueError(
-                f"{self.path.parent}: found no chat template, expected chat_template.jinja or one in tokenizer_config.json"
-            )
+            expected = "chat_template.jinja or one in tokenizer_config.json"
+            raise ValueError(f"{self.path.parent}: found no chat template, expected {expected}")
         text, mark = self.chat.render(messages, add_generation_prompt, **variables)
-        try:
-            _check_unicode(text)
-        except ValueError as error:
-            raise ValueError(f"{self.chat.name}, or a message: {error}") from None
+        _check_unicode(text, f"{self.chat.name}, or a message: text")
         return self._encode_pieces([piece.replace(mark, "") for piece in self._control.split(text)])
 
     def _encode_pieces(self, pieces: list[str]) -> list[int]:
@@ -195,9 +188,6 @@ class TiktokenTokenizer(Tokenizer):
     def _encode_text(self, text, at_start):
         return [i for chunk in _chunks(text) for i in self._encoding.encode_ordinary(chunk)]
 
-    def _text_bytes(self, token_id):
-        return self._tokens[token_id] if token_id < len(self._tokens) else None
-
 
 def _chunks(text: str) -> Iterator[str]:
     for start in range(0, len(text), CHUNK_CHARS):
@@ -241,9 +231,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode_text(self, text, at_start):
         return (self._pieces if at_start else self._inner_pieces).encode(text)
-
-    def _text_bytes(self, token_id):
-        return self._tokens[token_id] if token_id < len(self._tokens) else None
 
 
 def _load_sentencepiece(data: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
@@ -399,7 +386,10 @@ def _checkpoint_template(directory: Path, config: dict) -> tuple[str, str] | Non
     """(name, source) of the checkpoint's own template. tokenizer_config.json may hold several, by name."""
     path = directory / "chat_template.jinja"
     if path.exists():
-        return str(path), _utf8(path)
+        try:
+            return str(path), read_small(path).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: byte {error.start}: {error.reason}, expected UTF-8") from None
     path, template = directory / "tokenizer_config.json", config.get("chat_template")
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}.get("default")
@@ -423,16 +413,9 @@ def _added_tokens(directory: Path, config: dict) -> dict[str, int]:
         raise ValueError(f"{path}: added_tokens_decoder: expected an object of ids, each with its content") from None
 
 
-def _utf8(path: Path) -> str:
-    try:
-        return read_small(path).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: byte {error.start}: {error.reason}, expected UTF-8") from None
-
-
-def _check_unicode(text: str):
+def _check_unicode(text: str, where: str = "text"):
     try:
         text.encode()
     except UnicodeEncodeError as error:
         found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-        raise ValueError(f"text: found the lone surrogate {found}, expected valid Unicode") from None
+        raise ValueError(f"{where}: found the lone surrogate {found}, expected valid Unicode") from None

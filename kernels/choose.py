@@ -1,8 +1,9 @@
 """The choice of a token under top-k, top-p and min-p, without sorting the vocabulary.
 
-Owns `choose`: from the logits and their maximum to one candidate a row, in three small kernels. Knows neither how logits are
-made nor what follows; head.py's `advance` takes the candidate.
-Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), V vocabulary.
+Owns `choose`: from the logits and their maximum to one candidate a row, in one kernel. Knows neither how logits are made nor
+what follows; head.py's `advance` takes the candidate.
+Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), V vocabulary,
+G programs a row.
 
 A logit is kept by its distance below the row's largest, a whole number u of 2^-20: what is equal in u is equal here. A token's
 mass is 2^40 exp(-distance / temperature), rounded to a whole number, so that sums do not depend on their order. The cuts, in
@@ -12,33 +13,52 @@ transformers' order, after the temperature:
     min-p   u is kept where exp(-distance / temperature) >= min_p.
 What is 64 or more below the largest is kept by a row that nothing cuts, and has no mass.
 
-1. `_count_kernel` counts tokens in bins of distance / temperature, 2^-5 wide, and adds up their mass.
-2. `_candidates_kernel` finds the bins that the cuts go through: k's from the counts; as the tokens of a bin differ by up to 3%
-   in mass, p's is in one of a few bins. What is better is kept for certain. A block gives its best certain token (logit /
-   temperature + Gumbel noise, as in head.py), its best token in those bins, and a list of all that are in them.
-3. `_resolve_kernel` is done if a certain token is the best. If not, it finds the exact cut within the lists.
-A cut seldom goes through a bin that matters, so that the third is short nearly always, and exact always.
+Each program has a part of its row's tokens, and goes through it twice:
+1. It counts them in bins of distance / temperature, 64 to an octave, and adds these counts, and their mass, to the row's.
+   Barrier: the row's programs wait for each other.
+2. It finds the bins that the cuts go through: k's from the counts; as the tokens of a bin differ in mass, p's is in one of a
+   few bins. What is better is kept for certain. Its best certain token (logit / temperature + Gumbel noise, as in head.py), the
+   value of its best token in those bins, and a list of all that are in them are left in memory. Where it has many tokens, and
+   the cuts leave few, it first lists those few, and draws for them alone.
+The row's last program to get there is done if a certain token is the best. If not, it finds the exact cut within the lists.
+A cut seldom goes through a bin that matters, so that this is short nearly always, and exact always.
+
+The barrier cannot hang. A row has several programs only where all programs of the launch fit on the card, one a multiprocessor.
+The kernels before this one do not need it to finish; the one behind may start, with PDL, only after every program here has
+triggered, and so has its place; and the one behind that, not before the one behind has finished (_common.py).
 """
 
-import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels._common import hold, launch_options, pdl_trigger, pdl_wait, runs_kernels, zeroed_workspace
-from kernels._matmul import INTERPRETED, MAX_ROWS
+from kernels._common import (
+    INTERPRET,
+    INTERPRETED,
+    hold,
+    launch_options,
+    num_sms,
+    pdl_trigger,
+    pdl_wait,
+    runs_kernels,
+    zeroed_workspace,
+)
 from kernels._random import gumbel_ids, gumbel_ref, gumbel_tile, token_positions
+from kernels._shared import BINS, add_to_bins, append, open_bins, open_list, read_bins, read_length
 
 UNIT = tl.constexpr(1 << 20)  # units in a distance of 1.0
 LIMIT = tl.constexpr((64 << 20) - 1)  # units; farther is as far
 MASS = tl.constexpr(1 << 40)  # of the largest token; V < 2^22 of these fit int64
-BINS = tl.constexpr(512)  # the last one holds all that is too far for the others
-WIDTH = tl.constexpr(2**-5)  # of a bin, in distance / temperature
+BIN_SHIFT = tl.constexpr(17)  # a float32's bits from here on tell its octave and which 64th of it
+BIN_BASE = tl.constexpr((127 - 11) << 6)  # those bits of 2^-11, where the first bin ends; the last one begins just below 2^5
 SLACK = tl.constexpr(1e-4)  # of the whole mass: more than float32 loses on the way to a bin's bounds
 NEVER = tl.constexpr(0x7FFFFFFF)
-TILE = 2048  # listed tokens that the third kernel holds in registers
+LOWEST = tl.constexpr(-(1 << 63))
+NEAR = tl.constexpr(8192)  # tokens of a row that a program may list before it draws for them
+PART = tl.constexpr(5)  # numbers that a program leaves: see the end of the second pass
+TILE = 2048  # listed tokens that are held in registers
 
 
 # ---------------------------------------------------------------- reference
@@ -99,7 +119,7 @@ def _needed(mass, top_p):
 def _largest(max_ptr, row, P, P_BLOCK: tl.constexpr):
     """The row's largest logit; infinite where one is NaN."""
     p = tl.arange(0, P_BLOCK)
-    value = tl.load(max_ptr + row * P + p, mask=p < P, other=float("-inf"))
+    value = tl.load(max_ptr + row.to(tl.int64) * P + p, mask=p < P, other=float("-inf"))
     return tl.max(tl.where(value == value, value, float("inf")), 0)
 
 
@@ -110,173 +130,137 @@ def _draws(temperature, largest):
 
 
 @triton.jit
-def _bin(u, temperature):
-    """Never smaller for a larger u."""
-    return tl.minimum(u.to(tl.float32) * (1 / (WIDTH * UNIT) / temperature), BINS - 1).to(tl.int32)
-
-
-@triton.jit(do_not_specialize=["T"])
-def _count_kernel(
-    logits_ptr, max_ptr, temperature_ptr, top_k_ptr, top_p_ptr, count_ptr, total_ptr, largest_ptr, T, V, P,
-    P_BLOCK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Adds a block's tokens to the row's bins, and its mass in the last bin and in the others to two sums. All are zero before.
-
-    The next kernel is let in after the wait, when the logits are final: it reads them without waiting.
-    """
-    row, block = tl.program_id(1), tl.program_id(0)
-    temperature = tl.load(temperature_ptr + row // T)
-    top_k, top_p = tl.load(top_k_ptr + row // T), tl.load(top_p_ptr + row // T)
-    pdl_wait(PDL)
-    pdl_trigger(PDL)
-
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
-    largest = _largest(max_ptr, row, P, P_BLOCK)
-    if block == 0:
-        tl.store(largest_ptr + row, largest)
-    if _draws(temperature, largest) & ((top_k > 0) | (top_p < 1)):
-        u = _units(logits, largest)
-        bins, mass = _bin(u, temperature), _mass(u, temperature)
-        near = bins < BINS - 1
-        masses = tl.sum(tl.join(tl.where(near, mass, 0), tl.where(near, 0, mass)), 0)  # one reduction: each costs two barriers
-        tl.atomic_add(total_ptr + row * 2 + tl.arange(0, 2), masses, sem="relaxed")
-        counts = tl.histogram(bins, BINS, mask=u < LIMIT)
-        tl.atomic_add(count_ptr + row * BINS + tl.arange(0, BINS), counts, mask=counts > 0, sem="relaxed")
-
-
-@triton.jit
-def _combine_before(n_a, count_a, floor_a, upto_a, whole_a, n_b, count_b, floor_b, upto_b, whole_b):
-    return (
-        n_a + n_b, tl.maximum(count_a, count_b), tl.maximum(floor_a, floor_b), tl.minimum(upto_a, upto_b),
-        tl.maximum(whole_a, whole_b),
-    )  # fmt: skip
-
-
-@triton.jit
-def _bins_before(before, counts, floors):
-    """Of the bins before a cut: their number, and the last of `counts` and `floors`; the next one's floor; and the very last.
-
-    `counts` and `floors` are cumulative. One reduction, because each costs two barriers.
-    """
-    n, upto = before.to(tl.int32), tl.where(before, float("inf"), floors)
-    counts, before_floors = tl.where(before, counts, 0), tl.where(before, floors, 0.0)
-    if INTERPRETED:  # the interpreter reduces a tuple one element at a time
-        result = tl.sum(n, 0), tl.max(counts, 0), tl.max(before_floors, 0), tl.min(upto, 0), tl.max(floors, 0)
-    else:
-        result = tl.reduce((n, counts, before_floors, upto, floors), 0, _combine_before)
-    return result
-
-
-@triton.jit
-def _mass_bounds(floor, whole_floor, near):
-    """The least and the most mass of the first bins, whose tokens have at least `floor`, those of all near bins `whole_floor`.
-
-    A token has less than exp(WIDTH) times its bin's floor; and what all near bins hold, `near`, is known.
-    """
-    rest = whole_floor - floor
-    ratio: tl.constexpr = 1.0317434074991028  # exp(WIDTH)
-    return tl.maximum(floor, near - rest * ratio), tl.minimum(floor * ratio, near - rest)
-
-
-@triton.jit
-def _find_cuts(counts, near, far, top_k, top_p):
-    """Where the cuts of top-k and top-p go through, from the bins' counts and the mass in the last bin and in the others:
-
-    k's bin, k less the tokens before it; first and last bin that p's cut may be in. BINS where there is no cut.
-    """
-    b = tl.arange(0, BINS)
-    floors = tl.where(
-        b < BINS - 1, counts.to(tl.float32) * tl.exp2((b + 1).to(tl.float32) * (-1.4426950408889634 * WIDTH)), 0.0
-    )
-    counts, floors = tl.cumsum(counts, 0), tl.cumsum(floors, 0)
-    k = tl.where(top_k > 0, top_k, NEVER)
-    k_bin, k_count, floor, upto, whole_floor = _bins_before(counts < k, counts, floors)
-
-    near, far = near.to(tl.float32) * (1 / MASS), far.to(tl.float32) * (1 / MASS)
-    whole = near + far
-    least, most = whole, whole  # of the tokens that top-k keeps
-    if k_bin < BINS:
-        least, _ = _mass_bounds(floor, whole_floor, near)
-        if k_bin < BINS - 1:
-            _, most = _mass_bounds(upto, whole_floor, near)
-    at_least, at_most = _mass_bounds(floors, whole_floor, near)
-    surely_before = at_most < top_p * least - SLACK * whole
-    maybe_before = at_least < top_p * most + SLACK * whole
-    both = tl.sum(surely_before.to(tl.int32) + maybe_before.to(tl.int32) * (2 * BINS), 0)
-    p_first = tl.where(top_p < 1, tl.minimum(both % (2 * BINS), BINS - 1), BINS)
-    p_last = tl.where(top_p < 1, tl.minimum(both // (2 * BINS), tl.minimum(k_bin, BINS - 1)), BINS)
-    return k_bin, k - k_count, p_first, p_last
-
-
-@triton.jit(do_not_specialize=["T"])
-def _candidates_kernel(
-    logits_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, sums_ptr, list_ptr, T, V,
-    BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """A block's best token among those kept for certain, and among those in a cut's bin, which it lists; its mass before
-    k's and p's cut, with the list's length beside each. Block 0 stores the cuts."""
-    pdl_trigger(PDL)
-    row, block = tl.program_id(1), tl.program_id(0)
-    slot = row * tl.num_programs(0) + block
-    sequence = row // T
-    temperature, min_p = tl.load(temperature_ptr + sequence), tl.load(min_p_ptr + sequence)
-    top_k, top_p = tl.load(top_k_ptr + sequence), tl.load(top_p_ptr + sequence)
-    seed, sample = tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
-    position = tl.load(lengths_ptr + sequence) - T + row % T + 1
-    ids = block * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))  # final: see _count_kernel
-    m = tl.arange(0, 1)
-    noise = hold(gumbel_tile(seed + m, sample + m, position + m, block * BLOCK, BLOCK, 1).reshape([BLOCK]))  # or it moves below
-    pdl_wait(PDL)
-
-    counts = tl.load(count_ptr + row * BINS + tl.arange(0, BINS))
-    near, far = tl.load(total_ptr + row * 2), tl.load(total_ptr + row * 2 + 1)
-    largest = tl.load(largest_ptr + row)
-    value, kept, maybe = logits, ids < V, ids < 0
-    if _draws(temperature, largest):
-        value = logits / temperature + noise
-        u = _units(logits, largest)
-        if (top_k > 0) | (top_p < 1):
-            k_bin, k_left, p_first, p_last = _find_cuts(counts, near, far, top_k, top_p)
-            bins, mass = _bin(u, temperature), _mass(u, temperature)
-            listed = (u < LIMIT) & ((bins == k_bin) | ((bins >= p_first) & (bins <= p_last)))
-            before = tl.join(tl.where(bins < k_bin, mass, 0), tl.where(bins < p_first, mass, 0))
-            numbers = tl.join(listed, listed).to(tl.int64)
-            pair = tl.arange(0, 2)
-            tl.store(sums_ptr + slot * 4 + pair[:, None] * 2 + pair[None, :], tl.sum(tl.join(before, numbers), 0))
-            rank = tl.cumsum(listed.to(tl.int32), 0)
-            tl.store(list_ptr + row.to(tl.int64) * V + block * BLOCK + rank - 1, ids, mask=listed)
-            kept &= (u == 0) | ((bins < k_bin) & (bins < p_first))
-            maybe = listed & (bins <= p_last) & (u > 0)
-            if block == 0:
-                tl.store(cuts_ptr + row * 4, k_bin)
-                tl.store(cuts_ptr + row * 4 + 1, k_left)
-                tl.store(cuts_ptr + row * 4 + 2, p_first)
-                tl.store(cuts_ptr + row * 4 + 3, p_last)
-        within = u <= _min_p_units(min_p, temperature)
-        kept &= within
-        maybe &= within
-    value = tl.where(value == value, value, float("inf"))
-    both = tl.join(tl.where(kept, value, float("-inf")), tl.where(maybe, value, float("-inf")))
-    best, index = tl.max(both, 0, return_indices=True)
-    tl.store(best_ptr + slot * 2 + tl.arange(0, 2), best)
-    tl.store(best_id_ptr + slot * 2 + tl.arange(0, 2), block * BLOCK + index)
-
-
-@triton.jit
 def _min_p_units(min_p, temperature):
     return tl.where(min_p > 0, -tl.log(tl.maximum(min_p, 1e-30)) * temperature * UNIT, LIMIT)
 
 
 @triton.jit
-def _read_lists(lists, start, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """COLUMNS tokens of each block's list from `start` on: ids, logits, u; LIMIT where there is none."""
+def _key(value, ids):
+    """A whole number: larger for a larger value, and of equal ones for a lower id."""
+    bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)
+    return ((bits ^ ((bits >> 31) & NEVER)).to(tl.int64) << 32) | (ids ^ NEVER)
+
+
+@triton.jit
+def _value_and_id(key):
+    bits = (key >> 32).to(tl.int32)
+    return (bits ^ ((bits >> 31) & NEVER)).to(tl.float32, bitcast=True), (key & NEVER).to(tl.int32) ^ NEVER
+
+
+# Reductions of two tensors at once, as each costs two barriers; the interpreter would take a pair one element at a time
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _larger_of_pairs(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _sums(a, b):
+    if INTERPRETED:
+        sums = tl.sum(a, 0), tl.sum(b, 0)
+    else:
+        sums = tl.reduce((a, b), 0, _add_pairs)
+    return sums
+
+
+@triton.jit
+def _maxima(a, b):
+    if INTERPRETED:
+        maxima = tl.max(a, 0), tl.max(b, 0)
+    else:
+        maxima = tl.reduce((a, b), 0, _larger_of_pairs)
+    return maxima
+
+
+# Bins
+
+
+@triton.jit
+def _distance(u, temperature):
+    """The logit's distance below the largest / temperature."""
+    return u.to(tl.float32) * (1 / UNIT / temperature)
+
+
+@triton.jit
+def _bin(u, temperature):
+    """Never smaller for a larger u."""
+    bins = (_distance(u, temperature).to(tl.int32, bitcast=True) >> BIN_SHIFT) - BIN_BASE
+    return tl.minimum(tl.maximum(bins, 0), BINS - 1)
+
+
+@triton.jit
+def _bin_start(b):
+    """The `_distance` from which on bin b has its tokens."""
+    start = ((b + BIN_BASE) << BIN_SHIFT).to(tl.float32, bitcast=True)
+    return tl.where(b > 0, tl.where(b < BINS, start, float("inf")), 0.0)
+
+
+# Cuts
+
+
+@triton.jit
+def _combine_bins(n_a, least_a, most_a, n_b, least_b, most_b):
+    return n_a + n_b, least_a + least_b, most_a + most_b
+
+
+@triton.jit
+def _combine_before(n_a, count_a, least_a, most_a, n_b, count_b, least_b, most_b):
+    return n_a + n_b, tl.maximum(count_a, count_b), tl.maximum(least_a, least_b), tl.minimum(most_a, most_b)
+
+
+@triton.jit
+def _find_cuts(counts, whole, top_k, top_p):
+    """Where the cuts of top-k and top-p go through, from the bins' counts and the whole mass:
+
+    k's bin, k less the tokens before it; first and last bin that p's cut may be in. BINS where there is no cut. Then the last
+    bin of all these, and the tokens up to it.
+    """
+    b, whole = tl.arange(0, BINS), whole.to(tl.float32) * (1 / MASS)
+    least = counts.to(tl.float32) * tl.exp2(_bin_start(b + 1) * -1.4426950408889634)
+    most = counts.to(tl.float32) * tl.exp2(_bin_start(b) * -1.4426950408889634)
+    all_least, all_most = _sums(least, most)
+    if INTERPRETED:  # the interpreter takes a tuple one element at a time
+        n, least, most = tl.cumsum(counts, 0), tl.cumsum(least, 0), tl.cumsum(most, 0)
+    else:  # at once: each costs two barriers
+        n, least, most = tl.associative_scan((counts, least, most), 0, _combine_bins)
+    least, most = tl.maximum(least, whole - (all_most - most)), tl.minimum(most, whole - (all_least - least))
+
+    k = tl.where(top_k > 0, top_k, NEVER)
+    before = n < k
+    one, count = before.to(tl.int32), tl.where(before, n, 0)
+    least_before, most_upto = tl.where(before, least, 0.0), tl.where(before, whole, most)
+    if INTERPRETED:
+        k_bin, k_count = tl.sum(one, 0), tl.max(count, 0)
+        kept_least, kept_most = tl.max(least_before, 0), tl.min(most_upto, 0)
+    else:
+        k_bin, k_count, kept_least, kept_most = tl.reduce((one, count, least_before, most_upto), 0, _combine_before)
+
+    surely_before = most < top_p * kept_least - SLACK * whole
+    maybe_before = least < top_p * kept_most + SLACK * whole
+    both = tl.sum(surely_before.to(tl.int32) + maybe_before.to(tl.int32) * (2 * BINS), 0)
+    p_first = tl.where(top_p < 1, tl.minimum(both % (2 * BINS), BINS - 1), BINS)
+    p_last = tl.where(top_p < 1, tl.minimum(both // (2 * BINS), tl.minimum(k_bin, BINS - 1)), BINS)
+    last = tl.maximum(tl.where(k_bin < BINS, k_bin, -1), tl.where(top_p < 1, p_last, -1))
+    last = tl.where(last < 0, BINS, last)
+    return k_bin, k - k_count, p_first, p_last, last, tl.max(tl.where(b <= last, n, 0), 0)
+
+
+# Lists
+
+
+@triton.jit
+def _read_lists(lists, start, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
+    """COLUMNS tokens of each program's list from `start` on: ids, logits, u; LIMIT where there is none."""
     logits_ptr, list_ptr, numbers, largest, _ = lists
     column = start + tl.arange(0, COLUMNS)[None, :]
     there = column < numbers[:, None]
-    ids = tl.load(list_ptr + tl.arange(0, numbers.shape[0])[:, None] * BLOCK + column, mask=there, other=0)
+    ids = tl.load(list_ptr + tl.arange(0, numbers.shape[0])[:, None] * SPAN + column, mask=there, other=0)
     logits = tl.load(logits_ptr + ids, mask=there, other=float("-inf"))
     return ids, logits, _units(logits, largest)
 
@@ -301,11 +285,11 @@ def _sum_tile(u, first_bin, last_bin, most, temperature):
 
 
 @triton.jit
-def _sum_lists(lists, first_u, first_bin, last_bin, most, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_lists(lists, first_u, first_bin, last_bin, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """`_sum_tile` of the whole lists, the first tile of which is in registers."""
     count, mass, least_u, most_u = _sum_tile(first_u, first_bin, last_bin, most, lists[4])
     for start in tl.range(COLUMNS, tl.max(lists[2], 0), COLUMNS):
-        _, _, u = _read_lists(lists, start, COLUMNS, BLOCK)
+        _, _, u = _read_lists(lists, start, COLUMNS, SPAN)
         more = _sum_tile(u, first_bin, last_bin, most, lists[4])
         count, mass = count + more[0], mass + more[1]
         least_u, most_u = tl.minimum(least_u, more[2]), tl.maximum(most_u, more[3])
@@ -313,100 +297,219 @@ def _sum_lists(lists, first_u, first_bin, last_bin, most, COLUMNS: tl.constexpr,
 
 
 @triton.jit
-def _cut_lists(lists, first_u, first_bin, last_bin, number, mass, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+def _cut_lists(lists, first_u, first_bin, last_bin, number, mass, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """The smallest u of the listed tokens in these bins that `number` and `mass` of theirs reach, and the mass up to it."""
-    _count, upto, low, high = _sum_lists(lists, first_u, first_bin, last_bin, LIMIT, COLUMNS, BLOCK)
+    _count, upto, low, high = _sum_lists(lists, first_u, first_bin, last_bin, LIMIT, COLUMNS, SPAN)
     while low < high:
         middle = (low + high) // 2
-        count, reached, _least, _most = _sum_lists(lists, first_u, first_bin, last_bin, middle, COLUMNS, BLOCK)
+        count, reached, _least, _most = _sum_lists(lists, first_u, first_bin, last_bin, middle, COLUMNS, SPAN)
         enough = (count >= number) & (reached >= mass)
         low, high, upto = tl.where(enough, low, middle + 1), tl.where(enough, middle, high), tl.where(enough, reached, upto)
     return low, upto
 
 
 @triton.jit
-def _best_listed(lists, seed, sample, position, most, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the listed tokens with u <= most: the largest value, and the lowest id that has it."""
-    best, best_id = float("-inf"), NEVER
+def _best_listed(lists, seed, sample, position, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
+    """The key of the best of the listed tokens with u <= most."""
+    best = tl.full([], LOWEST, tl.int64)
     for start in tl.range(0, tl.max(lists[2], 0), COLUMNS):
-        ids, logits, u = _read_lists(lists, start, COLUMNS, BLOCK)
+        ids, logits, u = _read_lists(lists, start, COLUMNS, SPAN)
         value = logits / lists[4] + gumbel_ids(seed, sample, position, ids)
-        value = tl.where((u < LIMIT) & (u <= most), value, float("-inf")).ravel()
-        here = tl.max(value, 0)
-        here_id = tl.min(tl.where(value == here, ids.ravel(), NEVER), 0)
-        best, best_id = _better(best, best_id, here, here_id)
-    return best, best_id
+        value = tl.where((u < LIMIT) & (u <= most), value, float("-inf"))
+        best = tl.maximum(best, tl.max(_key(value, ids).ravel(), 0))
+    return best
 
 
 @triton.jit
-def _better(value_a, id_a, value_b, id_b):
-    """The larger value with its id; of equals, the lower id."""
-    first = (value_a > value_b) | ((value_a == value_b) & (id_a < id_b))
-    return tl.where(first, value_a, value_b), tl.where(first, id_a, id_b)
-
-
-@triton.jit(do_not_specialize=["T", "blocks"])
-def _resolve_kernel(
-    logits_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, total_ptr, largest_ptr, cuts_ptr, best_ptr, best_id_ptr, sums_ptr, list_ptr,
-    value_ptr, id_ptr, T, V, blocks,
-    BLOCK: tl.constexpr, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+def _resolve(
+    logits_ptr, list_ptr, part_ptr, programs,
+    largest, temperature, seed, sample, position, top_p, within, whole, k_bin, k_left, p_first, p_last,
+    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """The row's candidate: the best certain one, unless a listed token beats it and lies within the cuts. Empties the bins."""
+    """The row's candidate: the best certain one, unless a listed token beats it and lies within the cuts."""
+    part_ptr += tl.arange(0, PROGRAMS) * PART
+    there = tl.arange(0, PROGRAMS) < programs
+    best, listed = _maxima(tl.load(part_ptr, mask=there, other=LOWEST), tl.load(part_ptr + 1, mask=there, other=LOWEST))
+    if listed > best:
+        numbers = tl.load(part_ptr + 4, mask=there, other=0).to(tl.int32)
+        lists = (logits_ptr, list_ptr, numbers, largest, temperature)
+        _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, SPAN)
+        most, mass = tl.minimum(within, LIMIT).to(tl.int32), whole  # mass: what top-k keeps
+        if k_bin < BINS:
+            k_u, upto = _cut_lists(lists, first_u, k_bin, k_bin, k_left, 0, COLUMNS, SPAN)
+            most, mass = tl.minimum(most, k_u), upto + tl.sum(tl.load(part_ptr + 2, mask=there, other=0), 0)
+        if p_first < BINS:
+            needed = _needed(mass, top_p) - tl.sum(tl.load(part_ptr + 3, mask=there, other=0), 0)
+            p_u, _upto = _cut_lists(lists, first_u, p_first, p_last, 0, needed, COLUMNS, SPAN)
+            most = tl.minimum(most, p_u)
+        best = tl.maximum(best, _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN))
+    return _value_and_id(best)
+
+
+# The kernel
+
+
+@triton.jit
+def _arrive(arrived_ptr):
+    """Says that what this program has stored is there; how many arrived before."""
+    tl.debug_barrier()  # every thread's stores come before the one thread's release
+    return tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+
+
+@triton.jit
+def _load_tile(logits_ptr, ids, V):
+    return tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf"))
+
+
+@triton.jit
+def _noise(seed, sample, position, first_id, BLOCK: tl.constexpr):
+    m = tl.arange(0, 1)
+    return gumbel_tile(seed + m, sample + m, position + m, first_id, BLOCK, 1).reshape([BLOCK])
+
+
+@triton.jit(do_not_specialize=["T"])
+def _choose_kernel(
+    logits_ptr, max_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
+    count_ptr, whole_ptr, arrived_ptr, part_ptr, lists_ptr, near_ptr, value_ptr, id_ptr, T, V, P,
+    P_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
+    PASSES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Program (g, row) has SPAN tokens from g * SPAN on, BLOCK at a time. The workspaces count, whole and arrived are zero
+    before and after. PASSES is 0 for both passes; 1 or 2 for one of them, where programs run one after another."""
     pdl_trigger(PDL)
-    row = tl.program_id(0)
+    row, g, programs = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
+    SPAN: tl.constexpr = TILES * BLOCK
     sequence = row // T
     temperature, min_p = tl.load(temperature_ptr + sequence), tl.load(min_p_ptr + sequence)
-    top_p, seed, sample = tl.load(top_p_ptr + sequence), tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
+    top_k, top_p = tl.load(top_k_ptr + sequence), tl.load(top_p_ptr + sequence)
+    seed, sample = tl.load(seed_ptr + sequence), tl.load(sample_ptr + sequence)
     position = tl.load(lengths_ptr + sequence) - T + row % T + 1
-    i = tl.arange(0, BLOCKS)
-    slot, mask = row * blocks + i, i < blocks
+    first_id, b = g * SPAN, tl.arange(0, BINS)
+    logits_ptr, lists_ptr = logits_ptr + row.to(tl.int64) * V, lists_ptr + row.to(tl.int64) * V
+    list_ptr = lists_ptr + first_id
+    count_ptr, whole_ptr, arrived_ptr = count_ptr + row * BINS, whole_ptr + row, arrived_ptr + row
+    part_ptr += row * programs * PART
+    near_ptr += (row * programs + g) * NEAR
+    if TILES == 1:  # the only tile: its noise is drawn before the wait, and it stays in registers
+        noise = hold(_noise(seed, sample, position, first_id, BLOCK))
+    filled = open_bins()
     pdl_wait(PDL)
 
-    value = tl.load(best_ptr + slot * 2, mask=mask, other=float("-inf"))
-    listed = tl.max(tl.load(best_ptr + slot * 2 + 1, mask=mask, other=float("-inf")), 0)
-    ids = tl.load(best_id_ptr + slot * 2, mask=mask, other=NEVER)
-    tl.store(count_ptr + row * BINS + tl.arange(0, BINS), tl.zeros([BINS], tl.int32))  # for the next step
-    tl.store(total_ptr + row * 2 + tl.arange(0, 2), tl.zeros([2], tl.int64))
-    best = tl.max(value, 0)
-    best_id = tl.min(tl.where(value == best, ids, NEVER), 0)
-    if (listed >= best) & (listed > float("-inf")):
-        k_bin, k_left = tl.load(cuts_ptr + row * 4), tl.load(cuts_ptr + row * 4 + 1)
-        p_first, p_last = tl.load(cuts_ptr + row * 4 + 2), tl.load(cuts_ptr + row * 4 + 3)
-        mass = tl.sum(tl.load(sums_ptr + slot * 4, mask=mask, other=0), 0)
-        p_mass = tl.sum(tl.load(sums_ptr + slot * 4 + 2, mask=mask, other=0), 0)
-        numbers = tl.load(sums_ptr + slot * 4 + 1, mask=mask, other=0).to(tl.int32)
-        start = row.to(tl.int64) * V
-        lists = (logits_ptr + start, list_ptr + start, numbers, tl.load(largest_ptr + row), temperature)
-        _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, BLOCK)
-        most = tl.minimum(_min_p_units(min_p, temperature), LIMIT).to(tl.int32)
-        for cut in tl.range(0, 2):  # top-k's, then top-p's
-            first, last = tl.where(cut == 0, k_bin, p_first), tl.where(cut == 0, k_bin, p_last)
-            if first < BINS:
-                number, needed = tl.where(cut == 0, k_left, 0), tl.where(cut == 0, 0, _needed(mass, top_p) - p_mass)
-                u, upto = _cut_lists(lists, first_u, first, last, number, needed, COLUMNS, BLOCK)
-                most = tl.minimum(most, u)
-                mass += upto  # of no use after the second
-        listed, listed_id = _best_listed(lists, seed, sample, position, most, COLUMNS, BLOCK)
-        best, best_id = _better(best, best_id, listed, listed_id)
-    tl.store(value_ptr + row, best)
-    tl.store(id_ptr + row, best_id)
+    if TILES == 1:
+        logits = _load_tile(logits_ptr, first_id + tl.arange(0, BLOCK), V)
+        tl.debug_barrier()  # ptxas else moves this load behind the maximum
+    largest = _largest(max_ptr, row, P, P_BLOCK)
+    draws = _draws(temperature, largest)
+    cuts = draws & ((top_k > 0) | (top_p < 1))
+    if PASSES != 2:
+        if cuts:
+            mass = tl.zeros([BLOCK], tl.int64)
+            for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=4):
+                if TILES > 1:
+                    logits = _load_tile(logits_ptr, start + tl.arange(0, BLOCK), V)
+                u = _units(logits, largest)
+                filled = add_to_bins(filled, _bin(u, temperature), u < LIMIT)
+                mass += _mass(u, temperature)
+            counts = read_bins(filled)
+            tl.atomic_add(count_ptr + b, counts, mask=counts > 0, sem="relaxed")
+            tl.atomic_add(whole_ptr, tl.sum(mass, 0), sem="relaxed")
+    if PASSES == 0:
+        arrived = _arrive(arrived_ptr) + 1
+        while arrived < programs:
+            arrived = tl.atomic_add(arrived_ptr, 0, sem="acquire")
+    if PASSES != 1:
+        k_bin, k_left, p_first, p_last, last, tokens = BINS, NEVER, BINS, BINS, BINS, NEVER
+        whole = tl.full([], 0, tl.int64)
+        if cuts:
+            whole = tl.load(whole_ptr)
+            k_bin, k_left, p_first, p_last, last, tokens = _find_cuts(tl.load(count_ptr + b), whole, top_k, top_p)
+        few, left = False, SPAN
+        if TILES > 1:
+            few = tokens <= NEAR  # that the cuts may leave: the rest of the work is on a list of them
+            left = tl.full([], SPAN, tl.int32)
+            if few:
+                near, end = open_list(filled, 1), _bin_start(last + 1)
+                for start in tl.range(first_id, first_id + SPAN, BLOCK, num_stages=4):
+                    ids = start + tl.arange(0, BLOCK)
+                    u = _units(_load_tile(logits_ptr, ids, V), largest)
+                    near = append(near_ptr, near, ids, (u < LIMIT) & (_distance(u, temperature) < end))
+                left = read_length(near)
+
+        within = _min_p_units(min_p, temperature)
+        best, best_listed = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
+        best_id, length = tl.zeros([BLOCK], tl.int32), open_list(filled, 0)
+        k_mass, p_mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)  # before the cuts
+        for start in tl.range(0, left, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            ids = first_id + i
+            if TILES > 1:
+                if few:
+                    ids = tl.load(near_ptr + i, mask=i < left, other=V)
+                logits = _load_tile(logits_ptr, ids, V)
+            value, certain, maybe = logits, ids < V, ids < 0
+            if draws:
+                if TILES > 1:  # behind the load, whose time this takes
+                    if few:
+                        noise = gumbel_ids(seed, sample, position, ids)
+                    else:
+                        noise = _noise(seed, sample, position, first_id + start, BLOCK)
+                value = logits / temperature + noise
+                u = _units(logits, largest)
+                if cuts:
+                    bins = _bin(u, temperature)
+                    listed = (u < LIMIT) & ((bins == k_bin) | ((bins >= p_first) & (bins <= p_last)))
+                    length = append(list_ptr, length, ids, listed)
+                    certain &= (u == 0) | ((bins < k_bin) & (bins < p_first))
+                    maybe = listed & (bins <= p_last) & (u > 0)
+                    if top_p < 1:
+                        mass = _mass(u, temperature)
+                        k_mass += tl.where(bins < k_bin, mass, 0)
+                        p_mass += tl.where(bins < p_first, mass, 0)
+                certain &= u <= within
+                maybe &= u <= within
+            value = tl.where(value == value, value, float("inf"))
+            better = certain & ((value > best) | ((value == best) & (ids < best_id)))  # lists have no order
+            best, best_id = tl.where(better, value, best), tl.where(better, ids, best_id)
+            best_listed = tl.where(maybe, tl.maximum(value, best_listed), best_listed)
+
+        mine = part_ptr + g * PART
+        best_key, listed_key = _maxima(_key(best, best_id), _key(best_listed, best_id * 0))
+        tl.store(mine, best_key)
+        tl.store(mine + 1, listed_key)
+        if top_p < 1:
+            all_k_mass, all_p_mass = _sums(k_mass, p_mass)
+            tl.store(mine + 2, all_k_mass)
+            tl.store(mine + 3, all_p_mass)
+        tl.store(mine + 4, read_length(length).to(tl.int64))
+        passes: tl.constexpr = 2 if PASSES == 0 else 1
+        if _arrive(arrived_ptr) == passes * programs - 1:
+            tl.store(arrived_ptr, 0)  # for the next launch
+            tl.store(whole_ptr, tl.full([], 0, tl.int64))
+            tl.store(count_ptr + b, tl.zeros([BINS], tl.int32))
+            value, chosen = _resolve(
+                logits_ptr, lists_ptr, part_ptr, programs,
+                largest, temperature, seed, sample, position, top_p, within, whole, k_bin, k_left, p_first, p_last,
+                PROGRAMS, COLUMNS, SPAN,
+            )  # fmt: skip
+            tl.store(value_ptr + row, value)
+            tl.store(id_ptr + row, chosen)
 
 
 # ---------------------------------------------------------------- operator
 
 
-def block_size(rows: int) -> int:
-    """Ids a program. Many rows fill the card with fewer programs, each of which reads all of its row's maxima."""
-    return 1024 if rows <= 4 else 4096
+def launch_shape(rows: int, V: int, sms: int) -> tuple[int, int, int]:
+    """(Ids a tile, tiles a program, programs a row): all programs together are at most `sms`, or one a row."""
+    programs = max(1, sms // rows)
+    block = next((b for b in (1024, 2048, 4096) if triton.cdiv(V, b) <= programs), 2048)
+    tiles = triton.cdiv(triton.cdiv(V, block), programs)
+    return block, tiles, triton.cdiv(V, tiles * block)
 
 
 def _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p):
     M, B = logits.shape[0], lengths.numel()
-    if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.is_contiguous() or not 1 <= M <= MAX_ROWS:
-        raise ValueError(
-            f"logits: found {logits.dtype} {list(logits.shape)}, expected float32 [1 to {MAX_ROWS}, V], contiguous"
-        )
+    if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.is_contiguous() or M < 1:
+        raise ValueError(f"logits: found {logits.dtype} {list(logits.shape)}, expected float32 [at least 1, V], contiguous")
     if maxima.dim() != 2 or maxima.shape[0] != M or maxima.dtype != torch.float32 or not maxima.is_contiguous():
         raise ValueError(f"maxima: found {maxima.dtype} {list(maxima.shape)}, expected float32 [{M}, any number], contiguous")
     if lengths.dim() != 1 or M % B:
@@ -440,29 +543,21 @@ def _choose(
         value[:, 0], index[:, 0] = best, best_id
         return value, index
     (M, V), P = logits.shape, maxima.shape[1]
-    T, block = M // lengths.numel(), block_size(M)
-    blocks = triton.cdiv(V, block)
-    count_blocks = triton.next_power_of_2(blocks)
-    make = functools.partial(torch.empty, device=logits.device, dtype=torch.int32)
-    counts = zeroed_workspace(logits.device, "counts of choose", MAX_ROWS * BINS.value)
-    totals = zeroed_workspace(logits.device, "masses of choose", MAX_ROWS * 2, torch.int64)
-    largest, cuts, lists = make(M, dtype=torch.float32), make(M, 4), make(M, V)
-    best, best_id = make(M, blocks, 2, dtype=torch.float32), make(M, blocks, 2)
-    sums = make(M, blocks, 2, 2, dtype=torch.int64)
-    options = {"BLOCK": block, "num_warps": 8, **launch_options(logits)}
-    _count_kernel[(blocks, M)](
-        logits, maxima, temperature, top_k, top_p, counts, totals, largest, T, V, P,
-        P_BLOCK=triton.next_power_of_2(P), **options,
-    )  # fmt: skip
-    _candidates_kernel[(blocks, M)](
-        logits, temperature, seed, sample, lengths, top_k, top_p, min_p,
-        counts, totals, largest, cuts, best, best_id, sums, lists, T, V, **options,
-    )  # fmt: skip
-    _resolve_kernel[(M,)](
-        logits, temperature, seed, sample, lengths, top_p, min_p,
-        counts, totals, largest, cuts, best, best_id, sums, lists, value, index, T, V, blocks,
-        BLOCKS=count_blocks, COLUMNS=max(1, TILE // count_blocks), **options,
-    )  # fmt: skip
+    block, tiles, programs = launch_shape(M, V, num_sms(logits.device.index or 0))
+    capacity = max(64, triton.next_power_of_2(M))
+    counts = zeroed_workspace(logits.device, f"counts of choose, {capacity} rows", capacity * BINS.value)
+    whole = zeroed_workspace(logits.device, f"masses of choose, {capacity} rows", capacity, torch.int64)
+    arrived = zeroed_workspace(logits.device, f"arrivals of choose, {capacity} rows", capacity)
+    parts = logits.new_empty(M, programs, PART.value, dtype=torch.int64)
+    lists, near = (logits.new_empty(size, dtype=torch.int32) for size in (M * V, M * programs * NEAR.value))
+    for passes in (1, 2) if INTERPRET and programs > 1 else (0,):
+        _choose_kernel[(programs, M)](
+            logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p,
+            counts, whole, arrived, parts, lists, near, value, index, M // lengths.numel(), V, P,
+            P_BLOCK=triton.next_power_of_2(P), BLOCK=block, TILES=tiles, PROGRAMS=triton.next_power_of_2(programs),
+            COLUMNS=max(1, TILE // triton.next_power_of_2(programs)), PASSES=passes,
+            num_warps=min(16, block // 128), **launch_options(logits),
+        )  # fmt: skip
     return value, index
 
 

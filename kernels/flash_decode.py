@@ -80,35 +80,51 @@ def flash_decode_ref(q, k_cache, v_cache, lengths, table, *, scale, window=None,
 
 
 @triton.jit
-def _first_row(length, window, T: tl.constexpr, CHUNK: tl.constexpr, WINDOWED: tl.constexpr):
-    """The first cache row that a token of this step sees, rounded down to a whole chunk."""
+def _first_row(length, window, T: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr):
+    """The first cache row that a token of this step sees, rounded down."""
     if WINDOWED:
-        return tl.maximum(length - T - window + 1, 0) // CHUNK * CHUNK
+        return tl.maximum(length - T - window + 1, 0) // ALIGNMENT * ALIGNMENT
     else:
         return length * 0
 
 
 @triton.jit
-def _count_items(rows, in_batch, max_parts, spare_programs, min_rows_log2, HKV: tl.constexpr, SPLIT_ROWS: tl.constexpr):
-    """Items of each sequence: its parts, for every KV head. `rows` are those that it reads.
-
-    One sequence needs no division: what stands here stands before the first load.
-    """
-    if SPLIT_ROWS > 0:
-        parts = tl.cdiv(rows, SPLIT_ROWS)
-    else:
-        if rows.shape[0] == 1:
-            share = max_parts
-        else:  # one part, and of the spare programs in proportion to the rows: never more parts than programs
-            blocks = tl.cdiv(rows, 16).to(tl.uint32)
-            share = 1 + (blocks * spare_programs.to(tl.uint32) // (tl.maximum(tl.sum(blocks, 0), 1) * HKV)).to(tl.int32)
-        parts = tl.minimum(share, rows >> min_rows_log2)
-    return tl.where(in_batch, tl.maximum(parts, 1) * HKV, 0)
+def _load_rows(
+    lengths_ptr, batch, window, T: tl.constexpr, SEQUENCES: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr
+):
+    """How many cache rows each sequence reads: [SEQUENCES], 0 past the batch."""
+    sequence = tl.arange(0, SEQUENCES)
+    lengths = tl.load(lengths_ptr + sequence, mask=sequence < batch, other=0)
+    return lengths - _first_row(lengths, window, T, ALIGNMENT, WINDOWED)
 
 
 @triton.jit
-def _add_all(a, b, c, d, e, a2, b2, c2, d2, e2):
-    return a + a2, b + b2, c + c2, d + d2, e + e2
+def _count_parts(
+    rows,
+    all_rows,
+    max_parts,
+    spare_programs,
+    min_rows_log2,
+    HKV: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+    SPLIT_ROWS: tl.constexpr,
+):
+    """Parts of a sequence that reads `rows`, at least one. all_rows: of the batch, each sequence's rounded up to 16."""
+    if SPLIT_ROWS > 0:
+        parts = tl.cdiv(rows, SPLIT_ROWS)
+    else:
+        if SEQUENCES == 1:
+            share = max_parts
+        else:  # one part, and of the spare programs in proportion to the rows: never more parts than programs
+            blocks, all_blocks = tl.cdiv(rows, 16).to(tl.uint32), (tl.maximum(all_rows, 16) // 16).to(tl.uint32)
+            share = 1 + (blocks * spare_programs.to(tl.uint32) // (all_blocks * HKV)).to(tl.int32)
+        parts = tl.minimum(share, rows >> min_rows_log2)
+    return tl.maximum(parts, 1)
+
+
+@triton.jit
+def _sum_rows(rows):
+    return tl.sum(tl.cdiv(rows, 16) * 16, 0)
 
 
 @triton.jit
@@ -194,8 +210,21 @@ def _store_out(out_ptr, acc, total, q_row, mask, D: tl.constexpr):
 
 
 @triton.jit
-def _merge(partial_ptr, stats_ptr, slot, slot_step, parts, mask, D: tl.constexpr, MERGED: tl.constexpr):
-    """The sum of `parts` partial results, the first in `slot`, taken in order, MERGED at a time -> acc, total."""
+def _merge(
+    partial_ptr,
+    stats_ptr,
+    unit,
+    next_unit,
+    head,
+    tile,
+    num_tiles,
+    parts,
+    mask,
+    HKV: tl.constexpr,
+    D: tl.constexpr,
+    MERGED: tl.constexpr,
+):
+    """The sum of `parts` partial results, of `unit` and then from `next_unit` on, in order, MERGED at a time -> acc, total."""
     ROWS: tl.constexpr = mask.shape[0]
     COLUMNS: tl.constexpr = mask.shape[1]
     row = tl.arange(0, ROWS)
@@ -205,7 +234,8 @@ def _merge(partial_ptr, stats_ptr, slot, slot_step, parts, mask, D: tl.constexpr
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
     for part_begin in range(0, parts, MERGED):
         part = part_begin + tl.arange(0, MERGED)
-        start = (slot + part * slot_step).to(tl.int64) * ROWS
+        part_unit = tl.where(part == 0, unit, next_unit + part - 1)
+        start = ((part_unit * HKV + head) * num_tiles + tile).to(tl.int64) * ROWS
         kept = (row >= 0)[:, None] & (part < parts)[None, :]  # [ROWS, MERGED]: in this order the sum stays within a thread
         stats = stats_ptr + start[None, :] * 2 + row[:, None]
         values = partial_ptr + (start[None, :] + row[:, None])[:, :, None] * D + column[None, None, :]
@@ -262,7 +292,7 @@ def _flash_decode_kernel(
     M: tl.constexpr,
     GROUPS: tl.constexpr,  # of cache rows within a tile, each with its own softmax: one a warp, or one in all
     ROWS: tl.constexpr,  # query rows of a tile that a partial result keeps, a power of two
-    CHUNK: tl.constexpr,  # cache rows loaded before the wait, the first of a part
+    CHUNK: tl.constexpr,  # cache rows loaded before the wait, the first of a part; may be 0
     N: tl.constexpr,  # cache rows of a step of the loop after it
     SPLIT_ROWS: tl.constexpr,  # of every part, where that is fixed, else 0
     MERGED: tl.constexpr,
@@ -275,40 +305,41 @@ def _flash_decode_kernel(
 ):
     pdl_trigger(PDL)
     tile, num_tiles = tl.program_id(1), tl.num_programs(1)
+    ALIGNMENT: tl.constexpr = CHUNK if CHUNK > 0 else N
 
-    # Which items there are: part by part of a sequence, and of a part KV head by KV head. All programs find the same.
-    sequence = tl.arange(0, SEQUENCES)
-    in_batch = sequence < batch
-    lengths = tl.load(lengths_ptr + sequence, mask=in_batch, other=0)
-    pages = tl.load(table_ptr + sequence * table_width, mask=in_batch, other=0)
-    rows = lengths - _first_row(lengths, window, T, CHUNK, WINDOWED)
-    items = _count_items(rows, in_batch, max_parts, spare_programs, min_rows_log2, HKV, SPLIT_ROWS)
-    item_ends = tl.cumsum(items, 0)
-
+    # Items go by units, one for each KV head. First every sequence's part 0, which finds its sequence without a look at the
+    # others; then, sequence by sequence, what parts there are besides. All programs find the same.
     # A program does one item; with splits of a fixed size, where the lengths decide how many there are, as many as come.
     item_begin = tl.program_id(0)
     item_end, item_step = item_begin + 1, 1
     if SPLIT_ROWS > 0:
-        item_end, item_step = tl.maximum(item_end, tl.sum(items, 0)), tl.num_programs(0)
+        all_rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
+        all_parts = _count_parts(all_rows, 0, max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
+        item_end = tl.maximum(item_end, (batch + tl.sum(all_parts - 1, 0)) * HKV)
+        item_step = tl.num_programs(0)
     for item in tl.range(item_begin, item_end, item_step, num_stages=1):
-        mine = (item_ends - items <= item) & (item < item_ends)
-        b, length, page, sequence_item, sequence_items = tl.reduce(
-            (
-                tl.where(mine, sequence, 0),
-                tl.where(mine, lengths, 0),
-                tl.where(mine, pages, 0),
-                tl.where(mine, item_ends - items, 0),
-                tl.where(mine, items, 0),
-            ),
-            0,
-            _add_all,
-        )
-        parts = sequence_items // HKV
-        if parts == 0:
+        unit, head = item // HKV, item % HKV
+        b, part = unit, unit * 0
+        if SEQUENCES == 1:
+            b, part = unit * 0, unit
+        elif unit >= batch:
+            rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
+            parts = _count_parts(rows, _sum_rows(rows), max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
+            ends = tl.cumsum(parts - 1, 0)
+            before = ends <= unit - batch
+            b = tl.sum(before.to(tl.int32), 0)  # past the batch in a program without work
+            part = 1 + unit - batch - tl.max(tl.where(before, ends, 0), 0)
+        length = tl.load(lengths_ptr + b, mask=b < batch, other=0)
+        page = tl.load(table_ptr + b * table_width, mask=b < batch, other=0)
+        first_row = _first_row(length, window, T, ALIGNMENT, WINDOWED)
+        rows, batch_rows = length - first_row, length * 0
+        if SPLIT_ROWS == 0 and SEQUENCES > 1:
+            if rows >> min_rows_log2 > 1:  # else it is one part whatever the others read
+                batch_rows = _sum_rows(_load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED))
+        parts = _count_parts(rows, batch_rows, max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
+        if part >= parts:
             pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
         else:
-            head, part = (item - sequence_item) % HKV, (item - sequence_item) // HKV
-            first_row = _first_row(length, window, T, CHUNK, WINDOWED)
             if SPLIT_ROWS > 0:
                 begin = first_row + part * SPLIT_ROWS
                 end = tl.minimum(begin + SPLIT_ROWS, length)
@@ -319,17 +350,18 @@ def _flash_decode_kernel(
 
             # The first chunk comes into registers before the wait, but for rows that this step appends. Offsets are 64-bit: a
             # cache may hold more than 2**31 values.
-            row = begin + tl.arange(0, CHUNK)
             head_row = (page * HKV + head).to(tl.int64) * page_size
-            offset = (head_row + begin) * D
-            if PAGED:
-                first_page = tl.load(table_ptr + b * table_width + begin // page_size)
-                offset = ((first_page * HKV + head).to(tl.int64) * page_size + begin % page_size) * D
-            before_wait = row < end
-            if EARLY:
-                before_wait = before_wait & (row < length - T)
-            k_first = _load_k(k_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
-            v_first = _load_v(v_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
+            if CHUNK > 0:
+                row = begin + tl.arange(0, CHUNK)
+                offset = (head_row + begin) * D
+                if PAGED:
+                    first_page = tl.load(table_ptr + b * table_width + begin // page_size)
+                    offset = ((first_page * HKV + head).to(tl.int64) * page_size + begin % page_size) * D
+                before_wait = row < end
+                if EARLY:
+                    before_wait = before_wait & (row < length - T)
+                k_first = _load_k(k_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
+                v_first = _load_v(v_ptr + offset, before_wait, D, COLUMNS, GROUPS, 0.0)
             qk_scale = scale_log2
             if SCALED:
                 qk_scale *= tl.load(k_scale_ptr + head)
@@ -343,7 +375,7 @@ def _flash_decode_kernel(
             q_mask = (m < G * T)[:, None] & (column < D)[None, :]
             q = tl.load(q_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], mask=q_mask, other=0.0)
             position = tl.where(m < G * T, length - T + token, -1)
-            if EARLY:
+            if EARLY and CHUNK > 0:
                 after_wait = (row < end) & (row >= length - T)
                 k_first = _load_k(k_ptr + offset, after_wait, D, COLUMNS, GROUPS, k_first)
                 v_first = _load_v(v_ptr + offset, after_wait, D, COLUMNS, GROUPS, v_first)
@@ -362,9 +394,9 @@ def _flash_decode_kernel(
                 k = _load_k(k_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
                 v = _load_v(v_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
                 top, total, acc = _attend(q, k, v, block_row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
-            # The first chunk comes last: while it waits in registers the loop's loads are under way.
-            k_first, v_first = hold(k_first), hold(v_first)
-            top, total, acc = _attend(q, k_first, v_first, row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
+            if CHUNK > 0:  # it comes last: while it waits in registers the loop's loads are under way
+                k, v = hold(k_first), hold(v_first)
+                top, total, acc = _attend(q, k, v, row, position, window, qk_scale, top, total, acc, GROUPS, WINDOWED)
             if GROUPS > 1:
                 group_top = top
                 top, total = tl.reduce((group_top, total), 0, _add_softmax)
@@ -386,9 +418,15 @@ def _flash_decode_kernel(
                     tl.store(counter, 0)  # for the next launch
                     merged_m = tile * M + tl.arange(0, ROWS)
                     merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
-                    first_slot = (sequence_item + head) * num_tiles + tile
+                    next_unit = 1  # of part 1
+                    if SEQUENCES > 1:
+                        all_rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
+                        all_parts = _count_parts(
+                            all_rows, _sum_rows(all_rows), max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS
+                        )
+                        next_unit = batch + tl.sum(tl.where(tl.arange(0, SEQUENCES) < b, all_parts - 1, 0), 0)
                     merged_acc, merged_total = _merge(
-                        partial_ptr, stats_ptr, first_slot, HKV * num_tiles, parts, merged_mask, D, MERGED
+                        partial_ptr, stats_ptr, b, next_unit, head, tile, num_tiles, parts, merged_mask, HKV, D, MERGED
                     )
                     merged_row = (b * T + merged_m // G) * (HKV * G) + head * G + merged_m % G
                     _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D)
@@ -407,7 +445,7 @@ class Launch:
     query_rows: int  # M: query rows of a tile, at least 16 for the tensor cores
     query_tiles: int
     kept_rows: int  # query rows of a tile that a partial result keeps
-    chunk_rows: int  # rows loaded before the dependency wait, the first of a part
+    chunk_rows: int  # rows loaded before the dependency wait, the first of a part; may be 0
     block_rows: int  # N: rows of a step of the loop after it
     row_groups: int  # of rows within a tile, each with its own softmax
     min_rows: int  # a smaller part is not worth a merge; a power of two, at least chunk_rows
@@ -441,14 +479,18 @@ def choose_launch(
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
     pairs = batch * num_kv_heads
+    # More pairs than programs that hold a chunk: only the first round would gain by one. Without, a program takes 72 registers
+    # a thread at head size 64 and 92 at 128, and six or five fit a multiprocessor, with 32 KiB on their way each.
+    many = split_size is None and pairs > 2 * sms
     # Work for every multiprocessor with few splits or none: programs on each count more than a short way to the first byte.
     # The chunk waits in registers: at head size 128 one program fits a multiprocessor by 128 rows, two fit by 64.
-    crowded = split_size is None and pairs >= (2 * sms if columns == 64 else sms // 2)
+    crowded = columns == 128 and pairs >= sms // 2
     # A short cache is best read whole before the wait (inside the 1B's step: 655 us, by 64 rows 668); in a long one the loop
     # does the work, and small chunks leave it registers (1 x 4096, head size 128: 10.3 us, by 128 rows 12.5).
     small = crowded or split_size is not None or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128
-    chunk_rows = 64 if small else 128
-    max_registers = 128 if crowded and columns == 64 else None  # four programs: one round of 64 sequences with 8 KV heads
+    chunk_rows = 0 if many else 64 if small else 128
+    # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
+    warps = 8 if columns == 128 and chunk_rows == 128 and query_rows == 16 else 4
     # Smaller parts pay for their merge: 1 x 1024 at head size 64 takes 5.6 us by 128 rows, 6.4 by 256; at 128, 6.7 and 10.0.
     min_rows = 128
     # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
@@ -467,19 +509,17 @@ def choose_launch(
         query_tiles=-(-rows // query_rows),
         kept_rows=kept_rows,
         chunk_rows=chunk_rows,
-        block_rows=64,
+        block_rows=32 if many and columns == 128 else 64,
         # A softmax for each warp's rows needs no exchange between warps, but each then holds the values of all query rows:
         # too many registers at head size 128 (1 x 1024: 10.0 us against 6.7).
-        row_groups=warps if query_rows == 16 and columns == 64 else 1,
+        row_groups=warps if query_rows == 16 and columns == 64 and not many else 1,
         min_rows=min_rows,
         split_rows=split_size or 0,
         items=items,
-        # All parts at a time, up to 64 KiB. Room for more than there are costs registers: of 128 at most, a thread spills 280
-        # bytes with 64 parts and 8 with 2.
+        # All parts at a time, up to 64 KiB. Room for more than there are costs registers.
         merged=max(1, min(triton.next_power_of_2(-(-items // pairs)), 64, 16384 // (kept_rows * columns))),
         warps=warps,
         stages=3 if page_size is None else 4,  # the page's number takes a stage of its own
-        max_registers=max_registers,
     )
 
 

@@ -2,7 +2,8 @@
 
     python scripts/benchmark_kernels.py attention --output attention.jsonl --chart attention.png   # the 30 points of the README
     python scripts/benchmark_kernels.py attention --head_size 128 --batch_size 1 16 --seq_n 1024 4096
-    python scripts/benchmark_kernels.py attention --sweep --seconds 120        # which launches are best, a kernel at a time
+    python scripts/benchmark_kernels.py attention --sweep --seconds 120 --output sweep.jsonl      # which launches are best
+    python scripts/benchmark_kernels.py attention --sweep --points 128x256x192 128x1x32768
     python scripts/benchmark_kernels.py attention --sweep --in_step llama-3.2-1b --context 96 512 2048 --seconds 60
     python scripts/benchmark_kernels.py linear --formats int8 fp8 int4 --rows 1 16        # see benchmark_linear.py
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
@@ -39,6 +40,7 @@ from benchmark import stamp
 
 from generate import DTYPES, add_flag
 from kernels import advance, choose, flash_decode, pdl_disabled
+from kernels._common import num_sms
 from kernels.choose import choose_ref
 from kernels.flash_decode import Launch, choose_launch, flash_decode_ref, override_launch
 
@@ -205,9 +207,8 @@ def exact_result(x: Inputs, point: Point) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def kernels_of(point: Point, x: Inputs) -> dict[str, list[Callable]]:
+def kernels_of(point: Point, x: Inputs, exact: torch.Tensor) -> dict[str, list[Callable]]:
     """Every kernel that runs here, checked, ours first. A wrong one ends the run; a rival that refuses is left out."""
-    exact = exact_result(x, point)
     found = {"ours": [functools.partial(ours, scale=point.scale)]}
     check("ours", found["ours"][0], x, point, exact)
     for name, ways in rivals().items():
@@ -227,7 +228,7 @@ def kernels_of(point: Point, x: Inputs) -> dict[str, list[Callable]]:
 def compare(point: Point, args, bandwidth: float) -> dict:
     inputs = make_inputs(point, number_of_sets(point, not args.dont_flush_gpu_cache))
     with pdl_disabled():  # alone, a repeat of the kernel would otherwise begin inside the one before it
-        found = kernels_of(point, inputs[0])
+        found = kernels_of(point, inputs[0], exact_result(inputs[0], point))
         us = {name: min(time_graph(calls_of(way, inputs)) for way in ways) for name, ways in found.items()}
     gbps = {name: point.kv_bytes / t / 1e3 for name, t in us.items()}
     best = min((n for n in us if n != "ours"), key=us.get)
@@ -299,7 +300,7 @@ def run_for_ncu(points: list[Point]) -> None:
     with pdl_disabled():
         for point in points:
             (x,) = make_inputs(point, 1)
-            found = kernels_of(point, x)
+            found = kernels_of(point, x, exact_result(x, point))
             for name, ways in found.items():
                 print(f"{point}: {name}", flush=True)
                 sweep.zero_()
@@ -314,45 +315,70 @@ def run_for_ncu(points: list[Point]) -> None:
 # Attention: which launches are best
 # --------------------------------------------------------------------------------------------------------------------------
 
+SWEEP_POINTS = [
+    *((D, B, S) for D in (64, 128) for B, S in BATCH_AND_LENGTH),
+    *((128, 256, 192), (128, 64, 192), (128, 1, 32768), (64, 256, 192), (64, 16, 128), (128, 16, 128)),
+]
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
-# For batches: how many programs a multiprocessor holds (four: 128 registers of four warps, the chunk's among them), how many
-# bytes each has in flight (the chunk, and 4 * (stages - 1) * block_rows * head size), and how often it must synchronise.
-BATCH_SHAPES = [
-    *((64, 64, groups, 4, stages, None) for groups in (1, 4) for stages in (2, 3, 4)),
-    *((64, 64, groups, 4, 3, 128) for groups in (1, 4)),
-    *((32, 64, 1, 4, stages, registers) for stages in (3, 4) for registers in (None, 128)),
-    *((32, 32, 1, 4, stages, registers) for stages in (3, 4, 5) for registers in (None, 128)),
-    *((16, block, 1, 4, stages, 128) for block, stages in ((64, 3), (32, 4))),
-    *((64, 128, 1, 4, stages, None) for stages in (2, 3)),
-    *((128, 64, groups, 4, 3, None) for groups in (1, 4)),
-    *((32, 32, 2, 2, stages, registers) for stages in (3, 4) for registers in (None, 128)),
-    *((64, 64, 1, 8, 3, registers) for registers in (None, 128)),
-    *((128, 128, groups, 8, 2, 128) for groups in (1, 8)),
+# Values of those, then the most programs a multiprocessor that rows are split over. What a program holds (its chunk in
+# registers, 4 * (stages - 1) * block_rows * head size bytes in shared memory) decides how many run on a multiprocessor.
+SHORT = [  # one sequence of less than 4096 rows: the way to the first byte and the merge
+    *((64, 64, groups, 4, 2, None, 2) for groups in (1, 4)),
+    *((128, 64, 1, warps, 2, None, 2) for warps in (4, 8)),
+    (128, 64, 4, 4, 3, None, 2),
+    (128, 128, 8, 8, 2, None, 2),
+    *((64, 32, groups, 2, 2, None, 2) for groups in (1, 2)),
+    (0, 64, 1, 4, 3, None, 2),
+    (32, 32, 1, 2, 3, None, 4),
+]
+LONG = [  # one sequence: even shares, bytes in flight
+    *((64, 64, 1, 4, stages, None, 2) for stages in (2, 3, 4)),
+    *((64, 64, 4, 4, 3, registers, 2) for registers in (None, 168)),
+    *((0, 64, 1, 4, stages, None, per_sm) for stages, per_sm in ((3, 3), (4, 2), (5, 1))),
+    *((0, 64, 4, 4, 3, None, per_sm) for per_sm in (2, 3)),
+    *((0, 32, 1, 4, stages, None, per_sm) for stages, per_sm in ((4, 4), (5, 3))),
+    *((32, block, 1, 4, stages, None, 3) for block, stages in ((64, 3), (32, 4))),
+    *((64, 128, 1, 8, stages, None, 1) for stages in (3, 4)),
+]
+MANY = [  # batches: programs on a multiprocessor
+    *((64, 64, 1, 4, stages, None, 2) for stages in (2, 3)),
+    (64, 64, 4, 4, 3, 128, 4),
+    (32, 32, 1, 4, 3, 128, 4),
+    *((0, 64, 1, 4, stages, None, per_sm) for stages, per_sm in ((2, 4), (3, 3), (3, 2), (4, 2))),
+    *((0, 32, 1, 4, stages, None, per_sm) for stages, per_sm in ((3, 4), (4, 4), (4, 2), (5, 3))),
+    *((0, 32, 1, 2, stages, None, 4) for stages in (3, 4)),
+    *((0, block, 1, 1, stages, None, 4) for block, stages in ((32, 3), (16, 4))),
+    (0, 64, 1, 2, 3, None, 4),
+    (0, 64, 4, 4, 3, None, 3),
 ]
 
 
-def shapes_to_try(point: Point, query_rows: int) -> list[dict]:
-    """Values of the fields that need a compilation, those that fit a multiprocessor."""
-    four_warps = itertools.product((64, 128, 256), (64,), (4,), (4,), (3, 4), (None, 128, 168))
-    eight_warps = itertools.product((128, 256, 512), (128,), (8,), (8,), (2, 3), (None, 128))
-    one_softmax = itertools.product((64, 128, 256), (64,), (1,), (4,), (2, 3), (None, 128))
+def sweep_point(text: str) -> tuple[int, int, int]:
+    """'128x16x1024' -> head size, batch, length."""
+    try:
+        D, B, S = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected head size x batch x length, such as 128x16x1024") from None
+    return D, B, S
+
+
+def candidates(point: Point, launch: Launch, capacity: int, sms: int) -> list[dict]:
+    """The launches to try beside the present one, as changes of it: other shapes, then the present shape split otherwise."""
+    pairs = point.batch * point.num_kv_heads
+
+    def split(min_rows: int, per_sm: int) -> dict:
+        programs = max(pairs, min(pairs * (capacity // min_rows), per_sm * sms))
+        return {"min_rows": min_rows, "programs": programs, "items": programs}
+
     found = []
-    for fields in BATCH_SHAPES if point.batch > 1 else (*four_warps, *eight_warps, *one_softmax):
-        shape = dict(zip(COMPILED, fields, strict=True))
-        chunk_registers = shape["chunk_rows"] * point.head_dim * 4 // (shape["warps"] * 32 * 4)
-        if chunk_registers <= 128 and (query_rows == 16 or shape["row_groups"] == 1):
-            found.append(shape)
-    return found
-
-
-def splits_to_try(launch: Launch, pairs: int, capacity: int, sms: int) -> list[dict]:
-    """Values of the fields that say how the rows are split."""
-    found = {}
-    for min_rows, per_sm in itertools.product((128, 256, 512, 1024), (1, 2, 3, 4, 6, 8)):
-        if min_rows >= launch.chunk_rows:
-            programs = min(pairs * max(1, capacity // min_rows), max(pairs, per_sm * sms))
-            found.setdefault(programs, {"min_rows": min_rows, "programs": programs, "items": programs})
-    return list(found.values())
+    for *shape, per_sm in MANY if point.batch > 1 else SHORT if capacity < 4096 else SHORT[:4] + LONG:
+        fields = dict(zip(COMPILED, shape, strict=True))
+        if launch.query_rows == 16 or fields["row_groups"] == 1:
+            found.append(fields | split(max(launch.min_rows, fields["chunk_rows"]), per_sm))
+    for min_rows, per_sm in ((launch.min_rows, 1), (launch.min_rows, 3), (2 * launch.min_rows, 2), (4 * launch.min_rows, 2)):
+        found.append(split(min_rows, per_sm))
+    same = lambda fields: all(getattr(launch, name) == value for name, value in fields.items())
+    return [fields for i, fields in enumerate(found) if fields not in found[:i] and not same(fields)]
 
 
 def launch_of(point: Point, capacity: int | None = None) -> Launch:
@@ -363,114 +389,90 @@ def launch_of(point: Point, capacity: int | None = None) -> Launch:
         num_kv_heads=point.num_kv_heads,
         head_dim=point.head_dim,
         capacity=capacity or point.length,
-        sms=torch.cuda.get_device_properties(0).multi_processor_count,
+        sms=num_sms(),
     )
 
 
-def compile_shape(job: tuple[Point, dict, bool]) -> tuple[Point, dict] | None:
+def shape_of(fields: dict) -> dict:
+    return {name: fields[name] for name in COMPILED if name in fields}
+
+
+def compile_shape(job: tuple[Point, dict, int, bool]) -> tuple | None:
     """In a process of its own: one run at a small length, for the compiled kernel in Triton's cache. What fails comes back."""
-    point, shape, pdl = job
+    point, shape, merged, pdl = job
     try:
         (x,) = make_inputs(replace(point, length=512), 1)
-        fixed = {"min_rows": 256, "merged": launch_of(point).merged}
-        with contextlib.nullcontext() if pdl else pdl_disabled(), override_launch(**shape | fixed):
+        with contextlib.nullcontext() if pdl else pdl_disabled(), override_launch(**shape, min_rows=256, merged=merged):
             ours(x, point.scale)
         torch.cuda.synchronize()
-    except Exception:  # too much shared memory, say: a result, not a fault
-        return point, shape
+    except Exception as error:  # too much shared memory, say: a result, not a fault
+        return job, f"{type(error).__name__}: {str(error)[:80]}"
     return None
 
 
-def compile_shapes(points: list[Point], shapes: Callable, pdl: bool) -> dict[Point, list[dict]]:
-    """The shapes that run, by point; all are compiled at once, on every core."""
+def compile_launches(launches: dict[Point, list[dict]], merged: Callable, pdl: bool) -> dict[Point, list[dict]]:
+    """The launches that run, by point; all are compiled at once, on every core."""
     started = time.perf_counter()
-    kind = lambda p: (p.head_dim, p.batch, launch_of(p).merged)  # of the length, the kernel knows only how many parts it makes
-    kinds = {kind(p): p for p in points}
-    jobs = [(p, shape, pdl) for p in kinds.values() for shape in shapes(p)]
+    # Of the length, a kernel knows only how many parts it merges at a time.
+    job = lambda point, fields: (replace(point, length=0), shape_of(fields), merged(point), pdl)
+    jobs = []
+    for point, found in launches.items():
+        jobs += [job(point, fields) for fields in [{}, *found] if job(point, fields) not in jobs]
     workers = max(1, (os.cpu_count() or 2) - 2)
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        failed = [f for f in pool.map(compile_shape, jobs, chunksize=4) if f]
-    print(f"{len(jobs)} launches compiled in {time.perf_counter() - started:.0f} s, {len(failed)} do not fit", flush=True)
-    kept = {key: [s for s in shapes(p) if (p, s) not in failed] for key, p in kinds.items()}
-    return {p: kept[kind(p)] for p in points}
+        failed = [f for f in pool.map(compile_shape, jobs, chunksize=2) if f]
+    print(f"{len(jobs)} kernels compiled in {time.perf_counter() - started:.0f} s, {len(failed)} do not fit", flush=True)
+    for error in sorted({error for _, error in failed})[:3]:
+        print(f"    {error}", flush=True)
+    unfit = [job for job, _ in failed]
+    return {point: [f for f in found if job(point, f) not in unfit] for point, found in launches.items()}
 
 
-def search(
-    shapes: list[dict], launch: Launch, splits: Callable, measure: Callable, deadline: float
-) -> list[tuple[float, dict]]:
-    """(us, fields), best first: every shape with the present split, then the best three shapes with every split."""
-    results = [(measure({}), {})]
-
-    def attempt(fields):
-        if time.perf_counter() < deadline:
-            with contextlib.suppress(RuntimeError):
+def search(launches: list[dict], measure: Callable, deadline: float) -> list[tuple[float, dict]]:
+    """(us, fields), best first. The present launch, {}, is measured before the others and after them."""
+    results = []
+    for fields in [{}, *launches, {}]:
+        if not fields or time.perf_counter() < deadline:
+            try:
                 results.append((measure(fields), fields))
-
-    middle = time.perf_counter() + 0.6 * (deadline - time.perf_counter())
-    for shape in shapes:
-        if time.perf_counter() < middle:
-            attempt(shape | {"min_rows": max(launch.min_rows, shape["chunk_rows"])})
-    best = [{k: v for k, v in fields.items() if k in COMPILED} for _, fields in sorted(results, key=lambda r: r[0])[:3]]
-    for shape in best:
-        for split in splits(replace(launch, **shape)):
-            attempt(shape | split)
+            except (RuntimeError, ValueError) as error:  # one wrong launch does not cost the others' measurements
+                print(f"    {fields}: {error}", file=sys.stderr, flush=True)
     return sorted(results, key=lambda r: r[0])
 
 
-def report(title: str, results: list[tuple[float, dict]], output: Path | None, record: dict) -> None:
+def report(title: str, results: list[tuple[float, dict]], rivals: dict[str, float], output: Path | None, record: dict) -> None:
     present = next(us for us, fields in results if not fields)
-    print(f"{title}: present {present:.2f} us, {len(results)} launches tried", flush=True)
-    for us, fields in results[:3]:
+    beside = "".join(f", {name} {us:.2f}" for name, us in rivals.items())
+    print(f"{title}: present {present:.2f} us{beside}; best of {len(results) - 1}:", flush=True)
+    for us, fields in results[:4]:
         print(f"    {us:.2f} us  " + " ".join(f"{k}={v}" for k, v in fields.items() if k != "items"), flush=True)
     if output:
         with output.open("a") as file:
             for us, fields in results:
-                file.write(json.dumps(record | {"us": us, "launch": fields}) + "\n")
-
-
-def report_shapes(found: dict[Point, list[tuple[float, dict]]]) -> None:
-    """For each head size and batch, the shapes that lose least over all lengths, with the split as it is now."""
-    for head_dim, batch in sorted({(p.head_dim, p.batch) for p in found}):
-        losses: dict[tuple, list[float]] = {}
-        for point, results in found.items():
-            if (point.head_dim, point.batch) == (head_dim, batch):
-                for us, fields in results:
-                    if "programs" not in fields:
-                        shape = tuple(fields.get(name) for name in COMPILED) if fields else ("present",)
-                        losses.setdefault(shape, []).append(us / results[0][0])
-        lengths = max(len(values) for values in losses.values())
-        means = sorted((statistics.geometric_mean(v), shape) for shape, v in losses.items() if len(v) == lengths)
-        print(f"head size {head_dim}, batch {batch}: time beside each length's best, over {lengths} lengths", flush=True)
-        for mean, shape in means:
-            if (mean, shape) in means[:4] or shape == ("present",):
-                print(
-                    f"    {mean:.3f}  "
-                    + (" ".join(f"{k}={v}" for k, v in zip(COMPILED, shape, strict=False)) if len(shape) > 1 else "present")
-                )
+                file.write(json.dumps(record | {"us": us, "launch": fields, "rivals_us": rivals}) + "\n")
 
 
 def sweep_alone(points: list[Point], args) -> None:
     """The best launches of the kernel alone, without PDL: what the comparison times."""
-    shapes = compile_shapes(points, lambda p: shapes_to_try(p, launch_of(p).query_rows), pdl=False)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    found = {}
-    for point in points:
+    launches = {p: candidates(p, launch_of(p), p.length, num_sms()) for p in points}
+    launches = compile_launches(launches, lambda p: launch_of(p).merged, pdl=False)
+    started = time.perf_counter()
+    for i, point in enumerate(points):
         inputs = make_inputs(point, number_of_sets(point, not args.dont_flush_gpu_cache))
-        run = functools.partial(ours, scale=point.scale)
         exact = exact_result(inputs[0], point)
+        ways = kernels_of(point, inputs[0], exact)
+        (run,) = ways.pop("ours")
 
         def measure(fields, point=point, inputs=inputs, run=run, exact=exact):
             with override_launch(**fields):
-                check("ours", run, inputs[0], point, exact)
+                check(f"ours, {fields}", run, inputs[0], point, exact)
                 return time_graph(calls_of(run, inputs), 0.004)
 
-        splits = lambda launch, p=point: splits_to_try(launch, p.batch * p.num_kv_heads, p.length, sms)
-        deadline = time.perf_counter() + args.seconds / len(points)
         with pdl_disabled():
-            found[point] = search(shapes[point], launch_of(point), splits, measure, deadline)
+            others = {name: min(time_graph(calls_of(f, inputs), 0.004) for f in found) for name, found in ways.items()}
+            found = search(launches[point], measure, started + args.seconds * (i + 1) / len(points))
         record = {"sweep": "alone", "head_size": point.head_dim, "batch_size": point.batch, "seq_n": point.length}
-        report(str(point), found[point], args.output, record)
-    report_shapes(found)
+        report(str(point), found, others, args.output, record)
 
 
 def sweep_in_step(args) -> None:
@@ -483,21 +485,20 @@ def sweep_in_step(args) -> None:
     points = [
         Point(c.head_dim, B, S, c.num_heads, c.num_kv_heads, DTYPES["bfloat16"]) for B in args.batch_size for S in args.context
     ]
-    shapes = compile_shapes(points, lambda p: shapes_to_try(p, launch_of(p).query_rows), pdl=True)
-    sms = torch.cuda.get_device_properties(0).multi_processor_count
-    for point in points:
-        timer = StepTimer(args.in_step, point.batch, point.length)
-        capacity = point.length + 512  # of StepTimer's cache
+    capacity = lambda p: p.length + 512  # of StepTimer's cache
+    launches = {p: candidates(p, launch_of(p, capacity(p)), capacity(p), num_sms()) for p in points}
+    launches = compile_launches(launches, lambda p: launch_of(p, capacity(p)).merged, pdl=True)
+    started = time.perf_counter()
+    for i, point in enumerate(points):
+        timer = StepTimer(args.in_step, None, point.batch, point.length)
 
         def measure(fields, timer=timer):
             with override_launch(**fields):
                 return timer.us_per_step({})
 
-        splits = lambda launch, p=point, n=capacity: splits_to_try(launch, p.batch * p.num_kv_heads, n, sms)
-        deadline = time.perf_counter() + args.seconds / len(points)
-        results = search(shapes[point], launch_of(point, capacity), splits, measure, deadline)
+        found = search(launches[point], measure, started + args.seconds * (i + 1) / len(points))
         record = {"sweep": args.in_step, "batch_size": point.batch, "context": point.length}
-        report(f"{args.in_step} batch {point.batch} at {point.length} tokens", results, args.output, record)
+        report(f"{args.in_step} batch {point.batch} at {point.length} tokens", found, {}, args.output, record)
         del timer, measure
         torch.cuda.empty_cache()
 
@@ -578,6 +579,7 @@ def choose_cost(args) -> None:
                 advance(**advanced | {"partial_max": value, "partial_id": index})
 
             added = time_graph([step] * 32) - greedy
+            check_choice(f"{kind}, {name}, after graphs", arguments, 1)  # each launch has left its workspaces empty
             parts.append(f"{name} +{added:6.2f} us")
             record = {
                 "benchmark": "choose",
@@ -623,7 +625,7 @@ def sanitize(device: str = "cuda") -> None:
         if not error <= TOLERANCE[torch.bfloat16] or not torch.equal(*results):
             raise ValueError(f"{name}: found a relative error of {error:.1e}, or two results that differ")
         print(f"{name}: {error:.1e}", flush=True)
-    for B, kind, (cut_name, cut) in itertools.product((1, 5), LOGITS, CUTS.items()):
+    for B, kind, (cut_name, cut) in itertools.product((1, 5, 64), LOGITS, CUTS.items()):
         _, chosen = choice_arguments(kind, B, 9000, "cpu")
         name = f"choose, batch {B}, {kind}, {cut_name}"
         check_choice(name, chosen | cut_arguments(B, "cpu", **cut), 2, device)
@@ -644,7 +646,10 @@ def attention(args) -> None:
     if args.batch_size or args.seq_n:
         pairs = list(itertools.product(args.batch_size or [1], args.seq_n or sorted({S for _, S in BATCH_AND_LENGTH})))
     heads = (args.q_num_heads, args.kv_num_heads)
-    points = [Point(D, B, S, *heads, DTYPES[args.dtype]) for D in args.head_size for B, S in pairs]
+    sizes = [(D, B, S) for D in args.head_size for B, S in pairs]
+    if args.points or (args.sweep and not (args.batch_size or args.seq_n)):
+        sizes = args.points or SWEEP_POINTS
+    points = [Point(*size, *heads, DTYPES[args.dtype]) for size in sizes]
     if args.use_ncu:
         run_for_ncu(points)
     elif args.sweep:
@@ -663,6 +668,7 @@ def main(argv=None) -> int:
     flag("kv_num_heads", type=int, default=8)
     flag("batch_size", type=int, nargs="+", help="without this and --seq_n: 15 pairs of the two")
     flag("seq_n", type=int, nargs="+", help="cached tokens of every sequence")
+    flag("points", type=sweep_point, nargs="+", metavar="DxBxS", help="head size, batch, cached tokens, in place of the above")
     flag("dtype", choices=["bfloat16", "float16"], default="bfloat16")
     flag("dont_flush_gpu_cache", action="store_true", help="one input set, warm in the L2 cache")
     flag("use_ncu", action="store_true", help="run each kernel once, for ncu --profile-from-start off")

@@ -77,16 +77,12 @@ class Rooflama:
     def __init__(self, setup: Setup):
         sys.path.insert(0, str(ROOT))
         import generate
-        from model import DTYPES, SHAPES
+        from model import DTYPES
 
         self.generate = generate
         dtype = DTYPES[setup.dtype]
-        if setup.quantize and setup.random:
-            import quantize
-
-            self.model = quantize.random_model(SHAPES[setup.model], setup.quantize, setup.device, dtype)
-        elif setup.random:
-            self.model = generate.Engine.random(setup.model, setup.device, dtype).model
+        if setup.random:
+            self.model = generate.Engine.random(setup.model, setup.device, dtype, setup.quantize).model
         else:
             engine = generate.Engine.load(setup.model, setup.device, dtype)
             if setup.quantize:

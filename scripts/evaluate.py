@@ -29,10 +29,11 @@ sys.path.insert(0, str(ROOT))
 
 import quantize
 from convert_hf_checkpoint import report_errors, underscored
-from generate import DEMO, DTYPES, Engine, default_device, weight_bytes_per_step
+from generate import DEMO, DTYPES, Engine, default_device
 from kernels.formats import GROUP_SIZES, PLAIN_FORMATS
 from kv_cache import CACHE_DTYPES
 from model import PrefillStep
+from timing import weight_bytes_per_step
 
 
 @dataclass

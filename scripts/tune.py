@@ -27,11 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import kernels
-from generate import Engine, add_flag, decode_one_token, floor_ms
+from decoding import decode_one_token
+from generate import Engine, add_flag
 from kernels.formats import Weight
 from kernels.tiles import Tile, candidate_tiles, fold_block, override_tiles, padded_rows, tile_for
 from model import SHAPES
 from quantize import MODES, make_recipe
+from timing import floor_ms
 
 MIN_GAIN = 0.999  # of the time before: less is noise
 STEPS, REPLAYS = 4, 7  # steps of a graph; pairs of its replays, of which the median counts

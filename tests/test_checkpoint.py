@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import checkpoint
+import convert_hf_checkpoint
 from model import SHAPES, ModelConfig
 
 CONFIG = ModelConfig.from_dict(
@@ -58,7 +59,7 @@ def test_round_trip(tmp_path, shard_bytes, dtype):
 
     config = dataclasses.replace(CONFIG, dtype=dtype)
     state = save(tmp_path / "out", config, shard_bytes=shard_bytes)
-    again, loaded, report = checkpoint.load_checkpoint(tmp_path / "out", progress=False)
+    again, loaded, report = convert_hf_checkpoint.load(tmp_path / "out", progress=False)
     assert again == config
     assert list(loaded) == list(state)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
@@ -83,7 +84,7 @@ def test_round_trip(tmp_path, shard_bytes, dtype):
 def test_foreign_config_is_not_ours(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
     with pytest.raises(ValueError, match=r"config\.json: rooflama: found None, expected an object"):
-        checkpoint.load_checkpoint(tmp_path)
+        checkpoint.open_checkpoint(tmp_path)
 
 
 # ---------------------------------------------------------------- loading
@@ -102,7 +103,7 @@ def test_every_byte_is_read_once_in_chunks(tmp_path, monkeypatch, staging_bytes,
         return reads[-1]
 
     monkeypatch.setattr(os, "preadv", counting)
-    config, loaded, report = checkpoint.load_checkpoint(tmp_path / "out", dtype=dtype, progress=False)
+    config, loaded, report = convert_hf_checkpoint.load(tmp_path / "out", dtype=dtype, progress=False)
     assert config.dtype == dtype
     assert all(torch.equal(loaded[name], state[name].to(dtype)) for name in state)
     assert sum(reads) == report.bytes == sum(tensor.nbytes for tensor in state.values())
@@ -111,7 +112,7 @@ def test_every_byte_is_read_once_in_chunks(tmp_path, monkeypatch, staging_bytes,
 def test_load_in_inference_mode(tmp_path):
     state = save(tmp_path / "out")
     with torch.inference_mode():
-        _, loaded, _ = checkpoint.load_checkpoint(tmp_path / "out", dtype=torch.float32, progress=False)
+        _, loaded, _ = convert_hf_checkpoint.load(tmp_path / "out", dtype=torch.float32, progress=False)
     assert all(torch.equal(loaded[name], state[name].float()) and not loaded[name].is_inference() for name in state)
 
 
@@ -132,7 +133,7 @@ def test_load_onto_a_gpu(tmp_path, monkeypatch, staging_bytes, dtype):
     monkeypatch.setattr(checkpoint, "STAGING_BYTES", staging_bytes)
     config = dataclasses.replace(CONFIG, vocab_size=2**20 if staging_bytes > 64 else 96)
     state = save(tmp_path / "out", config, shard_bytes=20_000_000 if staging_bytes > 64 else 10_000)
-    _, loaded, _ = checkpoint.load_checkpoint(tmp_path / "out", "cuda", dtype, progress=False)
+    _, loaded, _ = convert_hf_checkpoint.load(tmp_path / "out", "cuda", dtype, progress=False)
     for name in state:
         assert loaded[name].is_cuda
         assert torch.equal(loaded[name].cpu(), state[name].to(dtype)), name
@@ -240,7 +241,7 @@ def test_default_generation_out_of_range(tmp_path, name, value):
 def test_progress_line(capsys, tmp_path):
     save(tmp_path / "out", shard_bytes=20_000, progress=True)
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    checkpoint.load_checkpoint(tmp_path / "out", progress=True)
+    convert_hf_checkpoint.load(tmp_path / "out", progress=True)
     lines = capsys.readouterr().err.splitlines()
     labels = [f"{what} {i}/{len(files)} {file} [" for what in ("save", "load") for i, file in enumerate(files, 1)]
     assert len(files) > 1

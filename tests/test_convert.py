@@ -353,7 +353,7 @@ def test_hub_name(hub, tmp_path, capsys, monkeypatch):
     for unwanted in ("consolidated.safetensors", "original/consolidated.00.pth", "pytorch_model.bin", "README.md"):
         (repo / unwanted).write_bytes(b"x")
     assert convert.main(["--checkpoint_dir", "owner/tiny", "--output_dir", str(tmp_path / "out")]) == 0
-    config, state, _ = checkpoint.load_checkpoint(tmp_path / "out", progress=False)
+    config, state, _ = convert.load(tmp_path / "out", progress=False)
     assert_same(unfused(config, state), dict(model.state_dict()))
     assert not any(re.search(r"consolidated|pytorch_model|README", request) for request in hub)
     assert checkpoint.read_config(tmp_path / "out")[1]["rooflama"]["source"] == "owner/tiny"
@@ -429,7 +429,7 @@ def test_scripts(hub, tmp_path, capsys):
     assert subprocess.run(command, **prepare).returncode == 2
     done = subprocess.run([*command, "owner/tiny", "--dtype", "float32"], **prepare)
     assert done.returncode == 0, done.stderr
-    assert checkpoint.load_checkpoint(tmp_path / "made" / "owner" / "tiny", progress=False)[0].dtype == torch.float32
+    assert convert.load(tmp_path / "made" / "owner" / "tiny", progress=False)[0].dtype == torch.float32
     refused = subprocess.run([*command, "owner/nothing"], **prepare)
     assert refused.returncode == 1
     assert refused.stderr.startswith("error: owner/nothing@main: HF_HUB_OFFLINE is set")

@@ -287,7 +287,7 @@ def test_11_tied_with_a_different_head(copy, tmp_path, capsys):
     edit_tensors(directory, {"lm_head.weight": head})
     assert convert.main(["--checkpoint_dir", str(directory), "--output_dir", str(tmp_path / "out")]) == 0
     assert "warning: " in capsys.readouterr().err
-    for config, state, _ in (convert.load(directory, progress=False), checkpoint.load_checkpoint(tmp_path / "out")):
+    for config, state, _ in (convert.load(directory, progress=False), convert.load(tmp_path / "out")):
         assert not config.tie_word_embeddings
         assert torch.equal(state["output.weight"], head)
 
@@ -589,7 +589,7 @@ def test_20_killed_in_the_middle(originals, tmp_path, name, call):
     assert any(tmp_path.iterdir()), "the child left nothing, so it was not killed in the middle"
     convert.convert(originals / "single", out, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert checkpoint.load_checkpoint(out, progress=False)[0].num_layers == 2
+    assert convert.load(out, progress=False)[0].num_layers == 2
 
 
 @pytest.mark.parametrize("call", [1, 2])
@@ -688,7 +688,7 @@ def test_22_two_writers(originals, tmp_path, capsys):
         for end in (*ready, *go):
             os.close(end)
     assert status == 0
-    assert not checkpoint.load_checkpoint(out, progress=False)[0].tie_word_embeddings
+    assert not convert.load(out, progress=False)[0].tie_word_embeddings
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -9,7 +9,15 @@ ROOT = Path(__file__).parent.parent
 
 # Each module may import those in the layers below its own. What stands in one layer does not import each other.
 LAYERS = [
-    {"kernels._common", "kernels.formats", "kernels._matmul", "kernels._packed", "kernels._random", "kernels.tiles"},
+    {
+        "kernels._common",
+        "kernels.formats",
+        "kernels._matmul",
+        "kernels._packed",
+        "kernels._random",
+        "kernels._shared",
+        "kernels.tiles",
+    },
     {"kernels"},
     {"kv_cache"},
     {"model"},

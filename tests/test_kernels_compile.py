@@ -262,7 +262,23 @@ def test_choose_and_advance(launches):
         empty(2, 128256, dtype=torch.float32), best, seed=empty(2, dtype=torch.int64), sample=integers["token"],
         lengths=integers["lengths"], top_k=integers["cursor"], **floats,
     )  # fmt: skip
-    check(launches, 4)
+    check(launches, 2)
+
+
+@pytest.mark.parametrize("M", [1, 3, 16, 64])
+def test_bins_in_shared_memory(launches, M):
+    """They are declared once; each thread adds its own tokens, and puts them on lists, with one atomic each."""
+    integers = {n: empty(M, dtype=torch.int32) for n in ("sample", "lengths", "top_k")}
+    floats = {n: empty(M, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
+    logits, maxima = (empty(M, n, dtype=torch.float32) for n in (128256, 4096))
+    kernels.choose(logits, maxima, seed=empty(M, dtype=torch.int64), **integers, **floats)
+    ((_, _, options),) = launches
+    (compiled,) = check(launches, 1)
+    ptx = compiled.asm["ptx"]
+    assert ptx.count(".b8 bins[4104]") == 1
+    tokens = options["BLOCK"] // (32 * options["num_warps"])
+    assert ptx.count("red.shared.add.u32") == tokens
+    assert ptx.count("atom.shared.add.u32") == tokens * (2 if options["TILES"] > 1 else 1)
 
 
 def test_accept_and_lookup(launches):

@@ -7,11 +7,12 @@ import torch
 
 import generate
 import model as rooflama
-from generate import Engine, SamplingParams, fill_randomly, floor_ms, metrics
+from generate import Engine, SamplingParams, fill_randomly
 from kernels import _matmul
 from kernels.formats import saturated
 from kv_cache import KVCache
 from model import SHAPES, DecodeStep, PackStep, Transformer
+from timing import floor_ms, metrics, weight_bytes_per_step
 
 FP8 = torch.float8_e4m3fn
 TINY = {"num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 199}
@@ -88,7 +89,7 @@ def test_bytes(model):
         row = 2 * 2 * 2 * 16 * size
         assert engine.session.cache.num_bytes == 64 * row
         bytes_per_step[name] = metrics(engine, timing, 0.0)["bytes_per_step"] - timing.context_sum / timing.steps * row
-        weights = generate.weight_bytes_per_step(model)
+        weights = weight_bytes_per_step(model)
         assert floor_ms(engine, 3, 100, 1e9) == pytest.approx((weights + 300 * row) / 1e6)
     assert bytes_per_step["auto"] == bytes_per_step["fp8"] == weights
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import generate
+import timing
 from kv_cache import KVCache
 from model import SHAPES, ModelConfig, PrefillStep, Transformer
 
@@ -54,7 +54,7 @@ def test_weights_of_a_step(model, gb, floor_us):
 def test_bytes_agree_with_the_model_itself(name):
     """The engine's own count: its tensors on the meta device, its cache."""
     transformer = Transformer(SHAPES[name], device="meta")
-    assert of(name).step_weight_bytes == generate.weight_bytes_per_step(transformer)
+    assert of(name).step_weight_bytes == timing.weight_bytes_per_step(transformer)
     everything = sum(t.numel() * t.element_size() for t in transformer.state_dict().values())
     assert of(name).resident_weight_bytes == everything
     assert of(name).kv_bytes_per_token * 3 * 16 == KVCache(SHAPES[name], 3, 16, device="meta").num_bytes
@@ -203,7 +203,7 @@ def test_cards_are_found_by_key_name_and_device():
 
 
 def test_cards_agree_with_the_engine():
-    for device, (measured, sheet) in generate.BANDWIDTH.items():
+    for device, (measured, sheet) in timing.BANDWIDTH.items():
         card = roofline.find_card(device)
         assert card.sheet_gbps * 1e9 == sheet
         assert card.bytes_per_sec == (measured or sheet)

@@ -11,7 +11,7 @@ from kernels._common import _workspaces
 
 module = sys.modules["kernels.choose"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-V = 3000  # above the list's 2048: tied logits make the third kernel look through the vocabulary
+V = 3000  # three programs a row; above TILE: of tied logits the lists are read again
 
 
 def logits_of(kind: str, rows: int = 2) -> torch.Tensor:
@@ -46,7 +46,7 @@ def parameters(rows, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0) -> 
 
 def maxima_of(logits):
     """What `head` gives beside its logits: NaN has become infinite."""
-    return logits.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).view(logits.shape[0], -1, V // 4).amax(-1)
+    return logits.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf).unflatten(1, (4, -1)).amax(-1)
 
 
 def kept_by_sorting(logits, temperature, top_k, top_p, min_p) -> torch.Tensor:
@@ -89,20 +89,22 @@ def test_cut_ref_is_the_definition(kind):
         assert not wrong.any() or "top_p" in cut or "min_p" in cut
 
 
+def check(logits, arguments):
+    """The draws are the reference's, and the workspaces are left empty."""
+    value, index = module.choose(logits, maxima_of(logits), **arguments)
+    order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
+    want, want_index = module.choose_ref(logits, *(arguments[n] for n in order))
+    torch.testing.assert_close(value[:, 0], want, rtol=1e-5, atol=1e-5)
+    assert torch.equal(index[:, 0], want_index)
+    assert logits.gather(1, index.long()).isfinite().all()
+    assert not any(workspace.any() for workspace in _workspaces.values())
+
+
 @pytest.mark.parametrize("kind", ["flat", "peaked", "equal", "tied", "far", "masked"])
 def test_choose(kind):
-    """Every draw is the reference's, for several keys; the bins are left empty."""
-    logits = logits_of(kind)
+    """Every draw is the reference's, for several keys."""
     for i, cut in enumerate(CUTS):
-        a = parameters(2, **cut, seed=1000 * i)
-        value, index = module.choose(logits, maxima_of(logits), **a)
-        order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
-        want, want_index = module.choose_ref(logits, *(a[n] for n in order))
-        torch.testing.assert_close(value[:, 0], want, rtol=1e-5, atol=1e-5)
-        assert torch.equal(index[:, 0], want_index), cut
-        assert logits.gather(1, index.long()).isfinite().all()
-    if DEVICE == "cuda" or module.runs_kernels(logits):
-        assert not any(bins.any() for bins in _workspaces.values())
+        check(logits_of(kind), parameters(2, **cut, seed=1000 * i))
 
 
 def test_each_row_has_its_own_cuts():
@@ -162,11 +164,41 @@ def test_opcheck():
 
 
 def test_lists_longer_than_a_tile(monkeypatch):
-    """Listed tokens that do not fit the third kernel's registers are read again: the choice is the same."""
-    monkeypatch.setattr(module, "TILE", 1024)  # 256 of each block
-    logits = logits_of("flat") * 0.01  # all tokens are in a few bins
-    order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
+    """Listed tokens that do not fit the registers are read again: the choice is the same."""
+    monkeypatch.setattr(module, "TILE", 512)
+    logits = logits_of("flat") * 0.0001  # all tokens are in a few bins
     for seed in range(2):
-        a = parameters(2, top_k=900, top_p=0.8, seed=seed)
-        _, index = module.choose(logits, maxima_of(logits), **a)
-        assert torch.equal(index[:, 0], module.choose_ref(logits, *(a[n] for n in order))[1])
+        check(logits, parameters(2, top_k=900, top_p=0.8, seed=seed))
+
+
+@pytest.mark.parametrize("sms", [1, 4])
+def test_programs_of_several_tiles(monkeypatch, sms):
+    """Few tokens are listed before they are drawn for, many are not; a row has one program, or two."""
+    monkeypatch.setattr(module, "num_sms", lambda index: sms)
+    torch.manual_seed(sms)
+    logits = torch.randn(2, 9000, device=DEVICE) * torch.tensor([[0.1], [3.0]], device=DEVICE)
+    assert module.launch_shape(2, 9000, sms)[1] == (5 if sms == 1 else 3)
+    for cut in [{"top_k": 50}, {"top_p": 0.9}, {"top_p": 0.99}, {"top_k": 40, "top_p": 0.9, "min_p": 0.01}, {}]:
+        check(logits, parameters(2, **cut))
+    check(torch.zeros_like(logits), parameters(2, top_p=0.9))
+    check(logits, parameters(2, temperature=0.0, top_k=5))
+    check(logits * 1e-3, parameters(2, temperature=100.0, top_k=5000, top_p=0.95))
+
+
+def test_mass_beyond_the_cut_counts(monkeypatch):
+    """A token, 300 that share a bin, and 8,700 far below that have a third of the mass: half of it ends within the bin."""
+    monkeypatch.setattr(module, "num_sms", lambda index: 8)
+    torch.manual_seed(0)
+    distance = torch.cat([torch.zeros(1), 2.01 + 1e-3 * torch.rand(300), torch.full((8699,), 6.0)])
+    logits = 10 - distance[torch.randperm(9000)].repeat(8, 1).to(DEVICE)
+    for cut in [{"top_p": 0.5}, {"top_p": 0.5, "top_k": 250}]:
+        check(logits, parameters(8, **cut))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 64, 100, 132, 256])
+@pytest.mark.parametrize("V", [260, 32000, 128256, 151936])
+def test_launch_shape(rows, V):
+    """Every token has a program, and all programs a multiprocessor of their own, or a row just one."""
+    block, tiles, programs = module.launch_shape(rows, V, 132)
+    assert block * tiles * programs >= V > block * tiles * (programs - 1)
+    assert programs == 1 or rows * programs <= 132

@@ -129,6 +129,7 @@ CASES = {
     "window in one page": Case([900, 50, 0], window=130),
     "window over pages": Case([900, 300], window=100, tokens=4, pages=8, page_size=128),
     "window of one": Case([257], window=1),
+    "many, one long": Case([i % 40 for i in range(100)] + [300] + [3] * 36, page_size=320),
     "fp8": Case([513, 7], cache_dtype=torch.float8_e4m3fn),
     "fp8, d128, paged": Case([300], cache_dtype=torch.float8_e4m3fn, head_dim=128, pages=8, page_size=64, dtype=torch.float16),
 }
@@ -150,6 +151,8 @@ LAUNCHES = {
     "small chunks, many parts": {"chunk_rows": 64, "min_rows": 64, "merged": 2},
     "a large chunk": {"chunk_rows": 256, "block_rows": 128, "min_rows": 256},
     "one softmax": {"row_groups": 1},
+    "no chunk": {"chunk_rows": 0, "row_groups": 1, "block_rows": 32},
+    "one warp without a chunk": {"chunk_rows": 0, "row_groups": 1, "block_rows": 16, "warps": 1, "min_rows": 64},
     "two warps": {"row_groups": 2, "warps": 2, "block_rows": 32, "chunk_rows": 64, "min_rows": 128},
     "eight warps": {"row_groups": 8, "warps": 8, "block_rows": 128},
 }
@@ -157,7 +160,8 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches(name):
-    for case in (Case([700, 3, 0]), Case([300, 520], tokens=2, head_dim=128)):
+    paged = Case([300, 256, 0, 700, 257], tokens=2, head_dim=128, pages=3, page_size=256)
+    for case in (Case([700, 3, 0]), paged, Case([900, 5], window=130, tokens=3)):
         with override_launch(**LAUNCHES[name], programs=37, items=37):
             case.check(case.run())
 
@@ -212,7 +216,7 @@ def test_launch_covers_the_work():
         assert launch.items >= launch.programs
         assert launch.query_rows * launch.query_tiles >= rows
         assert launch.query_rows >= 16, "the least that tensor cores take"
-        assert launch.min_rows % launch.chunk_rows == 0
+        assert launch.min_rows % max(launch.chunk_rows, launch.block_rows) == 0
         assert launch.chunk_rows % launch.block_rows == 0
         assert launch.block_rows // launch.row_groups >= 16, "the least that tensor cores take as the inner dimension"
         assert launch.row_groups in (1, launch.warps)

@@ -66,7 +66,9 @@ def test_what_cannot_be_promised_is_refused(model):
 
 @pytest.mark.parametrize("mode", ["int8", "fp8"])
 def test_packed_weights_too(model, mode):
-    engine = Engine(quantize.random_model(model.config, mode, DEVICE), batch_invariant=True, max_seq_len=64)
+    packed = Transformer(quantize.make_recipe(mode, model.config).config(model.config), device=DEVICE)
+    fill_randomly(packed)
+    engine = Engine(packed, batch_invariant=True, max_seq_len=64)
     alone, answer = logits_of(engine, 0)
     together, same = logits_of(engine, 3)
     assert torch.equal(together, alone)
