@@ -258,21 +258,25 @@ def test_every_tile_computes_whole_blocks():
         assert op != "linear" or not tile.dot or tile.rows % fold_block(rows, packed) == 0
 
 
+def random_model(config, mode):
+    model = Transformer(quantize.make_recipe(mode, config).config(config) if mode else config, device=DEVICE)
+    fill_randomly(model)
+    return model
+
+
 @pytest.mark.parametrize(
-    ("mode", "rows", "plain_head", "folds"),
+    ("mode", "layers", "rows", "plain_head", "folds"),
     [
-        (None, 5, True, 4),
-        ("int8", 1, True, 3),  # the head goes by FMA, and takes the gain
-        ("int4", 1, False, 4),
+        (None, 3, 5, True, 6),
+        ("int8", 1, 1, True, 1),  # the head goes by FMA, and takes the gain
+        ("int4", 1, 1, False, 2),
     ],
 )
 @torch.no_grad()
-def test_a_step(mode, rows, plain_head, folds, monkeypatch):
-    """Logits of a decode step of two layers and a head err no more than they do where no norm is folded."""
-    config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY)
-    model = quantize.random_model(config, mode, DEVICE) if mode else Transformer(config, device=DEVICE)
-    if mode is None:
-        fill_randomly(model)
+def test_a_step(mode, layers, rows, plain_head, folds, monkeypatch):
+    """Logits of a decode step err no more than they do where no norm is folded."""
+    config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY | {"num_layers": layers})
+    model = random_model(config, mode)
     if plain_head:
         model.output = make_weight(config.vocab_size, config.hidden_size, BF16)
     exact = Transformer(config, device=DEVICE, dtype=torch.float32)
@@ -306,7 +310,7 @@ def test_a_step(mode, rows, plain_head, folds, monkeypatch):
 def test_a_shortened_model(monkeypatch):
     """The last layer that there is folds the final norm, whichever it is."""
     config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY)
-    model = quantize.random_model(config, "int8", DEVICE)
+    model = random_model(config, "int8")
     model.tile_weights(), model.setup_rope(16)
     del model.layers[1:]
     session = Session(model, 1, 16)
