@@ -74,10 +74,10 @@ def check_folding(M, N, K, fmt=None, dtype=BF16, bias=False, tile=None):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("fmt", [None, INT8, FP8, SMALL_INT4], ids=str)
-@pytest.mark.parametrize("M", [3, 16, 33, 64])
+@pytest.mark.parametrize("M", [3, 16, 64])
 def test_folding(M, fmt, dtype):
     """Features that are no multiple of a tile, nor of a block."""
-    check_folding(M, 72 if M < 33 else 200, 192 if fmt != SMALL_INT4 else 128, fmt, dtype, bias=M == 3)
+    check_folding(M, 72 if M < 64 else 200, 192 if fmt != SMALL_INT4 else 128, fmt, dtype, bias=M == 3)
 
 
 @pytest.mark.parametrize("fmt", [INT8, FP8, INT4, SMALL_INT4], ids=str)
@@ -109,7 +109,7 @@ def test_a_tile_of_part_of_a_block_is_refused():
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
 @pytest.mark.parametrize("fmt", [None, INT8, SMALL_INT4], ids=str)
-@pytest.mark.parametrize(("M", "activation"), [(1, "silu_mul"), (5, "none"), (16, "silu_mul"), (33, "none"), (64, "silu_mul")])
+@pytest.mark.parametrize(("M", "activation"), [(1, "silu_mul"), (5, "none"), (16, "silu_mul"), (40, "none")])
 def test_linear_reads(M, activation, fmt, dtype):
     """Against float64 from the same scaled x and squares. Plain weights go by FMA at one row: nobody folds for it, but may."""
     weight = any_weight(48, 384, fmt, dtype, bias=True)
