@@ -346,7 +346,14 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 # PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 
-Norm = torch.Tensor | kernels.FoldedNorm  # an RMSNorm still to be done: its gain [H]; or what its kernel left of it
+Norm = torch.Tensor | kernels.FoldedNorm  # an RMSNorm still to be done: its gain [H]; or what the linear before it left to do
+
+
+class Reader(NamedTuple):
+    """The linear that reads the hidden states next, through an RMSNorm of this gain [H]."""
+
+    gain: torch.Tensor
+    weight: Weight
 
 
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
@@ -518,7 +525,7 @@ class Attention(nn.Module):
         self.q_norm = Scale(config.head_dim, **where) if config.qk_norm else None
         self.k_norm = Scale(config.head_dim, **where) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: "Reader") -> tuple[torch.Tensor, Norm]:
+    def forward(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] -> x + attention(norm(x)) [N, H], and its reader's norm."""
         c = self.config
         if fused(x, self.wqkv) and isinstance(step, DecodeStep):
@@ -567,17 +574,10 @@ class FeedForward(nn.Module):
         self.w13 = Weight(2 * config.intermediate_size, config.hidden_size, packed=config.layer_format, **where)
         self.w2 = Weight(config.hidden_size, config.intermediate_size, packed=config.layer_format, **where)
 
-    def forward(self, x: torch.Tensor, norm: Norm, reader: "Reader") -> tuple[torch.Tensor, Norm]:
+    def forward(self, x: torch.Tensor, norm: Norm, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] -> x + feed_forward(norm(x)) [N, H], and its reader's norm."""
         hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul")
         return add_projection(x, hidden, self.w2, reader)
-
-
-class Reader(NamedTuple):
-    """The linear that reads the hidden states next, through an RMSNorm of this gain [H]."""
-
-    gain: torch.Tensor
-    weight: Weight
 
 
 def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight, reader: Reader) -> tuple[torch.Tensor, Norm]:
@@ -611,7 +611,11 @@ class Layer(nn.Module):
     def reader(self) -> Reader:
         return Reader(self.attention_norm.weight, self.attention.wqkv)
 
-    def forward(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
+    def forward(self, x: torch.Tensor, rope, step: Step) -> torch.Tensor:
+        """x [N, H] -> [N, H]: this layer alone, whoever reads it."""
+        return self.run(x, self.reader.gain, rope, step, self.reader)[0]
+
+    def run(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] and this layer's first norm -> x [N, H], and its reader's norm."""
         x, norm = self.attention(x, norm, rope, step, Reader(self.ffn_norm.weight, self.feed_forward.w13))
         return self.feed_forward(x, norm, reader)
@@ -666,7 +670,7 @@ class Transformer(nn.Module):
         readers = [*(layer.reader for layer in self.layers), Reader(self.norm.weight, self.head)]
         norm = readers[0].gain
         for layer, reader in zip(self.layers, readers[1:], strict=True):
-            x, norm = layer(x, norm, (self.cos, self.sin), step, reader)
+            x, norm = layer.run(x, norm, (self.cos, self.sin), step, reader)
         return x, norm
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

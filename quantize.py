@@ -293,7 +293,7 @@ def quantize_layers(
         for layer in layers:
             quantize_layer(layer, recipe, hidden, rope)
             for i, x in enumerate(hidden):
-                hidden[i], _ = layer(x, layer.reader.gain, rope, PrefillStep(x.shape[0]), layer.reader)  # any reader would do
+                hidden[i] = layer(x, rope, PrefillStep(x.shape[0]))
             add(layer_bytes)
             yield layer
 

@@ -259,17 +259,17 @@ def test_every_tile_computes_whole_blocks():
 
 
 @pytest.mark.parametrize(
-    ("mode", "rows", "plain_head", "folds"),
+    ("mode", "layers", "rows", "plain_head", "folds"),
     [
-        (None, 5, True, 4),
-        ("int8", 1, True, 3),  # the head goes by FMA, and takes the gain
-        ("int4", 1, False, 4),
+        (None, 3, 5, True, 6),
+        ("int8", 1, 1, True, 1),  # the head goes by FMA, and takes the gain
+        ("int4", 1, 1, False, 2),
     ],
 )
 @torch.no_grad()
-def test_a_step(mode, rows, plain_head, folds, monkeypatch):
-    """Logits of a decode step of two layers and a head err no more than they do where no norm is folded."""
-    config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY)
+def test_a_step(mode, layers, rows, plain_head, folds, monkeypatch):
+    """Logits of a decode step err no more than they do where no norm is folded."""
+    config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY | {"num_layers": layers})
     model = quantize.random_model(config, mode, DEVICE) if mode else Transformer(config, device=DEVICE)
     if mode is None:
         fill_randomly(model)
