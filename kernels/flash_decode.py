@@ -16,6 +16,7 @@ import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,6 +38,7 @@ HEAD_SIZES = (64, 96, 128)  # others take the reference path
 FLOOR = tl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
 INTERPRETED = tl.constexpr(INTERPRET)
 LOG2_E = math.log2(math.e)
+MIN_ROWS = 128  # of a part: smaller ones pay more for their merge than they save
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -457,6 +459,41 @@ class Launch:
     max_registers: int | None = None  # a thread: fewer let more programs run on a multiprocessor
 
 
+class _Shape(NamedTuple):
+    """What of a launch was measured; fields as in Launch."""
+
+    chunk_rows: int
+    block_rows: int = 64
+    row_groups: int = 1
+    warps: int = 4
+    stages: int = 3
+    programs: int | None = None  # beside one for each (sequence, KV head)
+
+
+def _measured_shape(pairs: int, columns: int, capacity: int, sms: int) -> _Shape:
+    """For `pairs` of a sequence and a KV head with up to 16 query rows: the best of a sweep on an H200 (LOG.md).
+
+    A chunk waits in registers for the kernels before, which few programs gain by; in a long cache or a batch the loop does the
+    work, and without a chunk more programs fit a multiprocessor. A softmax for each warp's rows (row_groups) needs no exchange
+    between warps, but takes registers that only head size 64 has.
+    """
+    if pairs > 2 * sms:  # a program each; where sequences may differ by much, spare ones that long ones are split over
+        spread = max(4 * sms, pairs) if capacity <= 4096 else pairs + 2 * sms
+        one_warp = columns == 64 or capacity <= 1024
+        return _Shape(0, block_rows=32, warps=1 if one_warp else 4, programs=spread)
+    if capacity < 1024 and pairs >= sms // 2:
+        return _Shape(64 if columns == 128 else 128, row_groups=1 if columns == 128 else 4)
+    if pairs >= sms // 2:
+        if columns == 64:
+            return _Shape(0, block_rows=32, warps=1, programs=4 * sms)
+        return _Shape(0) if capacity <= 2048 else _Shape(0, block_rows=32, stages=4)
+    if columns == 128:
+        return _Shape(128, stages=2) if capacity <= 2048 else _Shape(0, stages=5, programs=sms)
+    if capacity <= 64 or capacity > 4096:
+        return _Shape(64, row_groups=4)
+    return _Shape(128, row_groups=4) if capacity <= 1024 else _Shape(128, stages=2)
+
+
 @functools.cache
 def choose_launch(
     *,
@@ -479,47 +516,36 @@ def choose_launch(
     query_rows = min(64, max(16, triton.next_power_of_2(rows)))
     kept_rows = min(query_rows, triton.next_power_of_2(rows))
     pairs = batch * num_kv_heads
-    # More pairs than programs that hold a chunk: only the first round would gain by one. Without, a program takes 72 registers
-    # a thread at head size 64 and 92 at 128, and six or five fit a multiprocessor, with 32 KiB on their way each.
-    many = split_size is None and pairs > 2 * sms
-    # Work for every multiprocessor with few splits or none: programs on each count more than a short way to the first byte.
-    # The chunk waits in registers: at head size 128 one program fits a multiprocessor by 128 rows, two fit by 64.
-    crowded = columns == 128 and pairs >= sms // 2
-    # A short cache is best read whole before the wait (inside the 1B's step: 655 us, by 64 rows 668); in a long one the loop
-    # does the work, and small chunks leave it registers (1 x 4096, head size 128: 10.3 us, by 128 rows 12.5).
-    small = crowded or split_size is not None or capacity <= 64 or capacity > 4096 or (page_size or 128) % 128
-    chunk_rows = 0 if many else 64 if small else 128
-    # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
-    warps = 8 if columns == 128 and chunk_rows == 128 and query_rows == 16 else 4
-    # Smaller parts pay for their merge: 1 x 1024 at head size 64 takes 5.6 us by 128 rows, 6.4 by 256; at 128, 6.7 and 10.0.
-    min_rows = 128
-    # Eight warps hold a chunk of 128 rows of head size 128 without spilling: 3,798 us a step of the 8B, by four 3,818.
-    warps = 8 if columns == 128 and chunk_rows == 128 and query_rows == 16 else 4
+    if split_size is not None and (split_size < 1 or split_size % 128):
+        raise ValueError(f"split_size: found {split_size}, expected a positive multiple of 128")
+    if split_size is None and query_rows == 16:
+        shape = _measured_shape(pairs, columns, capacity, sms)
+    else:
+        roomy = split_size is None and pairs < sms // 2 and 64 < capacity <= 4096
+        shape = _Shape(128 if roomy else 64)
+    if (page_size or 128) % 128:
+        shape = shape._replace(chunk_rows=min(64, shape.chunk_rows))
     if split_size is not None:
-        if split_size < 1 or split_size % 128:
-            raise ValueError(f"split_size: found {split_size}, expected a positive multiple of 128")
         items = pairs * max(1, -(-capacity // split_size))
         programs = min(items, 4 * sms)
-    else:  # two programs a multiprocessor, besides one for each (sequence, KV head) where those are many
-        most_parts = max(1, capacity // min_rows)
-        programs = items = min(pairs * most_parts, 2 * sms if pairs < sms else pairs + 2 * sms)
+    else:
+        most_parts = max(1, capacity // MIN_ROWS)
+        programs = items = max(pairs, min(pairs * most_parts, shape.programs or 2 * sms))
     return Launch(
         programs=programs,
         query_rows=query_rows,
         query_tiles=-(-rows // query_rows),
         kept_rows=kept_rows,
-        chunk_rows=chunk_rows,
-        block_rows=32 if many and columns == 128 else 64,
-        # A softmax for each warp's rows needs no exchange between warps, but each then holds the values of all query rows:
-        # too many registers at head size 128 (1 x 1024: 10.0 us against 6.7).
-        row_groups=warps if query_rows == 16 and columns == 64 and not many else 1,
-        min_rows=min_rows,
+        chunk_rows=shape.chunk_rows,
+        block_rows=shape.block_rows,
+        row_groups=shape.row_groups,
+        min_rows=MIN_ROWS,
         split_rows=split_size or 0,
         items=items,
         # All parts at a time, up to 64 KiB. Room for more than there are costs registers.
         merged=max(1, min(triton.next_power_of_2(-(-items // pairs)), 64, 16384 // (kept_rows * columns))),
-        warps=warps,
-        stages=3 if page_size is None else 4,  # the page's number takes a stage of its own
+        warps=shape.warps,
+        stages=shape.stages + (page_size is not None),  # the page's number takes a stage of its own
     )
 
 
