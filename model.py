@@ -585,7 +585,7 @@ def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight, read
     the norm, where the reader's kernel would have to repeat it in every program."""
     if WORLD_SIZE > 1:
         return residual + all_reduce(linear(x, weight)), reader.gain
-    folds = kernels.folds_norm(x.shape[0], weight.packed, reader.weight.packed)
+    folds = kernels.folds_norm(weight.packed, reader.weight.packed)
     if folds and fused(x, weight) and fused(residual, reader.weight):
         return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain)
     return linear(x, weight, residual=residual), reader.gain

@@ -6,8 +6,8 @@ merge of programs that share a tile, and what a launch needs. Knows no epilogue:
 Letters: M rows of x (MP padded to a power of two), N output features, K input features, R weight rows of a program's tile.
 
 The RMSNorm costs no pass of its own: a program multiplies by x * norm and sums x^2 from the same loads; the factor
-1 / sqrt(mean(x^2) + eps) is one number per row of x, applied to the finished sums. On the tensor cores, where every program
-would do so for all of x, the kernel that computes x does it instead (`FoldedNorm`), and only the factor is left to do.
+1 / sqrt(mean(x^2) + eps) is one number per row of x, applied to the finished sums. For packed weights, which leave little time
+beside their bytes, the kernel that computes x does it instead (`FoldedNorm`), and only the factor is left to do.
 
 FMA reads 16-bit weights and x as 32-bit words of two neighbouring columns, because a word is widened to two float32 by one
 shift and one mask; K, k and CHUNK then count words. The tensor-core path counts elements.
@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, hold, launch_options, num_sms, runs_kernels, zeroed_workspace
+from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
 from kernels.tiles import Tile, packed_shape, tile_for
 
@@ -269,14 +269,9 @@ def merge(
 def dot(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
     MP: tl.constexpr, R: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, FOLDED: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
-    X_SCALE: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP].
-
-    FOLDED: x is scaled already. Held in registers on its way to the product, like one that is scaled there: read by wgmma from
-    where its load puts it, it would need a stage more of all buffers, and two programs would no longer fit on an SM.
-    """
+    """`fma` by tl.dot, weights as the large operand: the sums [R, MP] of X_SCALE * x * norm, and the sums of x^2 [1, MP]."""
     SQUARES: tl.constexpr = CHUNK // 8  # a thread loads 8 neighbours: summing those first needs no other thread
     sums = tl.zeros([R, MP], tl.float32)
     squares = tl.zeros([MP, SQUARES], tl.float32)
@@ -297,8 +292,6 @@ def dot(
             norm = load_vector(norm_ptr, k, K, MASK_K)
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
-        elif FOLDED > 0:
-            x = hold(x)
         sums = _dot(tile, x, sums)
     return sums, tl.sum(squares, 1)[None, :]
 
@@ -349,7 +342,7 @@ def multiply(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M, addend,
     PAIRS: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
-    NORM: tl.constexpr, FOLDED: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
+    NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
     X_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """By tl.dot or by FMA: the sums as `members` gives them; the sums of x^2 [1, MP]; x for `fma_again`.
@@ -359,7 +352,7 @@ def multiply(
     if DOT:
         sums, squares = dot(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M,
-            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, FOLDED, MASK_N, MASK_K, STREAM, X_SCALE,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE,
         )  # fmt: skip
         widened = ()
     else:

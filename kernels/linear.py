@@ -215,7 +215,7 @@ def _linear_kernel(
     else:
         sums, squares, widened = multiply(
             tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, FOLDED, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+            CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     if ADD:
         residual = 0.0
@@ -371,7 +371,7 @@ def _qkv_kernel(
     else:
         sums, squares, _ = multiply(
             tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, FOLDED, False, MASK_K, STREAM, X_SCALE, DTYPE,
+            CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, False, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES

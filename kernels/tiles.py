@@ -56,10 +56,10 @@ MEASURED = {
     (132, "bf16", 1, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),
     (132, "bf16", 1, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),
     (132, "bf16", 1, "head", 128256, 2048): Tile(4, 256, 1, preload=4, stream=True),
-    # 16 rows: 840.4; tiles of half as many weight rows read x twice as often: 880 to 888
+    # 16 rows: 829.6; tiles of half as many weight rows read x twice as often: 880 to 888
     (132, "bf16", 16, "qkv", 3072, 2048): Tile(64, 512, 4, preload=1, dot=True, split=4),
     (132, "bf16", 16, "linear", 2048, 2048): Tile(64, 512, 4, preload=1, dot=True, split=4),
-    (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=1, dot=True, stages=4),
+    (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=4),
     (132, "bf16", 16, "linear", 2048, 8192): Tile(128, 128, 8, preload=3, dot=True, split=8, stages=3),
     (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
     # Llama-3.2-3B: 1700.1
@@ -80,6 +80,13 @@ MEASURED = {
     (132, "bf16", 16, "silu_mul", 28672, 4096): Tile(128, 128, 8, preload=2, dot=True, stages=3),
     (132, "bf16", 16, "linear", 4096, 14336): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
     (132, "bf16", 16, "head", 128256, 4096): Tile(128, 128, 8, preload=1, dot=True, stages=4),
+    # packed: int4 at 1 row 1747.7 by the rule, 1595.0 so; fp8 at 16 rows 3772.9 and 3108.0
+    (132, "int4", 1, "qkv", 6144, 4096): Tile(32, 512, 4, preload=8, dot=True),
+    (132, "int4", 1, "linear", 4096, 4096): Tile(32, 1024, 8, preload=4, dot=True),
+    (132, "int4", 1, "linear", 4096, 14336): Tile(16, 2048, 16, preload=7, dot=True),
+    (132, "fp8", 16, "qkv", 6144, 4096): Tile(64, 512, 8, preload=4, dot=True),
+    (132, "fp8", 16, "linear", 4096, 4096): Tile(64, 512, 8, preload=4, dot=True, split=2),
+    (132, "fp8", 16, "linear", 4096, 14336): Tile(64, 1024, 16, preload=1, dot=True, split=2),
     # Qwen3-8B: 3837.7, with a qkv of Tile(8, 1024, 2, preload=1)
     (132, "bf16", 1, "silu_mul", 24576, 4096): Tile(8, 1024, 2, preload=1, stream=True),
     (132, "bf16", 1, "linear", 4096, 12288): Tile(1, 2048, 8, stream=True),
@@ -99,7 +106,8 @@ MEASURED = {
 def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """The tile for `rows` rows of x: the measured one where there is one, else the rule. Pure."""
     assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
-    measured = MEASURED.get((sms, "bf16" if fmt == "fp16" else fmt, padded_rows(rows), op, N, K))
+    alike = {"fp16": "bf16", "int8": "fp8"}  # the same bytes in the same order
+    measured = MEASURED.get((sms, alike.get(fmt, fmt), padded_rows(rows), op, N, K))
     if measured is not None:
         return measured
     if fmt in UNIT_COLUMNS:
@@ -107,13 +115,13 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
 
 
-def folds_norm(rows: int, *formats) -> bool:
-    """Whether an RMSNorm between two linears is folded into the first one's kernel: where both multiply on the tensor cores.
+def folds_norm(*formats) -> bool:
+    """Whether an RMSNorm between two linears is folded into the first one's kernel: where both weights are packed.
 
-    FMA takes the norm for free, from loads before its wait, and its tiles of few features would leave many sums of squares.
-    formats: of the two weights, None for plain ones.
+    formats: of the two weights, None for plain ones. By FMA a norm is free, from loads before the wait; at 16 rows plain
+    weights lose in wo and down more than they gain in qkv and gate/up (a step of the 1B on an H200: 840.3 us, without 829.6).
     """
-    return rows > FMA_RULE_ROWS or _batch_invariant or all(fmt is not None for fmt in formats)
+    return all(fmt is not None for fmt in formats)
 
 
 def fold_block(rows: int, fmt) -> int:
@@ -167,8 +175,8 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
 
 
 def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """Up to 16 rows of x: two blocks of 16 weight rows a program, K split over its warps. Beyond, x weighs more than the
-    weights: 128 weight rows share what a program reads of it."""
+    """Up to 16 rows of x: two blocks of 16 weight rows a program, K split over its warps. Beyond, and from 9 on for a large
+    weight, x weighs more than the weights: 128 weight rows share what a program reads of it."""
     unit = UNIT_COLUMNS[fmt]
     units = -(-K // unit)
     if rows > 16:
@@ -176,10 +184,12 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
         while op != "head" and split < 4 and -(-N // 128) * split < sms and units >= 8 * split:
             split *= 2
         return packed_tile(fmt, 128, 1, 4, 1, K, split)
+    if rows > 8 and op != "head" and 128 * sms <= N:
+        return packed_tile(fmt, 128, 4, 8, 2, K)
     height = 64 if op == "head" and N > 32 * 4096 else 32 if 32 * sms <= N else 16
     warps = 4 if N // height >= 4 * sms or units < 16 else 8
     few = rows <= 8 and N // height < 2 * sms  # then registers are free for weights in flight
-    return packed_tile(fmt, height, warps, warps, 4 if few else 2, K)
+    return packed_tile(fmt, height, warps, warps, 7 if few else 2 if fmt == "int4" or rows > 8 else 4, K)
 
 
 def packed_tile(fmt: str, rows: int, parts: int, warps: int, preload: int, K: int, split: int = 1, **more) -> Tile:
@@ -202,7 +212,7 @@ def candidate_tiles(op: str, rows: int, N: int, K: int, fmt: str = "bf16") -> li
     tiles = (
         _packed_candidates(op, fmt, rows, N, K) if packed else _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K)
     )
-    if op == "linear" and folds_norm(rows, packed):
+    if op == "linear" and folds_norm(packed):
         tiles = [t for t in tiles if t.rows % fold_block(rows, packed) == 0]
     return tiles
 

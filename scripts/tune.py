@@ -75,7 +75,7 @@ def compile_tile(job) -> tuple | None:
     weight.tile()
     lengths = make(rows, dtype=torch.int32)
     norms = [norm]
-    if kernels.folds_norm(rows, c.layer_format, weight.packed):
+    if kernels.folds_norm(c.layer_format, weight.packed):
         squares = make(rows, -(-K // fold_block(rows, c.layer_format)), dtype=torch.float32)
         norms.append(kernels.FoldedNorm(x, squares))
     try:
