@@ -267,7 +267,9 @@ def draw(results: list[dict], path: Path) -> None:
             points = [(r["seq_n"], r["gbps"][name] / 1e3) for r in here if name in r["gbps"]]
             ax.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
         ax.axhline(here[0]["read_gbps"] / 1e3, color="grey", linestyle=":", linewidth=1)
-        ax.set(xscale="log", xlabel="cached tokens", ylabel="TB/s of K and V", title=f"head size {d}, batch {b}")
+        ax.set(xscale="log", xlabel="cached tokens", ylabel="TB/s of K and V", title=f"head size {d}, batch {b}", ylim=0)
+        ax.set_xticks([r["seq_n"] for r in here], [f"{r['seq_n'] / 1024:g}k" for r in here], fontsize=7)
+        ax.minorticks_off()
         ax.legend(fontsize=7)
     for ax in unused:
         ax.remove()

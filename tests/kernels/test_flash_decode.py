@@ -154,7 +154,7 @@ LAUNCHES = {
     "no chunk": {"chunk_rows": 0, "row_groups": 1, "block_rows": 32},
     "one warp without a chunk": {"chunk_rows": 0, "row_groups": 1, "block_rows": 16, "warps": 1, "min_rows": 64},
     "two warps": {"row_groups": 2, "warps": 2, "block_rows": 32, "chunk_rows": 64, "min_rows": 128},
-    "eight warps": {"row_groups": 8, "warps": 8, "block_rows": 128},
+    "eight warps": {"row_groups": 8, "warps": 8, "block_rows": 128, "chunk_rows": 128},
 }
 
 
