@@ -266,12 +266,14 @@ def _packed_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
     tiles = []
     splits = (1,) if op == "head" else (1, 2, 4)
     for rows, warps, parts, preload, split in itertools.product(
-        (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6, 8), splits
+        (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6, 7, 8), splits
     ):
         blocks = rows * parts // (16 * warps)
         steps = -(-K // (UNIT_COLUMNS[fmt] * parts * split))
-        sums = blocks * -(-M // 8) * 4  # registers of a thread
-        if parts > warps or not 1 <= blocks <= 4 or blocks * preload > 12 or sums > 64 or (op == "head" and 4096 * rows < N):
+        registers = 8 * blocks * preload + 4 * blocks * -(-M // 8)  # of a thread, for weights in flight and sums
+        if parts > warps or not 1 <= blocks <= 4 or (op == "head" and 4096 * rows < N):
+            continue
+        if registers > (64 if warps == 16 else 160):  # spills are ruinous, and slow to compile
             continue
         if steps % preload or N // rows * split > 2**15 or (split > 1 and steps < 2):
             continue

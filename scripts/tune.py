@@ -101,8 +101,7 @@ def run_operator(op: str, c, x, weight: Weight, norm, lengths) -> None:
             page_size=64, num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
         )  # fmt: skip
     elif op == "head":
-        sampling = {"temperature": make(rows), "seed": make(rows, dtype=torch.int64), "sample": make(rows, dtype=torch.int32)}
-        kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths, **sampling)
+        kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)  # greedy, as the steps are that count
     elif op == "silu_mul":
         kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
     elif isinstance(norm, kernels.FoldedNorm):
