@@ -74,17 +74,18 @@ class Results(_Live):
     """(request, its outputs, one a sample), in the order in which they finish."""
 
     def __init__(self, run: Run):
-        super().__init__(run, self._finished())
+        super().__init__(run, _finished(run))
         self.batch_size = run.batch_size  # sequences at once
 
-    def _finished(self) -> Iterator[tuple[Request, list[Output]]]:
-        with contextlib.closing(self._run.pieces()) as pieces:
-            for answer, _ in pieces:
-                if answer.job.is_finished:
-                    outputs = self._run.outputs(answer.job)
-                    for sample in answer.job.answers:  # theirs alone from now on: many would fill the memory
-                        sample.tokens, sample.logprobs, sample.text, sample.stream = [], None, "", None
-                    yield answer.job.request, outputs
+
+def _finished(run: Run) -> Iterator[tuple[Request, list[Output]]]:
+    with contextlib.closing(run.pieces()) as pieces:
+        for answer, _ in pieces:
+            if answer.job.is_finished:
+                outputs = run.outputs(answer.job)
+                for sample in answer.job.answers:  # theirs alone from now on: many would fill the memory
+                    sample.tokens, sample.logprobs, sample.text, sample.stream = [], None, "", None
+                yield answer.job.request, outputs
 
 
 class Engine:

@@ -445,6 +445,7 @@ class Run:
         before = timing.decode_tokens
         yield from self._emit(status, launch)
         if self.engine.speculator and steps:
+            self._check_running()  # else the tallies are another's
             self.engine.speculator.observe()
             timing.step_ms[-1] *= len(going) / max(1, timing.decode_tokens - before)  # of a token
 

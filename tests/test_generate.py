@@ -216,6 +216,29 @@ def test_a_stream_may_be_left_early(demo):
     assert demo.session.cache.lengths.tolist() == [0]
 
 
+def test_a_run_that_is_dropped_ends():
+    """At once, by itself; left to the garbage collector of a process that ends, its tensors made PyTorch abort."""
+    code = """
+from generate import DEMO, Engine
+from runs import Request
+from sampling import SamplingParams
+
+def main():
+    engine = Engine.load(DEMO, "cpu")
+    requests = [Request([1, 2, 3], SamplingParams(max_new_tokens=5 + i)) for i in range(5)]
+    results = engine.generate_many(requests, 3)
+    next(results)
+    del results
+    assert engine.running is None and engine.session.done.all()
+    results = engine.generate_many(requests, 3)
+    next(results)
+
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(generate.__file__).parent, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_stop_string_ends_a_sequence_on_the_device(demo):
     """Text up to it, no token after the one that completes it; a neighbour goes on."""
     free, _ = demo.generate(["ROMEO:"], SamplingParams(max_new_tokens=40))

@@ -25,6 +25,13 @@ def test_forty_seconds(engine):
     assert result["requests_compared"] > 10
 
 
+def test_with_speculation_and_packed_weights(capsys):
+    assert soak.main(["--minutes", "0.1", "--quantize", "int8", "--kv_cache_dtype", "fp8", "--speculate", "ngram"]) == 0
+    assert '"answers": ' in capsys.readouterr().out
+    assert soak.main(["--minutes", "0.1", "--quantize", "int8", "--speculate", "self"]) == 1
+    assert "speculate: found self with weights in int8" in capsys.readouterr().err
+
+
 def lose_a_slot(session, lengths=None):
     session.retire()
     session.cache.table[0] = 1

@@ -174,6 +174,17 @@ def test_requests_that_take_each_others_rows(plain):
         assert got == want
 
 
+def test_a_run_that_another_has_ended(plain):
+    """Its last piece was given out when the other began: it ends with that, and does not take the other's tallies."""
+    engine = speculating(plain, NgramDrafter(), 3)
+    requests = [Request([1, 2, 3 + i], SamplingParams(max_new_tokens=8, ignore_eos=True)) for i in range(3)]
+    first = engine.generate_many(requests, 1)
+    next(first)
+    assert len(list(engine.generate_many(requests, 1))) == 3
+    with pytest.raises(RuntimeError, match="the engine has begun another run"):
+        next(first)
+
+
 def test_a_conversation_goes_on(plain):
     """The target's cache is kept from turn to turn, whatever rounds wrote behind its end."""
     params = SamplingParams(max_new_tokens=13, ignore_eos=True)
