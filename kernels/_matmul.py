@@ -19,14 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, launch_options, num_sms, runs_kernels, zeroed_workspace
+from kernels._common import INTERPRETED, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
 from kernels.tiles import Tile, packed_shape, tile_for
 
 MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
-
-INTERPRETED = tl.constexpr(INTERPRET)
 
 # ---------------------------------------------------------------- loading
 

@@ -18,9 +18,8 @@ group's sum in float32, or, where there are many rows of x, its weights.
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, NVIDIA
+from kernels._common import INTERPRETED, NVIDIA
 
-INTERPRETED = tl.constexpr(INTERPRET)
 SUM_SCALED_BLOCKS = tl.constexpr(2)  # of 8 rows of x: beyond, scaling sums takes more instructions than scaling weights
 
 # ---------------------------------------------------------------- codes to floats

@@ -11,14 +11,13 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRET, NVIDIA, launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import INTERPRET, INTERPRETED, NVIDIA, launch_options, pdl_trigger, pdl_wait, runs_kernels
 from kernels._packed import load_unit, pieces, weight_rows
 from kernels.formats import UNIT_COLUMNS, dequantize_tiled
 
 COLUMNS = tl.constexpr(256)  # of 8 rows, a warp's work: its loads are all in flight at once
 WARPS = 64 if INTERPRET else 4  # the interpreter takes as long for many as for few
 
-INTERPRETED = tl.constexpr(INTERPRET)
 
 # ---------------------------------------------------------------- kernel
 

@@ -24,6 +24,7 @@ import triton.language as tl
 
 from kernels._common import (
     INTERPRET,
+    INTERPRETED,
     hold,
     launch_options,
     num_sms,
@@ -36,7 +37,6 @@ from kernels._common import (
 
 HEAD_SIZES = (64, 96, 128)  # others take the reference path
 FLOOR = tl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
-INTERPRETED = tl.constexpr(INTERPRET)
 LOG2_E = math.log2(math.e)
 MIN_ROWS = 128  # of a part: smaller ones pay more for their merge than they save
 
@@ -467,7 +467,7 @@ class _Shape(NamedTuple):
     row_groups: int = 1
     warps: int = 4
     stages: int = 3
-    programs: int | None = None  # beside one for each (sequence, KV head)
+    programs: int | None = None  # in all, but for pairs that are more; None: two a multiprocessor
 
 
 def _measured_shape(pairs: int, columns: int, capacity: int, sms: int) -> _Shape:
