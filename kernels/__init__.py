@@ -1,7 +1,7 @@
 """The public operators: what the model calls, whatever the device."""
 
 import kernels.dequantize  # noqa: F401  (registers the operator behind Weight.dequantized)
-from kernels._common import pdl_disabled, pdl_supported, runs_kernels
+from kernels._common import fix_cache_keys, pdl_disabled, pdl_supported, runs_kernels
 from kernels._matmul import FoldedNorm, append_ref
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions
@@ -45,3 +45,5 @@ __all__ = [
     "silu_mul",
     "token_positions",
 ]
+
+fix_cache_keys(__name__)

@@ -411,6 +411,15 @@ def _sum_squares(x_ptr, k0, columns, M, K, W: tl.constexpr, MP: tl.constexpr, ON
 
 
 @triton.jit
+def _select(condition, first, second):
+    """Of two tuples of tensors the first one where `condition`."""
+    out = ()
+    for i in tl.static_range(len(first)):
+        out = out + (tl.where(condition, first[i], second[i]),)
+    return out
+
+
+@triton.jit
 def _row_scales(scale_ptr, rows, N, MASK_N: tl.constexpr):
     """int8's and fp8's scales of each vector of rows."""
     scales = ()
@@ -424,15 +433,16 @@ def _row_scales(scale_ptr, rows, N, MASK_N: tl.constexpr):
 
 @triton.jit
 def multiply_packed(
-    tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, first_unit, N, K, M,
+    tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, next_starts, next_left, rows, first_unit, N, K, M,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, SK: tl.constexpr, RB: tl.constexpr, MP: tl.constexpr,
-    STEPS: tl.constexpr, PRELOAD: tl.constexpr, PAIRS: tl.constexpr, ONE: tl.constexpr, NORM: tl.constexpr,
+    STEPS: tl.constexpr, PRELOAD: tl.constexpr, PAIRS: tl.constexpr, ONE: tl.constexpr, NORM: tl.constexpr, NEXT: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`multiply` for packed weights: the scaled sums, and the sums of x^2 [1, MP] (or [1, 1]) of this program's columns.
+    """`multiply` for packed weights: the scaled sums; the sums of x^2 [1, MP] (or [1, 1]) of this program's columns; and with
+    NEXT what `preload_packed` would load at next_starts.
 
     Warp w takes every SK-th unit, from first_unit + w % SK on, STEPS of them, of which `tiles` are preloaded; as many stay in
-    flight. rows: the weight rows of the sums, for the scales of int8 and fp8.
+    flight, behind the last ones the next tile's first. rows: the weight rows of the sums, for the scales of int8 and fp8.
     """
     UNIT: tl.constexpr = 128 if FORMAT == "int4" else 64
     MB: tl.constexpr = MP // 8
@@ -448,17 +458,25 @@ def multiply_packed(
         squares = _sum_squares(x_ptr, first_unit * UNIT, STEPS * SK * UNIT, M, K, W, MP, ONE)
     sums = _zero_sums(W, RB * MB)
     for c in tl.range(0, STEPS, PRELOAD, num_stages=1):
+        ahead, from_starts, from_left = c + PRELOAD, starts, left
+        if NEXT:
+            if STEPS > PRELOAD:
+                is_last = ahead >= STEPS
+                from_starts = _select(is_last, next_starts, starts)
+                ahead, from_left = tl.where(is_last, 0, ahead), tl.where(is_last, next_left, left)
+            else:
+                ahead, from_starts, from_left = 0, next_starts, next_left
         following = ()
         for j in tl.static_range(PRELOAD):
             sums = _multiply_unit(
                 sums, tiles[j * EACH : (j + 1) * EACH], x_ptr, norm_ptr, k + (c + j) * (SK * UNIT), M, K,
                 FORMAT, GROUPS, HAS_ZERO, SCALE_SUMS, W, RB, MB, NORM, MASK_K, X_SCALE, DTYPE,
             )  # fmt: skip
-            if STEPS > PRELOAD:
+            if STEPS > PRELOAD or NEXT:
                 following = following + load_unit(
-                    w_ptr, scale_ptr, zero_ptr, starts, (c + j + PRELOAD) * SK, left, GROUPS, True, STREAM
+                    w_ptr, scale_ptr, zero_ptr, from_starts, (ahead + j) * SK, from_left, GROUPS, True, STREAM
                 )
-        if STEPS > PRELOAD:
+        if STEPS > PRELOAD or NEXT:
             tiles = following
     gathered = _gather_sums(sums, W, SK, RB, MB, PAIRS)
     if FORMAT != "int4":
@@ -468,4 +486,4 @@ def multiply_packed(
         for i in tl.static_range(len(gathered)):
             scaled = scaled + (gathered[i] * scales[i][:, None],)
         gathered = scaled
-    return gathered, squares
+    return gathered, squares, tiles

@@ -134,9 +134,9 @@ def _head_kernel(
 
     folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
     if PACKED:
-        sums, squares = multiply_packed(
-            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (rows,), 0, N, K, M,
-            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, False, M_FMA == 1, NORM, MASK_N, MASK_K, STREAM,
+        sums, squares, _ = multiply_packed(
+            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (), 0, (rows,), 0, N, K, M,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, False, M_FMA == 1, NORM, False, MASK_N, MASK_K, STREAM,
             X_SCALE, DTYPE,
         )  # fmt: skip
     else:

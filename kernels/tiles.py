@@ -33,7 +33,7 @@ class Tile:
     dot: bool = False  # multiply by tl.dot on the tensor cores; else by FMA, M <= FMA_MOST_ROWS
     split: int = 1  # programs that share one tile's K; the last to arrive merges
     stages: int = 1  # pipeline depth of the loads behind the preloaded ones
-    grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
+    grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA and packed weights); 0 = one program a tile
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
     padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
@@ -42,7 +42,7 @@ class Tile:
         for name in ("rows", "chunk", "warps"):
             value = getattr(self, name)
             assert value == floor_power_of_two(value), f"Tile.{name}: found {value}, expected a power of two"
-        assert not (self.grid and (self.dot or self.split > 1)), "Tile.grid: a persistent grid takes neither dot nor split"
+        assert not (self.grid and self.split > 1), "Tile.grid: a persistent grid takes no split"
 
 
 # ---------------------------------------------------------------- the measured table
@@ -277,7 +277,12 @@ def _packed_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
             continue
         if steps % preload or N // rows * split > 2**15 or (split > 1 and steps < 2):
             continue
-        tiles.append(Tile(rows, UNIT_COLUMNS[fmt] * parts, warps, preload, dot=True, split=split))
+        tile = Tile(rows, UNIT_COLUMNS[fmt] * parts, warps, preload, dot=True, split=split)
+        tiles.append(tile)
+        if op in ("linear", "silu_mul") and split == 1:
+            tiles += [
+                dataclasses.replace(tile, grid=grid) for grid in (1, 2, 3, 4) if N // rows > 200 * grid and grid * warps <= 16
+            ]
     return tiles
 
 

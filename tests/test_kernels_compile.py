@@ -4,7 +4,9 @@ A call of each operator is brought as far as its launch, with early launches on;
 """
 
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ TYPES = {
     torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8", torch.int16: "*i16",
 }  # fmt: skip
 INT4 = [PackedFormat("int4", g, s, torch.bfloat16) for g, s in ((128, True), (128, False), (64, True), (32, False))]
+ROOT = Path(__file__).resolve().parent.parent
 OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
 
@@ -62,6 +65,24 @@ def compile_for_hopper(kernel, args, kwargs):
                 attributes[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("first", ["linear._linear_kernel", "linear._qkv_kernel", "choose._choose_kernel"])
+def test_cache_keys_do_not_depend_on_the_order_of_launches(first):
+    """A kernel that a process has compiled is found by another one, which began with other kernels."""
+    script = (
+        "import kernels, sys\n"
+        "key = lambda name: getattr(sys.modules['kernels.' + name.split('.')[0]], name.split('.')[1]).cache_key\n"
+        "print([key(name) for name in sys.argv[1:]][1:])"
+    )
+    names = ["head._head_kernel", "linear._linear_kernel", "linear._qkv_kernel"]
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", script, begin, *names], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        for begin in (first, names[0])
+    }
+    assert len(keys) == 1
 
 
 def check(launches, count):

@@ -1,6 +1,7 @@
 """Kernels run on a GPU, or in Triton's interpreter, which must be chosen before Triton is imported."""
 
 import os
+import sys
 
 import pytest
 import torch
@@ -17,3 +18,10 @@ def poison():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def few_sms(monkeypatch):
+    """A GPU of three multiprocessors, so that a persistent grid has more tiles than programs."""
+    for module in ("kernels._matmul", "kernels.linear"):
+        monkeypatch.setattr(sys.modules[module], "num_sms", lambda index=0: 3)

@@ -41,13 +41,6 @@ DOT_TILES = [
 ]
 
 
-@pytest.fixture
-def few_sms(monkeypatch):
-    """A GPU of three multiprocessors, so that a persistent grid has more tiles than programs."""
-    for module in ("kernels._matmul", "kernels.linear"):
-        monkeypatch.setattr(sys.modules[module], "num_sms", lambda index=0: 3)
-
-
 def randn(*size, dtype, scale=1.0):
     return (torch.randn(*size) * scale).to(dtype).to(DEVICE)
 
