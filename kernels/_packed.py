@@ -156,15 +156,16 @@ def _product(a, b, DTYPE: tl.constexpr):
 
 @triton.jit
 def unit_starts(
-    first_half, half_offset, first_unit, U, halves, W: tl.constexpr, SK: tl.constexpr, RB: tl.constexpr,
-    STEPS: tl.constexpr, PAIRS: tl.constexpr, MASK_N: tl.constexpr,
+    first_half, half_offset, first_unit, U, N, W: tl.constexpr, SK: tl.constexpr, RB: tl.constexpr,
+    STEPS: tl.constexpr, PAIRS: tl.constexpr, MASK_N: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """For the two half blocks (8 rows) of each of a warp's RB blocks: where its first unit lies in [N8, U], int64 [L]. And how
-    many units from there on are this warp's to pass, STEPS of its own, [L].
+    """For the two half blocks (8 rows) of each of a warp's RB blocks: where its first unit lies in [N8, U], int64 [L]; DIRECT:
+    where in [N, 32 * U] each thread's elements of it begin. And how many units from there on are this warp's to pass, STEPS of
+    its own, [L].
 
     Halves lie side by side; or, where a tile holds PAIRS, the second members' lie `half_offset` behind the first members'.
     """
-    warp = tl.arange(0, W * 32) // 32
+    lane, warp = tl.arange(0, W * 32) % 32, tl.arange(0, W * 32) // 32
     block = warp // SK * RB
     starts = ()
     for i in tl.static_range(2 * RB):
@@ -172,9 +173,16 @@ def unit_starts(
             half = first_half + block + i // 2 + i % 2 * half_offset
         else:
             half = first_half + (block + i // 2) * 2 + i % 2
-        if MASK_N:
-            half = tl.minimum(half, halves - 1)
-        starts = starts + (half.to(tl.int64) * U + first_unit + warp % SK,)
+        unit = first_unit + warp % SK
+        if DIRECT:
+            row = half * 8 + lane // 4
+            if MASK_N:
+                row = tl.minimum(row, N - 1)
+            starts = starts + (row.to(tl.int64) * (U * 32) + (unit * 32 + lane % 4 * 8),)
+        else:
+            if MASK_N:
+                half = tl.minimum(half, tl.cdiv(N, 8) - 1)
+            starts = starts + (half.to(tl.int64) * U + unit,)
     return starts, tl.minimum(U - first_unit, STEPS * SK) - warp % SK
 
 
@@ -192,17 +200,22 @@ def _load_part(ptr, offset, mask, MASK_K: tl.constexpr, STREAM: tl.constexpr):
 def load_unit(
     w_ptr, scale_ptr, zero_ptr, starts, units, left, GROUPS: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr
 ):  # fmt: skip
-    """The unit that lies `units` behind each start: words [L, 4], and int4's scales and zeros [L, GROUPS], one after the other.
+    """The unit that lies `units` behind each start: words [L, 4], and int4's scales and zeros [L, GROUPS], one after the other;
+    of 16-bit weights 8 of them, [L, 8].
 
     left: units from a start on that are there, [L].
     """
     L: tl.constexpr = left.shape[0]
+    DIRECT: tl.constexpr = w_ptr.dtype.element_ty != tl.int32
     lane = tl.arange(0, L) % 32
     mask = (units < left)[:, None]
     loaded = ()
     for i in tl.static_range(len(starts)):
-        words = (starts[i] * 128 + lane * 4)[:, None] + tl.arange(0, 4)[None, :]
-        loaded = loaded + (_load_part(w_ptr + units * 128, words, mask, MASK_K, STREAM),)
+        if DIRECT:
+            loaded = loaded + (_load_part(w_ptr + units * 32, starts[i][:, None] + tl.arange(0, 8), mask, MASK_K, STREAM),)
+        else:
+            words = (starts[i] * 128 + lane * 4)[:, None] + tl.arange(0, 4)[None, :]
+            loaded = loaded + (_load_part(w_ptr + units * 128, words, mask, MASK_K, STREAM),)
         if scale_ptr is not None and GROUPS > 0:
             groups = ((starts[i] * 8 + lane // 4) * GROUPS)[:, None] + tl.arange(0, GROUPS)[None, :]
             loaded = loaded + (_load_part(scale_ptr + units * (8 * GROUPS), groups, mask, MASK_K, False),)
@@ -294,6 +307,10 @@ def weight_rows(words, scale, zero, FORMAT: tl.constexpr, SCALE_WEIGHTS: tl.cons
             out = _product(out, scale[:, :, None, None, None], DTYPE)
             if INTERPRETED:
                 out = out.to(tl.float32)
+    elif FORMAT == "direct":
+        out = words.reshape([words.shape[0], 1, 2, 2, 2]).permute(0, 1, 4, 3, 2)
+        if INTERPRETED:
+            out = out.to(tl.float32)
     else:
         out = _floats(words.reshape([words.shape[0], words.shape[1] // 2, 2]), zero, FORMAT, DTYPE)
     return out
@@ -308,7 +325,7 @@ def _multiply_unit(
     """Adds one unit's products to the RB * MB sums [W, 16, 8], a piece (one group of int4) at a time. k [L]: each thread's
     first column."""
     PIECES: tl.constexpr = GROUPS if FORMAT == "int4" else 1
-    STEPS: tl.constexpr = (4 if FORMAT == "int4" else 2) // PIECES  # of 32 columns, in a piece
+    STEPS: tl.constexpr = (4 if FORMAT == "int4" else 1 if FORMAT == "direct" else 2) // PIECES  # of 32 columns, in a piece
     EACH: tl.constexpr = len(loaded) // (2 * RB)  # tensors of a half block
     words, scales, zeros = (), (), ()  # by half block and piece
     for i in tl.static_range(2 * RB):
@@ -444,14 +461,15 @@ def multiply_packed(
     Warp w takes every SK-th unit, from first_unit + w % SK on, STEPS of them, of which `tiles` are preloaded; as many stay in
     flight, behind the last ones the next tile's first. rows: the weight rows of the sums, for the scales of int8 and fp8.
     """
-    UNIT: tl.constexpr = 128 if FORMAT == "int4" else 64
+    UNIT: tl.constexpr = 128 if FORMAT == "int4" else 32 if FORMAT == "direct" else 64
+    ROW_SCALES: tl.constexpr = FORMAT == "int8" or FORMAT == "fp8"
     MB: tl.constexpr = MP // 8
     SCALE_SUMS: tl.constexpr = FORMAT == "int4" and (MB <= SUM_SCALED_BLOCKS or scale_ptr.dtype.element_ty != DTYPE)
     HAS_ZERO: tl.constexpr = zero_ptr is not None
     EACH: tl.constexpr = len(tiles) // PRELOAD
     lane = tl.arange(0, W * 32)
     k = (first_unit + lane // 32 % SK) * UNIT + lane % 4 * 8
-    if FORMAT != "int4" and MB <= 2:  # beside x, not when the sums wait for them; with more rows, registers are scarce
+    if ROW_SCALES and MB <= 2:  # beside x, not when the sums wait for them; with more rows, registers are scarce
         scales = _row_scales(scale_ptr, rows, N, MASK_N)
     squares = tl.zeros([1, 1], tl.float32)
     if NORM:
@@ -479,7 +497,7 @@ def multiply_packed(
         if STEPS > PRELOAD or NEXT:
             tiles = following
     gathered = _gather_sums(sums, W, SK, RB, MB, PAIRS)
-    if FORMAT != "int4":
+    if ROW_SCALES:
         if MB > 2:
             scales = _row_scales(scale_ptr, rows, N, MASK_N)
         scaled = ()

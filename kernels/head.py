@@ -116,7 +116,9 @@ def _head_kernel(
     NORM: tl.constexpr = norm_ptr is not None
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
-        starts, left = unit_starts(pid * (R // 8), 0, 0, columns, tl.cdiv(N, 8), WARPS, PARTS, BLOCKS, CHUNKS, False, MASK_N)
+        starts, left = unit_starts(
+            pid * (R // 8), 0, 0, columns, N, WARPS, PARTS, BLOCKS, CHUNKS, False, MASK_N, FORMAT == "direct"
+        )
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)

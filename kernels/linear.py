@@ -108,11 +108,11 @@ def _loaded_rows(rows, R: tl.constexpr):
 @triton.jit
 def _linear_units(
     tile, k0, columns, N, F, R: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr,
-    SILU_MUL: tl.constexpr, MASK_N: tl.constexpr,
+    SILU_MUL: tl.constexpr, MASK_N: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """`unit_starts` of a tile."""
     HALVES: tl.constexpr = R // 16 if SILU_MUL else R // 8
-    return unit_starts(tile * HALVES, F // 8, k0, columns, tl.cdiv(N, 8), W, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N)
+    return unit_starts(tile * HALVES, F // 8, k0, columns, N, W, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N, DIRECT)
 
 
 @triton.jit
@@ -192,7 +192,9 @@ def _linear_kernel(
     loaded = _loaded_rows(rows, R)
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
-        starts, left = _linear_units(tile, k0, columns, N, F, R, WARPS, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N)
+        starts, left = _linear_units(
+            tile, k0, columns, N, F, R, WARPS, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N, FORMAT == "direct"
+        )
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
@@ -210,7 +212,9 @@ def _linear_kernel(
         for now in tl.range(tile, count, step, num_stages=1):
             rows = _linear_rows(now, F, R, SILU_MUL)
             later = tl.minimum(now + step, count - 1)
-            next_starts, next_left = _linear_units(later, k0, columns, N, F, R, WARPS, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N)
+            next_starts, next_left = _linear_units(
+                later, k0, columns, N, F, R, WARPS, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N, FORMAT == "direct"
+            )
             next_left = tl.where(now + step < count, next_left, 0)
             sums, squares, tiles = multiply_packed(
                 tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, next_starts, next_left, rows, k0, N, K, M,
@@ -368,7 +372,9 @@ def _qkv_kernel(
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
         first = (head * D + first_pair) // 8
-        starts, left = unit_starts(first, HALF // 8, k0, columns, 0, WARPS, PARTS, BLOCKS, CHUNKS, True, False)
+        starts, left = unit_starts(
+            first, HALF // 8, k0, columns, N, WARPS, PARTS, BLOCKS, CHUNKS, True, False, FORMAT == "direct"
+        )
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, False, MASK_K, STREAM)
@@ -435,7 +441,7 @@ def _linear_output(x, w: Operand, bias, norm, squares, activation, residual):
 def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual, y, gain=None, folded=None, block=0):
     """_linear_kernel, which fills y, and of a `gain` the FoldedNorm `folded` of y."""
     tile = tile_of(activation if activation == "silu_mul" else "linear", x, w)
-    if gain is not None and (tile.rows % block or (tile.grid and not w.is_packed)):
+    if gain is not None and (tile.rows % block or (tile.grid and not (w.is_packed or tile.direct))):
         raise ValueError(f"Tile.rows: found {tile.rows}, expected a multiple of {block} (and no grid) where a norm is folded")
     arguments, options = matmul_arguments(tile, x, w, norm, squares)
     if gain is not None:
