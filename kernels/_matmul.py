@@ -21,7 +21,7 @@ import triton.language as tl
 
 from kernels._common import INTERPRETED, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
-from kernels.tiles import Tile, packed_shape, tile_for, unit_columns
+from kernels.tiles import Tile, packed_shape, tile_for
 
 MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
@@ -490,7 +490,7 @@ def check_matmul(x, w: Operand, bias, norm, squares=None):
 
 def matmul_arguments(tile: Tile, x, w: Operand, norm, squares) -> tuple[dict, dict]:
     """What every kernel built on these loops is launched with: (arguments, Triton's own options)."""
-    arguments = _unit_arguments(tile, x, w) if w.is_packed or tile.direct else _plain_arguments(tile, x, w)
+    arguments = _packed_arguments(tile, x, w) if w.is_packed else _plain_arguments(tile, x, w)
     arguments |= {
         "norm_ptr": norm if norm is None or tile.dot else norm.view(torch.int32),
         "folded_ptr": squares,
@@ -535,10 +535,9 @@ def _plain_arguments(tile: Tile, x, w: Operand) -> dict:
     }
 
 
-def _unit_arguments(tile: Tile, x, w: Operand) -> dict:
-    """Of a kernel that reads units: `columns` counts them, CHUNK those of a step of all warps, CHUNKS the steps."""
-    (M, K), unit = x.shape, unit_columns(w.format)
-    units = triton.cdiv(K, unit)
+def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
+    """Of a kernel on a packed weight: `columns` counts units, CHUNK the units of a step of all warps, CHUNKS the steps."""
+    (M, K), units = x.shape, w.weight.shape[1]
     parts, blocks = packed_shape(tile, w.format)
     steps = triton.cdiv(units, parts * tile.split)
     preload = min(tile.preload, steps)
@@ -562,9 +561,9 @@ def _unit_arguments(tile: Tile, x, w: Operand) -> dict:
         "PRELOAD": preload,
         "STAGES": 1,
         "MASK_N": w.rows % tile.rows != 0,
-        "MASK_K": parts * steps * tile.split * unit != K,
+        "MASK_K": parts * steps * tile.split * UNIT_COLUMNS[w.format] != K,
         "STREAM": tile.stream,
-        "FORMAT": w.format if w.is_packed else "direct",
+        "FORMAT": w.format,
         "GROUPS": w.scale.shape[-1] if w.format == "int4" else 0,
         "WARPS": tile.warps,
         "PARTS": parts,

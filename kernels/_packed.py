@@ -156,16 +156,15 @@ def _product(a, b, DTYPE: tl.constexpr):
 
 @triton.jit
 def unit_starts(
-    first_half, half_offset, first_unit, U, N, W: tl.constexpr, SK: tl.constexpr, RB: tl.constexpr,
-    STEPS: tl.constexpr, PAIRS: tl.constexpr, MASK_N: tl.constexpr, DIRECT: tl.constexpr,
+    first_half, half_offset, first_unit, U, halves, W: tl.constexpr, SK: tl.constexpr, RB: tl.constexpr,
+    STEPS: tl.constexpr, PAIRS: tl.constexpr, MASK_N: tl.constexpr,
 ):  # fmt: skip
-    """For the two half blocks (8 rows) of each of a warp's RB blocks: where its first unit lies in [N8, U], int64 [L]; DIRECT:
-    where in [N, 32 * U] each thread's elements of it begin. And how many units from there on are this warp's to pass, STEPS of
-    its own, [L].
+    """For the two half blocks (8 rows) of each of a warp's RB blocks: where its first unit lies in [N8, U], int64 [L]. And how
+    many units from there on are this warp's to pass, STEPS of its own, [L].
 
     Halves lie side by side; or, where a tile holds PAIRS, the second members' lie `half_offset` behind the first members'.
     """
-    lane, warp = tl.arange(0, W * 32) % 32, tl.arange(0, W * 32) // 32
+    warp = tl.arange(0, W * 32) // 32
     block = warp // SK * RB
     starts = ()
     for i in tl.static_range(2 * RB):
@@ -173,16 +172,9 @@ def unit_starts(
             half = first_half + block + i // 2 + i % 2 * half_offset
         else:
             half = first_half + (block + i // 2) * 2 + i % 2
-        unit = first_unit + warp % SK
-        if DIRECT:
-            row = half * 8 + lane // 4
-            if MASK_N:
-                row = tl.minimum(row, N - 1)
-            starts = starts + (row.to(tl.int64) * (U * 32) + (unit * 32 + lane % 4 * 8),)
-        else:
-            if MASK_N:
-                half = tl.minimum(half, tl.cdiv(N, 8) - 1)
-            starts = starts + (half.to(tl.int64) * U + unit,)
+        if MASK_N:
+            half = tl.minimum(half, halves - 1)
+        starts = starts + (half.to(tl.int64) * U + first_unit + warp % SK,)
     return starts, tl.minimum(U - first_unit, STEPS * SK) - warp % SK
 
 
@@ -200,22 +192,17 @@ def _load_part(ptr, offset, mask, MASK_K: tl.constexpr, STREAM: tl.constexpr):
 def load_unit(
     w_ptr, scale_ptr, zero_ptr, starts, units, left, GROUPS: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr
 ):  # fmt: skip
-    """The unit that lies `units` behind each start: words [L, 4], and int4's scales and zeros [L, GROUPS], one after the other;
-    of 16-bit weights 8 of them, [L, 8].
+    """The unit that lies `units` behind each start: words [L, 4], and int4's scales and zeros [L, GROUPS], one after the other.
 
     left: units from a start on that are there, [L].
     """
     L: tl.constexpr = left.shape[0]
-    DIRECT: tl.constexpr = w_ptr.dtype.element_ty != tl.int32
     lane = tl.arange(0, L) % 32
     mask = (units < left)[:, None]
     loaded = ()
     for i in tl.static_range(len(starts)):
-        if DIRECT:
-            loaded = loaded + (_load_part(w_ptr + units * 32, starts[i][:, None] + tl.arange(0, 8), mask, MASK_K, STREAM),)
-        else:
-            words = (starts[i] * 128 + lane * 4)[:, None] + tl.arange(0, 4)[None, :]
-            loaded = loaded + (_load_part(w_ptr + units * 128, words, mask, MASK_K, STREAM),)
+        words = (starts[i] * 128 + lane * 4)[:, None] + tl.arange(0, 4)[None, :]
+        loaded = loaded + (_load_part(w_ptr + units * 128, words, mask, MASK_K, STREAM),)
         if scale_ptr is not None and GROUPS > 0:
             groups = ((starts[i] * 8 + lane // 4) * GROUPS)[:, None] + tl.arange(0, GROUPS)[None, :]
             loaded = loaded + (_load_part(scale_ptr + units * (8 * GROUPS), groups, mask, MASK_K, False),)
@@ -307,10 +294,6 @@ def weight_rows(words, scale, zero, FORMAT: tl.constexpr, SCALE_WEIGHTS: tl.cons
             out = _product(out, scale[:, :, None, None, None], DTYPE)
             if INTERPRETED:
                 out = out.to(tl.float32)
-    elif FORMAT == "direct":
-        out = words.reshape([words.shape[0], 1, 2, 2, 2]).permute(0, 1, 4, 3, 2)
-        if INTERPRETED:
-            out = out.to(tl.float32)
     else:
         out = _floats(words.reshape([words.shape[0], words.shape[1] // 2, 2]), zero, FORMAT, DTYPE)
     return out
@@ -325,7 +308,7 @@ def _multiply_unit(
     """Adds one unit's products to the RB * MB sums [W, 16, 8], a piece (one group of int4) at a time. k [L]: each thread's
     first column."""
     PIECES: tl.constexpr = GROUPS if FORMAT == "int4" else 1
-    STEPS: tl.constexpr = (4 if FORMAT == "int4" else 1 if FORMAT == "direct" else 2) // PIECES  # of 32 columns, in a piece
+    STEPS: tl.constexpr = (4 if FORMAT == "int4" else 2) // PIECES  # of 32 columns, in a piece
     EACH: tl.constexpr = len(loaded) // (2 * RB)  # tensors of a half block
     words, scales, zeros = (), (), ()  # by half block and piece
     for i in tl.static_range(2 * RB):
@@ -428,15 +411,6 @@ def _sum_squares(x_ptr, k0, columns, M, K, W: tl.constexpr, MP: tl.constexpr, ON
 
 
 @triton.jit
-def _select(condition, first, second):
-    """Of two tuples of tensors the first one where `condition`."""
-    out = ()
-    for i in tl.static_range(len(first)):
-        out = out + (tl.where(condition, first[i], second[i]),)
-    return out
-
-
-@triton.jit
 def _row_scales(scale_ptr, rows, N, MASK_N: tl.constexpr):
     """int8's and fp8's scales of each vector of rows."""
     scales = ()
@@ -450,58 +424,48 @@ def _row_scales(scale_ptr, rows, N, MASK_N: tl.constexpr):
 
 @triton.jit
 def multiply_packed(
-    tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, next_starts, next_left, rows, first_unit, N, K, M,
+    tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, first_unit, N, K, M,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, W: tl.constexpr, SK: tl.constexpr, RB: tl.constexpr, MP: tl.constexpr,
-    STEPS: tl.constexpr, PRELOAD: tl.constexpr, PAIRS: tl.constexpr, ONE: tl.constexpr, NORM: tl.constexpr, NEXT: tl.constexpr,
+    STEPS: tl.constexpr, PRELOAD: tl.constexpr, PAIRS: tl.constexpr, ONE: tl.constexpr, NORM: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """`multiply` for packed weights: the scaled sums; the sums of x^2 [1, MP] (or [1, 1]) of this program's columns; and with
-    NEXT what `preload_packed` would load at next_starts.
+    """`multiply` for packed weights: the scaled sums, and the sums of x^2 [1, MP] (or [1, 1]) of this program's columns.
 
     Warp w takes every SK-th unit, from first_unit + w % SK on, STEPS of them, of which `tiles` are preloaded; as many stay in
-    flight, behind the last ones the next tile's first. rows: the weight rows of the sums, for the scales of int8 and fp8.
+    flight. rows: the weight rows of the sums, for the scales of int8 and fp8.
     """
-    UNIT: tl.constexpr = 128 if FORMAT == "int4" else 32 if FORMAT == "direct" else 64
-    ROW_SCALES: tl.constexpr = FORMAT == "int8" or FORMAT == "fp8"
+    UNIT: tl.constexpr = 128 if FORMAT == "int4" else 64
     MB: tl.constexpr = MP // 8
     SCALE_SUMS: tl.constexpr = FORMAT == "int4" and (MB <= SUM_SCALED_BLOCKS or scale_ptr.dtype.element_ty != DTYPE)
     HAS_ZERO: tl.constexpr = zero_ptr is not None
     EACH: tl.constexpr = len(tiles) // PRELOAD
     lane = tl.arange(0, W * 32)
     k = (first_unit + lane // 32 % SK) * UNIT + lane % 4 * 8
-    if ROW_SCALES and MB <= 2:  # beside x, not when the sums wait for them; with more rows, registers are scarce
+    if FORMAT != "int4" and MB <= 2:  # beside x, not when the sums wait for them; with more rows, registers are scarce
         scales = _row_scales(scale_ptr, rows, N, MASK_N)
     squares = tl.zeros([1, 1], tl.float32)
     if NORM:
         squares = _sum_squares(x_ptr, first_unit * UNIT, STEPS * SK * UNIT, M, K, W, MP, ONE)
     sums = _zero_sums(W, RB * MB)
     for c in tl.range(0, STEPS, PRELOAD, num_stages=1):
-        ahead, from_starts, from_left = c + PRELOAD, starts, left
-        if NEXT:
-            if STEPS > PRELOAD:
-                is_last = ahead >= STEPS
-                from_starts = _select(is_last, next_starts, starts)
-                ahead, from_left = tl.where(is_last, 0, ahead), tl.where(is_last, next_left, left)
-            else:
-                ahead, from_starts, from_left = 0, next_starts, next_left
         following = ()
         for j in tl.static_range(PRELOAD):
             sums = _multiply_unit(
                 sums, tiles[j * EACH : (j + 1) * EACH], x_ptr, norm_ptr, k + (c + j) * (SK * UNIT), M, K,
                 FORMAT, GROUPS, HAS_ZERO, SCALE_SUMS, W, RB, MB, NORM, MASK_K, X_SCALE, DTYPE,
             )  # fmt: skip
-            if STEPS > PRELOAD or NEXT:
+            if STEPS > PRELOAD:
                 following = following + load_unit(
-                    w_ptr, scale_ptr, zero_ptr, from_starts, (ahead + j) * SK, from_left, GROUPS, True, STREAM
+                    w_ptr, scale_ptr, zero_ptr, starts, (c + j + PRELOAD) * SK, left, GROUPS, True, STREAM
                 )
-        if STEPS > PRELOAD or NEXT:
+        if STEPS > PRELOAD:
             tiles = following
     gathered = _gather_sums(sums, W, SK, RB, MB, PAIRS)
-    if ROW_SCALES:
+    if FORMAT != "int4":
         if MB > 2:
             scales = _row_scales(scale_ptr, rows, N, MASK_N)
         scaled = ()
         for i in tl.static_range(len(gathered)):
             scaled = scaled + (gathered[i] * scales[i][:, None],)
         gathered = scaled
-    return gathered, squares, tiles
+    return gathered, squares

@@ -116,9 +116,7 @@ def _head_kernel(
     NORM: tl.constexpr = norm_ptr is not None
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
-        starts, left = unit_starts(
-            pid * (R // 8), 0, 0, columns, N, WARPS, PARTS, BLOCKS, CHUNKS, False, MASK_N, FORMAT == "direct"
-        )
+        starts, left = unit_starts(pid * (R // 8), 0, 0, columns, tl.cdiv(N, 8), WARPS, PARTS, BLOCKS, CHUNKS, False, MASK_N)
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
@@ -136,9 +134,9 @@ def _head_kernel(
 
     folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
     if PACKED:
-        sums, squares, _ = multiply_packed(
-            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (), 0, (rows,), 0, N, K, M,
-            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, False, M_FMA == 1, NORM, False, MASK_N, MASK_K, STREAM,
+        sums, squares = multiply_packed(
+            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (rows,), 0, N, K, M,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, False, M_FMA == 1, NORM, MASK_N, MASK_K, STREAM,
             X_SCALE, DTYPE,
         )  # fmt: skip
     else:

@@ -106,16 +106,6 @@ def _loaded_rows(rows, R: tl.constexpr):
 
 
 @triton.jit
-def _linear_units(
-    tile, k0, columns, N, F, R: tl.constexpr, W: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr, CHUNKS: tl.constexpr,
-    SILU_MUL: tl.constexpr, MASK_N: tl.constexpr, DIRECT: tl.constexpr,
-):  # fmt: skip
-    """`unit_starts` of a tile."""
-    HALVES: tl.constexpr = R // 16 if SILU_MUL else R // 8
-    return unit_starts(tile * HALVES, F // 8, k0, columns, N, W, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N, DIRECT)
-
-
-@triton.jit
 def _add_bias(sums, bias_ptr, rows, N, MASK_N: tl.constexpr):
     if bias_ptr is not None:
         if MASK_N:
@@ -192,8 +182,18 @@ def _linear_kernel(
     loaded = _loaded_rows(rows, R)
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
-        starts, left = _linear_units(
-            tile, k0, columns, N, F, R, WARPS, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N, FORMAT == "direct"
+        starts, left = unit_starts(
+            tile * (R // (8 * len(rows))),
+            F // 8,
+            k0,
+            columns,
+            tl.cdiv(N, 8),
+            WARPS,
+            PARTS,
+            BLOCKS,
+            CHUNKS,
+            SILU_MUL,
+            MASK_N,
         )
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
@@ -206,83 +206,60 @@ def _linear_kernel(
     # Added to a thread's products, the residual is loaded beside x; else ptxas loads it after the products, and waits again.
     # With more than two chunks, though, ptxas then takes the registers from x, and loads x in two turns.
     ADD: tl.constexpr = residual_ptr is not None and MP == 1 and not (NORM or SILU_MUL or DOT) and SPLIT == 1 and CHUNKS <= 2
-    if PACKED and GRID:
-        # All in one loop: while a tile's sums meet and are stored, the next one's first units are under way.
-        count, step = tl.cdiv(N, R), tl.num_programs(0)
-        for now in tl.range(tile, count, step, num_stages=1):
-            rows = _linear_rows(now, F, R, SILU_MUL)
-            later = tl.minimum(now + step, count - 1)
-            next_starts, next_left = _linear_units(
-                later, k0, columns, N, F, R, WARPS, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N, FORMAT == "direct"
-            )
-            next_left = tl.where(now + step < count, next_left, 0)
-            sums, squares, tiles = multiply_packed(
-                tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, next_starts, next_left, rows, k0, N, K, M,
-                FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, SILU_MUL, M_FMA == 1, NORM, True, MASK_N, MASK_K,
-                STREAM, X_SCALE, DTYPE,
-            )  # fmt: skip
-            factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
-            residual = _linear_residual(residual_ptr, rows[0], m, M, F)
-            gain = _linear_gain(gain_ptr, rows[0], F, X_SCALE)
-            _linear_epilogue(
-                sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F, SILU_MUL, MASK_N, BLOCK
-            )
-            starts, left = next_starts, next_left
+    if PACKED:
+        sums, squares = multiply_packed(
+            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, k0, N, K, M,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, SILU_MUL, M_FMA == 1, NORM, MASK_N, MASK_K, STREAM,
+            X_SCALE, DTYPE,
+        )  # fmt: skip
     else:
-        if PACKED:
-            sums, squares, _ = multiply_packed(
-                tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (), 0, rows, k0, N, K, M,
-                FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, SILU_MUL, M_FMA == 1, NORM, False, MASK_N, MASK_K,
-                STREAM, X_SCALE, DTYPE,
-            )  # fmt: skip
-        else:
-            sums, squares, widened = multiply(
-                tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
-                CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
-            )  # fmt: skip
-        if ADD:
-            residual = 0.0
-        if SPLIT > 1:
-            SETS: tl.constexpr = len(rows)
-            if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R // SETS, MP, NORM):
-                all_sums, all_squares = merge(partial_ptr, squares_ptr, tile, SETS, 1, SPLIT, R // SETS, MP, NORM)
-                factor = norm_factor(all_squares, folded, K, eps, NORM, FOLDED, X_SCALE)
-                _linear_epilogue(
-                    all_sums,
-                    factor,
-                    bias_ptr,
-                    residual,
-                    y_ptr,
-                    gain,
-                    scaled_ptr,
-                    sum_ptr,
-                    rows,
-                    m,
-                    M,
-                    N,
-                    F,
-                    SILU_MUL,
-                    MASK_N,
-                    BLOCK,
-                )
-        else:
-            factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
+        sums, squares, widened = multiply(
+            tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
+            CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+        )  # fmt: skip
+    if ADD:
+        residual = 0.0
+    if SPLIT > 1:
+        SETS: tl.constexpr = len(rows)
+        if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R // SETS, MP, NORM):
+            all_sums, all_squares = merge(partial_ptr, squares_ptr, tile, SETS, 1, SPLIT, R // SETS, MP, NORM)
+            factor = norm_factor(all_squares, folded, K, eps, NORM, FOLDED, X_SCALE)
             _linear_epilogue(
-                sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F, SILU_MUL, MASK_N, BLOCK
+                all_sums,
+                factor,
+                bias_ptr,
+                residual,
+                y_ptr,
+                gain,
+                scaled_ptr,
+                sum_ptr,
+                rows,
+                m,
+                M,
+                N,
+                F,
+                SILU_MUL,
+                MASK_N,
+                BLOCK,
             )
-            if GRID:
-                for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
-                    later_rows = _linear_rows(later, F, R, SILU_MUL)
-                    later_loaded = _loaded_rows(later_rows, R)
-                    later_sums = fma_again(
-                        widened, w_ptr, later_loaded, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
-                    )
-                    pair = members(later_sums, SILU_MUL, R, MP)
-                    later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
-                    _linear_epilogue(
-                        pair, factor, bias_ptr, later_residual, y_ptr, gain, None, None, later_rows, m, M, N, F,
-                        SILU_MUL, MASK_N, BLOCK,
-                    )  # fmt: skip
+    else:
+        factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
+        _linear_epilogue(
+            sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F, SILU_MUL, MASK_N, BLOCK
+        )
+        if GRID:
+            for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
+                later_rows = _linear_rows(later, F, R, SILU_MUL)
+                later_loaded = _loaded_rows(later_rows, R)
+                later_sums = fma_again(
+                    widened, w_ptr, later_loaded, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE
+                )
+                pair = members(later_sums, SILU_MUL, R, MP)
+                later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
+                _linear_epilogue(
+                    pair, factor, bias_ptr, later_residual, y_ptr, gain, None, None, later_rows, m, M, N, F,
+                    SILU_MUL, MASK_N, BLOCK,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -372,9 +349,7 @@ def _qkv_kernel(
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
         first = (head * D + first_pair) // 8
-        starts, left = unit_starts(
-            first, HALF // 8, k0, columns, N, WARPS, PARTS, BLOCKS, CHUNKS, True, False, FORMAT == "direct"
-        )
+        starts, left = unit_starts(first, HALF // 8, k0, columns, 0, WARPS, PARTS, BLOCKS, CHUNKS, True, False)
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:
         tiles, norms = preload(w_ptr, norm_ptr, loaded, k0, N, columns, CHUNK, PRELOAD, NORM, False, MASK_K, STREAM)
@@ -388,9 +363,9 @@ def _qkv_kernel(
 
     folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
     if PACKED:
-        sums, squares, _ = multiply_packed(
-            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, (), 0, rows, k0, N, K, M,
-            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, True, M_FMA == 1, NORM, False, False, MASK_K, STREAM,
+        sums, squares = multiply_packed(
+            tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, k0, N, K, M,
+            FORMAT, GROUPS, WARPS, PARTS, BLOCKS, MP, CHUNKS, PRELOAD, True, M_FMA == 1, NORM, False, MASK_K, STREAM,
             X_SCALE, DTYPE,
         )  # fmt: skip
     else:
@@ -441,7 +416,7 @@ def _linear_output(x, w: Operand, bias, norm, squares, activation, residual):
 def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual, y, gain=None, folded=None, block=0):
     """_linear_kernel, which fills y, and of a `gain` the FoldedNorm `folded` of y."""
     tile = tile_of(activation if activation == "silu_mul" else "linear", x, w)
-    if gain is not None and (tile.rows % block or (tile.grid and not (w.is_packed or tile.direct))):
+    if gain is not None and (tile.rows % block or tile.grid):
         raise ValueError(f"Tile.rows: found {tile.rows}, expected a multiple of {block} (and no grid) where a norm is folded")
     arguments, options = matmul_arguments(tile, x, w, norm, squares)
     if gain is not None:

@@ -33,17 +33,16 @@ class Tile:
     dot: bool = False  # multiply by tl.dot on the tensor cores; else by FMA, M <= FMA_MOST_ROWS
     split: int = 1  # programs that share one tile's K; the last to arrive merges
     stages: int = 1  # pipeline depth of the loads behind the preloaded ones
-    grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA and packed weights); 0 = one program a tile
+    grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
     padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
-    direct: bool = False  # 16-bit weights go from memory to the tensor cores' registers, as packed ones do
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
 
     def __post_init__(self):
         for name in ("rows", "chunk", "warps"):
             value = getattr(self, name)
             assert value == floor_power_of_two(value), f"Tile.{name}: found {value}, expected a power of two"
-        assert not (self.grid and self.split > 1), "Tile.grid: a persistent grid takes no split"
+        assert not (self.grid and (self.dot or self.split > 1)), "Tile.grid: a persistent grid takes neither dot nor split"
 
 
 # ---------------------------------------------------------------- the measured table
@@ -196,29 +195,23 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
 def packed_tile(fmt: str, rows: int, parts: int, warps: int, preload: int, K: int, split: int = 1, **more) -> Tile:
     """A tile for packed weights: `parts` of the warps share rows and split K; `preload` units a warp at most, a divisor of
     all that it passes."""
-    unit = unit_columns(fmt)
-    steps = -(-K // (unit * parts * split))
+    steps = -(-K // (UNIT_COLUMNS[fmt] * parts * split))
     preload = next(p for p in range(min(preload, steps), 0, -1) if steps % p == 0)
-    return Tile(rows, unit * parts, warps, preload, dot=True, split=split, direct=fmt not in UNIT_COLUMNS, **more)
-
-
-def unit_columns(fmt: str) -> int:
-    """Columns of a weight row that a warp takes at a time, 16 bytes a thread."""
-    return UNIT_COLUMNS.get(fmt, 32)
+    return Tile(rows, UNIT_COLUMNS[fmt] * parts, warps, preload, dot=True, split=split, **more)
 
 
 def packed_shape(tile: Tile, fmt: str) -> tuple[int, int]:
     """How a program's warps share a packed tile: (warps that split K between them, blocks of 16 rows a warp)."""
-    parts = min(tile.warps, max(tile.chunk // unit_columns(fmt), 16 * tile.warps // tile.rows))
+    parts = min(tile.warps, max(tile.chunk // UNIT_COLUMNS[fmt], 16 * tile.warps // tile.rows))
     return parts, tile.rows * parts // (16 * tile.warps)
 
 
 def candidate_tiles(op: str, rows: int, N: int, K: int, fmt: str = "bf16") -> list[Tile]:
     """The tiles worth measuring for one shape inside the whole step."""
     packed = fmt if fmt in UNIT_COLUMNS else None
-    tiles = _packed_candidates(op, fmt, rows, N, K)
-    if not packed:
-        tiles = _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K) + tiles
+    tiles = (
+        _packed_candidates(op, fmt, rows, N, K) if packed else _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K)
+    )
     if op == "linear" and folds_norm(packed):
         tiles = [t for t in tiles if t.rows % fold_block(rows, packed) == 0]
     return tiles
@@ -276,7 +269,7 @@ def _packed_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
         (16, 32, 64, 128), (1, 2, 4, 8, 16), (1, 2, 4, 8, 16), (1, 2, 3, 4, 6, 7, 8), splits
     ):
         blocks = rows * parts // (16 * warps)
-        steps = -(-K // (unit_columns(fmt) * parts * split))
+        steps = -(-K // (UNIT_COLUMNS[fmt] * parts * split))
         registers = 8 * blocks * preload + 4 * blocks * -(-M // 8)  # of a thread, for weights in flight and sums
         if parts > warps or not 1 <= blocks <= 4 or (op == "head" and 4096 * rows < N):
             continue
@@ -284,12 +277,7 @@ def _packed_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
             continue
         if steps % preload or N // rows * split > 2**15 or (split > 1 and steps < 2):
             continue
-        tile = packed_tile(fmt, rows, parts, warps, preload, K, split)
-        tiles.append(tile)
-        if op in ("linear", "silu_mul") and split == 1:
-            tiles += [
-                dataclasses.replace(tile, grid=grid) for grid in (1, 2, 3, 4) if N // rows > 200 * grid and grid * warps <= 16
-            ]
+        tiles.append(Tile(rows, UNIT_COLUMNS[fmt] * parts, warps, preload, dot=True, split=split))
     return tiles
 
 

@@ -54,7 +54,6 @@ TILES = [
     (2, Tile(16, 64, 4, grid=1)),
     (3, Tile(64, 64, 4, dot=True, preload=1)),
     (20, Tile(32, 32, 4, dot=True, preload=2)),
-    (5, Tile(32, 64, 4, dot=True, preload=2, direct=True)),
 ]
 
 

@@ -20,7 +20,6 @@ from kernels.tiles import (
     candidate_tiles,
     choose_tile,
     override_tiles,
-    packed_tile,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -39,11 +38,6 @@ DOT_TILES = [
     Tile(16, 64, 4, preload=64, dot=True),  # everything preloaded
     Tile(32, 128, 4, preload=1, dot=True, split=4, stages=2),  # more parts of K than chunks of it
     Tile(128, 32, 8, preload=3, dot=True, split=2),
-    Tile(16, 64, 2, preload=2, dot=True, direct=True),
-    Tile(32, 32, 2, preload=64, dot=True, direct=True),
-    Tile(64, 64, 4, preload=1, dot=True, split=2, direct=True),
-    Tile(64, 32, 1, preload=3, dot=True, direct=True),  # four blocks a warp; columns that fill no turn
-    Tile(16, 128, 4, preload=1, dot=True, direct=True, grid=1),
 ]
 
 
@@ -93,8 +87,8 @@ def test_linear_fma_tiles(tile, few_sms):
     check_linear(3, 80, 192, torch.float16, tile=tile, activation="silu_mul")
 
 
-@pytest.mark.parametrize("tile", DOT_TILES, ids=lambda t: f"{t.rows}x{t.chunk}-{t.preload}-{t.split}-{t.direct}")
-def test_linear_dot_tiles(tile, few_sms):
+@pytest.mark.parametrize("tile", DOT_TILES, ids=lambda t: f"{t.rows}x{t.chunk}-{t.preload}-{t.split}")
+def test_linear_dot_tiles(tile):
     check_linear(1, 48, 448, torch.float16, tile=tile, bias=True, residual=True)
     check_linear(20, 112, 192, tile=tile, activation="silu_mul", bias=True, residual=True)
 
@@ -122,14 +116,12 @@ def test_rows_are_independent_of_the_batch():
             assert torch.equal(linear(x[rows], weight, norm=norm, eps=EPS), together[rows])
 
 
-@pytest.mark.parametrize("direct", [False, True])
 @pytest.mark.parametrize("M", [1, 5])
-def test_any_number_of_rows(M, direct):
+def test_any_number_of_rows(M):
     """A vocabulary of 32,001 or a layer of 201 features: no multiple of anything."""
     weight, x = make_weight(201, 192, torch.bfloat16), randn(M, 192, dtype=torch.bfloat16)
     exact = linear_ref(wide(x), wide(weight.weight))
-    with override_tiles({"linear": packed_tile("bf16", 32, 2, 2, 2, 192)} if direct else {}):
-        assert_within(linear(x, weight), linear_ref(x, weight.weight), exact)
+    assert_within(linear(x, weight), linear_ref(x, weight.weight), exact)
 
 
 @pytest.mark.parametrize(
@@ -237,9 +229,8 @@ def test_qkv(shape, dtype):
         Tile(8, 64, 2, split=2),
         Tile(16, 64, 4, dot=True, split=3, preload=1, stages=2),
         Tile(64, 64, 4, dot=True),  # more rows than a head has
-        Tile(16, 64, 2, preload=2, dot=True, direct=True),
     ],
-    ids=lambda t: f"{t.rows}x{t.chunk}-{t.split}-{t.dot}-{t.direct}",
+    ids=lambda t: f"{t.rows}x{t.chunk}-{t.split}-{t.dot}",
 )
 def test_qkv_tiles(tile, qk_norm):
     check_qkv(tile, B=2, T=2, K=192, Hq=2, Hkv=1, D=32, lengths=[5, 13], dtype=torch.float16, qk_norm=qk_norm)

@@ -100,15 +100,6 @@ def test_tiles(name, fmt):
         check_linear(1, 40, 512, fmt, tile=tile, bias=True, residual=True)
 
 
-@pytest.mark.parametrize("fmt", [FP8, PackedFormat("int4", 64, False, BF16)], ids=str)
-@pytest.mark.parametrize(("rows", "parts", "warps", "preload"), [(16, 2, 2, 1), (32, 2, 4, 8), (16, 1, 1, 2)])
-def test_programs_that_take_tile_after_tile(few_sms, rows, parts, warps, preload, fmt):
-    """11 tiles for 6 programs, the last one not full; 6 tiles of pairs."""
-    tile = packed_tile(fmt.format, rows, parts, warps, preload, 512, grid=2)
-    check_linear(1, 10 * rows + 9, 512, fmt, tile=tile, bias=True, residual=True)
-    check_linear(5, 7 * rows, 512, fmt, tile=tile, activation="silu_mul", norm=rows == 32)
-
-
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_every_code(fmt):
     """A single 1 in x brings out one column of the weight: bit for bit what `dequantized` says, wherever it stands."""
