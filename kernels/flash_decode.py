@@ -471,24 +471,25 @@ class _Shape(NamedTuple):
 
 
 def _measured_shape(pairs: int, columns: int, capacity: int, sms: int) -> _Shape:
-    """For `pairs` of a sequence and a KV head with up to 16 query rows: the best of a sweep on an H200 (LOG.md).
+    """For `pairs` of a sequence and a KV head with up to 16 query rows: the best of sweeps on an H200 (LOG.md), with head size
+    128 inside whole steps.
 
-    A chunk waits in registers for the kernels before, which few programs gain by; in a long cache or a batch the loop does the
-    work, and without a chunk more programs fit a multiprocessor. A softmax for each warp's rows (row_groups) needs no exchange
-    between warps, but takes registers that only head size 64 has.
+    A kernel that runs alone chooses otherwise, because there no other one starts early: at head size 128 these launches fill
+    the registers (a chunk of 64 rows, two stages) or the shared memory (five stages), so that no program of the next kernel
+    fits beside them. Where one does, attention takes 10 to 15 us longer. A softmax for each warp's rows (row_groups) needs no
+    exchange between warps, but takes registers that only head size 64 has.
     """
     if pairs > 2 * sms:  # a program each; where sequences may differ by much, spare ones that long ones are split over
         spread = max(4 * sms, pairs) if capacity <= 4096 else pairs + 2 * sms
         one_warp = columns == 64 or capacity <= 1024
-        return _Shape(0, block_rows=32, warps=1 if one_warp else 4, programs=spread)
-    if capacity < 1024 and pairs >= sms // 2:
-        return _Shape(64 if columns == 128 else 128, row_groups=1 if columns == 128 else 4)
+        stages = 4 if columns == 128 and one_warp and pairs <= 8 * sms else 3
+        return _Shape(0, block_rows=32, warps=1 if one_warp else 4, stages=stages, programs=spread)
+    if columns == 128:
+        if pairs < sms // 2 or capacity < 1024:
+            return _Shape(64, stages=2 if pairs < sms // 2 else 3)
+        return _Shape(0, stages=5, programs=sms)
     if pairs >= sms // 2:
-        if columns == 64:
-            return _Shape(0, block_rows=32, warps=1, programs=4 * sms)
-        return _Shape(0) if capacity <= 2048 else _Shape(0, block_rows=32, stages=4)
-    if columns == 128:  # alone 128 rows are as good (1 x 2048: 7.33 us, by 64 rows 7.53); in the 8B's step 3,655 and 3,712 us
-        return _Shape(64, stages=2) if capacity <= 2048 else _Shape(0, stages=5, programs=sms)
+        return _Shape(128, row_groups=4) if capacity < 1024 else _Shape(0, block_rows=32, warps=1, programs=4 * sms)
     if capacity <= 64 or capacity > 4096:
         return _Shape(64, row_groups=4)
     return _Shape(128, row_groups=4) if capacity <= 1024 else _Shape(128, stages=2)
@@ -513,9 +514,11 @@ def choose_launch(
     """
     rows = num_heads // num_kv_heads * tokens
     columns = triton.next_power_of_2(head_dim)
-    query_rows = min(64, max(16, triton.next_power_of_2(rows)))
-    kept_rows = min(query_rows, triton.next_power_of_2(rows))
     pairs = batch * num_kv_heads
+    # K and V are read again for each tile of query rows: from L2, and only where they are short.
+    small_tiles = split_size is None and capacity <= 4096 and pairs * -(-rows // 16) <= sms
+    query_rows = 16 if small_tiles else min(64, max(16, triton.next_power_of_2(rows)))
+    kept_rows = min(query_rows, triton.next_power_of_2(rows))
     if split_size is not None and (split_size < 1 or split_size % 128):
         raise ValueError(f"split_size: found {split_size}, expected a positive multiple of 128")
     if split_size is None and query_rows == 16:

@@ -75,15 +75,34 @@ MEASURED = {
     (132, "bf16", 1, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),
     (132, "bf16", 1, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),
     # 16 rows: 4172.5, through cuBLAS 4760.9
-    (132, "bf16", 16, "qkv", 6144, 4096): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
+    (132, "bf16", 16, "qkv", 6144, 4096): Tile(128, 128, 8, preload=1, dot=True, split=2, stages=4),
     (132, "bf16", 16, "linear", 4096, 4096): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
     (132, "bf16", 16, "silu_mul", 28672, 4096): Tile(128, 128, 8, preload=2, dot=True, stages=3),
     (132, "bf16", 16, "linear", 4096, 14336): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
     (132, "bf16", 16, "head", 128256, 4096): Tile(128, 128, 8, preload=1, dot=True, stages=4),
-    # packed: int4 at 1 row 1747.7 by the rule, 1595.0 so; fp8 at 16 rows 3772.9 and 3108.0
+    # packed, Llama-3.1-8B, 1 row: int8 2374.8 by the rule of old, 2148.8 so; fp8 2339.8 and 2190.8; int4 1619.5 and 1481.5
+    (132, "int8", 1, "qkv", 6144, 4096): Tile(16, 256, 4, preload=8, dot=True),
+    (132, "int8", 1, "linear", 4096, 4096): Tile(16, 512, 8, preload=8, dot=True, registers=96),
+    (132, "int8", 1, "silu_mul", 28672, 4096): Tile(32, 256, 4, preload=4, dot=True, registers=128),
+    (132, "int8", 1, "linear", 4096, 14336): Tile(16, 1024, 16, preload=2, dot=True),
+    (132, "fp8", 1, "qkv", 6144, 4096): Tile(16, 256, 4, preload=8, dot=True),
+    (132, "fp8", 1, "linear", 4096, 4096): Tile(16, 512, 8, preload=8, dot=True, registers=96),
+    (132, "fp8", 1, "silu_mul", 28672, 4096): Tile(32, 256, 4, preload=4, dot=True, stream=True, registers=128),
+    (132, "fp8", 1, "linear", 4096, 14336): Tile(16, 512, 8, preload=7, dot=True, registers=112),
     (132, "int4", 1, "qkv", 6144, 4096): Tile(32, 512, 4, preload=8, dot=True),
     (132, "int4", 1, "linear", 4096, 4096): Tile(32, 1024, 8, preload=4, dot=True),
-    (132, "int4", 1, "linear", 4096, 14336): Tile(16, 2048, 16, preload=7, dot=True),
+    (132, "int4", 1, "silu_mul", 28672, 4096): Tile(64, 256, 4, preload=2, dot=True),
+    (132, "int4", 1, "linear", 4096, 14336): Tile(16, 2048, 16, preload=1, dot=True),
+    # Llama-3.2-1B, 1 row: fp8 575.3 and 488.6, int4 423.9 and 374.7
+    (132, "fp8", 1, "qkv", 3072, 2048): Tile(32, 512, 8, preload=4, dot=True),
+    (132, "fp8", 1, "linear", 2048, 2048): Tile(16, 512, 8, preload=4, dot=True),
+    (132, "fp8", 1, "silu_mul", 16384, 2048): Tile(32, 256, 4, preload=8, dot=True),
+    (132, "fp8", 1, "linear", 2048, 8192): Tile(16, 1024, 16, preload=8, dot=True),
+    (132, "int4", 1, "qkv", 3072, 2048): Tile(16, 1024, 8, preload=2, dot=True),
+    (132, "int4", 1, "linear", 2048, 2048): Tile(16, 1024, 8, preload=2, dot=True),
+    (132, "int4", 1, "silu_mul", 16384, 2048): Tile(32, 512, 4, preload=4, dot=True, registers=128),
+    (132, "int4", 1, "linear", 2048, 8192): Tile(16, 2048, 16, preload=4, dot=True),
+    # 16 rows: fp8 3772.9 and 3108.0
     (132, "fp8", 16, "qkv", 6144, 4096): Tile(64, 512, 8, preload=4, dot=True),
     (132, "fp8", 16, "linear", 4096, 4096): Tile(64, 512, 8, preload=4, dot=True, split=2),
     (132, "fp8", 16, "linear", 4096, 14336): Tile(64, 1024, 16, preload=1, dot=True, split=2),
@@ -107,9 +126,10 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """The tile for `rows` rows of x: the measured one where there is one, else the rule. Pure."""
     assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
     alike = {"fp16": "bf16", "int8": "fp8"}  # the same bytes in the same order
-    measured = MEASURED.get((sms, alike.get(fmt, fmt), padded_rows(rows), op, N, K))
-    if measured is not None:
-        return measured
+    for name in (fmt, alike.get(fmt)):
+        measured = MEASURED.get((sms, name, padded_rows(rows), op, N, K))
+        if measured is not None:
+            return measured
     if fmt in UNIT_COLUMNS:
         return _packed_rule(op, fmt, rows, N, K, sms)
     return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
@@ -187,9 +207,13 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
     if rows > 8 and op != "head" and 128 * sms <= N:
         return packed_tile(fmt, 128, 4, 8, 2, K)
     height = 64 if op == "head" and N > 32 * 4096 else 32 if 32 * sms <= N else 16
-    warps = 4 if N // height >= 4 * sms or units < 16 else 8
-    few = rows <= 8 and N // height < 2 * sms  # then registers are free for weights in flight
-    return packed_tile(fmt, height, warps, warps, 7 if few else 2 if fmt == "int4" or rows > 8 else 4, K)
+    many, few = N // height >= 4 * sms, rows <= 8 and N // height < 2 * sms  # programs
+    if few and units >= 64:  # long rows: all of a multiprocessor's registers for one program, or half where two shall run
+        warps, preload = 16, 8 if N // height <= sms else 1 if fmt == "int4" else 2
+    else:
+        warps, preload = 4 if many or units < 16 else 8, 8 if few else 2 if fmt == "int4" or rows > 8 else 4
+    registers = 128 if many and rows == 1 and op != "head" else None  # four programs a multiprocessor
+    return packed_tile(fmt, height, warps, warps, preload, K, registers=registers)
 
 
 def packed_tile(fmt: str, rows: int, parts: int, warps: int, preload: int, K: int, split: int = 1, **more) -> Tile:

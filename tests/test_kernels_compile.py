@@ -129,7 +129,7 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torc
 
 @pytest.mark.parametrize(("fmt", "M", "op", "N", "K"), [key[1:] for key in MEASURED], ids=str)
 def test_measured_tiles(launches, fmt, M, op, N, K):
-    packed = {"bf16": None, "int4": INT4[0], "fp8": PackedFormat("fp8")}[fmt]
+    packed = {"bf16": None, "int4": INT4[0], "fp8": PackedFormat("fp8"), "int8": PackedFormat("int8")}[fmt]
     call(op, N, K, M, head_dim=64 if K == 2048 else 128, packed=packed, fold=packed is not None)
     check(launches, 1)
 
