@@ -173,6 +173,28 @@ def attention_table(records: list[dict]) -> str:
     return markdown("batch x length  head size  ours us  FA2 us  cuDNN us  ours GB/s  best rival / ours  commit", rows)
 
 
+def speculation_text(records: list[dict]) -> str:
+    """Of scripts/speculate.py oracle: what was measured beside the formula, and what a forward of several tokens costs."""
+    text = ""
+    for r in records:
+        rows = [
+            [str(x["k"]), f"{x['alpha']:g}", f"{x['tokens_per_round']:.2f}", num(x["ms_per_token"]), f"{x['speedup']:.2f}",
+             f"{x['formula']:.2f}", f"{x['share_of_formula']:.1%}", num(x["round_us"]), num(x["host_us_per_round"])]
+            for x in r["rows"]
+        ]  # fmt: skip
+        over = ", ".join(f"{tokens}: {ms / r['plain_ms']:.2f}" for tokens, ms in r["verify_ms"].items())
+        adaptive = ", ".join(f"{a['alpha']:g}{' (known)' if a['known'] else ''}: {a['speedup']:.2f}" for a in r["adaptive"])
+        text += (
+            f"{r['settings']['target']}, drafts by {r['settings']['draft']}, which are right with chance alpha; {r['gpu']}, "
+            f"{r['commit']}. A token alone takes {num(r['plain_ms'])} ms, a draft {num(r['draft_ms'])}.\n\n"
+            + markdown("k  alpha  tokens a round  ms a token  speed-up  formula  share  round us  host us", rows)
+            + f"\nVerification over a plain step, by tokens: {over}.\n"
+            f"Speed-up with k chosen as it goes, by alpha: {adaptive}; by n-gram on text that repeats: "
+            f"{r['ngram']['speedup']:.2f}.\n"
+        )
+    return text
+
+
 def command_table(records: list[dict]) -> str:
     rows = []
     for r in records:
@@ -241,6 +263,7 @@ def render(directory: Path) -> str:
         ("From the start of a process", kind("cold"), lambda: cold_table(kind("cold"))),
         ("Through generate.py", commands, lambda: command_table(commands)),
         ("Attention of one token", attention, lambda: attention_table(attention)),
+        ("Speculation", kind("speculate oracle"), lambda: speculation_text(kind("speculate oracle"))),
         ("Where it comes from", records, lambda: provenance_table(records)),
     ]
     text = (

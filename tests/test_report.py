@@ -55,6 +55,21 @@ def test_the_readme_quotes_stored_results():
     assert [f for f in bold if f not in kept] == []
 
 
+def test_speculation(tmp_path):
+    """Each row of the oracle beside the formula; what verification costs over a plain step."""
+    row = {"k": 2, "alpha": 0.7, "tokens_per_round": 2.17, "ms_per_token": 2.534, "speedup": 1.451, "formula": 1.5,
+           "share_of_formula": 0.9673, "round_us": 5486.0, "host_us_per_round": 190.0}  # fmt: skip
+    record = {
+        "benchmark": "speculate oracle", "gpu": "NVIDIA H200", "commit": "abc1234", "plain_ms": 4.0, "draft_ms": 0.5,
+        "settings": {"target": "llama-3.1-8b", "draft": "llama-3.2-1b"}, "verify_ms": {"1": 4.0, "8": 4.6}, "rows": [row],
+        "adaptive": [{"alpha": 0.0, "known": True, "speedup": 0.951}], "ngram": {"speedup": 5.29},
+    }  # fmt: skip
+    text = section(report.render(stored(tmp_path, record)), "Speculation")
+    assert "| 2 | 0.7 | 2.17 | 2.534 | 1.45 | 1.50 | 96.7% | 5,486 | 190.0 |" in text
+    assert "1: 1.00, 8: 1.15." in text
+    assert "0 (known): 0.95; by n-gram on text that repeats: 5.29." in text
+
+
 def test_whole_runs(tmp_path):
     """The row beside vLLM's; measured again, the last line counts; what was skipped says why."""
     old = RECORD | {"output_tok_per_sec": 1.0}
