@@ -216,10 +216,12 @@ def candidates(
         if len(hidden) > len(lengths):  # T tokens each
             sequence, position = kernels.token_positions(lengths, len(hidden))
             lengths, settings = position.int(), {name: setting[sequence] for name, setting in settings.items()}
-        if settings and kernels.runs_kernels(logits):
+        if not kernels.runs_kernels(logits):
+            best, token = choose(penalized, lengths, **settings)
+        elif settings:
             best, token = choose_in_kernels(penalized, settings | {"lengths": lengths})
         else:
-            best, token = choose(penalized, lengths, **settings)
+            best, token = kernels.partial_argmax(penalized)
     return logits, best, token
 
 
@@ -250,7 +252,7 @@ def choose_token(
 
 def choose_in_kernels(logits, settings: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.choose` of any logits [B, V], with its settings [B] -> each one's (value, id), [B, 1] both."""
-    return kernels.choose(logits, logits.amax(dim=-1, keepdim=True), **settings)
+    return kernels.choose(logits, kernels.partial_argmax(logits)[0], **settings)
 
 
 def note_logprobs(session: Session, logits: torch.Tensor, rows: slice, slots: torch.Tensor) -> None:

@@ -10,7 +10,7 @@ from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
 from kernels.flash_prefill import launched as attention_launched
-from kernels.head import advance, head
+from kernels.head import advance, head, partial_argmax
 from kernels.linear import MAX_ROWS, linear, linear_folding, qkv_rope_append
 from kernels.lookup import lookup
 from kernels.rows import rms_norm, rope_append, silu_mul
@@ -36,6 +36,7 @@ __all__ = [
     "linear",
     "linear_folding",
     "lookup",
+    "partial_argmax",
     "pdl_disabled",
     "pdl_supported",
     "qkv_rope_append",

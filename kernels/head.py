@@ -179,6 +179,21 @@ def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constex
 
 
 @triton.jit
+def _partial_argmax_kernel(logits_ptr, max_ptr, id_ptr, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """The best of BLOCK logits of row program_id(0): of equal ones the lowest id. NaN must not lose."""
+    pdl_trigger(PDL)
+    row, part = tl.program_id(0), tl.program_id(1)
+    ids = part * BLOCK + tl.arange(0, BLOCK)
+    pdl_wait(PDL)
+    value = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
+    value = tl.where(value == value, value, float("inf"))
+    best = tl.max(value, 0)
+    out = row * tl.num_programs(1) + part
+    tl.store(max_ptr + out, best)
+    tl.store(id_ptr + out, tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0))
+
+
+@triton.jit
 def _prefetch_l2(address, num_bytes, LANES: tl.constexpr):
     """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
     tl.inline_asm_elementwise(
@@ -364,6 +379,32 @@ def head(
     """
     x, gain, squares = split_norm(x, norm)
     return torch.ops.rooflama.head(x, *Operand.of(weight), gain, squares, eps, vocab_size, temperature, seed, sample, lengths)
+
+
+ARGMAX_BLOCK = 4096
+
+
+def _argmax_outputs(logits):
+    if logits.dim() != 2 or logits.dtype != torch.float32 or not logits.is_contiguous():
+        raise ValueError(f"logits: found {logits.dtype} {list(logits.shape)}, expected float32 [M, V], contiguous")
+    parts = triton.cdiv(logits.shape[1], ARGMAX_BLOCK)
+    return logits.new_empty(len(logits), parts), logits.new_empty(len(logits), parts, dtype=torch.int32)
+
+
+@torch.library.custom_op("rooflama::partial_argmax", mutates_args=())
+def partial_argmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greedy candidates of logits [M, V] float32, as `head` gives them: (value [M, P], id [M, P] int32), each the best of
+    ARGMAX_BLOCK neighbours. On a GPU, or under the interpreter. ValueError: another dtype or shape."""
+    best, ids = _argmax_outputs(logits)
+    _partial_argmax_kernel[best.shape](
+        logits, best, ids, logits.shape[1], BLOCK=ARGMAX_BLOCK, num_warps=4, **launch_options(logits)
+    )
+    return best, ids
+
+
+@partial_argmax.register_fake
+def _(logits):
+    return _argmax_outputs(logits)
 
 
 def _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):

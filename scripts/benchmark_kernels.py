@@ -341,6 +341,7 @@ LONG = [  # one sequence: even shares, bytes in flight
     *((0, 32, 1, 4, stages, None, per_sm) for stages, per_sm in ((4, 4), (5, 3))),
     *((32, block, 1, 4, stages, None, 3) for block, stages in ((64, 3), (32, 4))),
     *((64, 128, 1, 8, stages, None, 1) for stages in (3, 4)),
+    (0, 128, 1, 8, 3, None, 1),
 ]
 MANY = [  # batches: programs on a multiprocessor
     *((64, 64, 1, 4, stages, None, 2) for stages in (2, 3)),
@@ -352,6 +353,7 @@ MANY = [  # batches: programs on a multiprocessor
     *((0, block, 1, 1, stages, None, 4) for block, stages in ((32, 3), (16, 4))),
     (0, 64, 1, 2, 3, None, 4),
     (0, 64, 4, 4, 3, None, 3),
+    *((0, block, 1, warps, stages, None, 1) for block, warps, stages in ((64, 4, 5), (128, 8, 3))),
 ]
 
 

@@ -10,7 +10,7 @@ from tolerance import assert_within
 from kernels._matmul import Operand
 from kernels._random import gumbel_ref, philox_ref
 from kernels.formats import Weight
-from kernels.head import PARTIALS, advance, advance_ref, head, head_ref
+from kernels.head import ARGMAX_BLOCK, PARTIALS, advance, advance_ref, head, head_ref, partial_argmax
 from kernels.tiles import Tile, override_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,6 +55,25 @@ TILES = [
     (3, Tile(64, 64, 4, dot=True, preload=1)),
     (20, Tile(32, 32, 4, dot=True, preload=2)),
 ]
+
+
+@pytest.mark.parametrize("V", [5, ARGMAX_BLOCK, 2 * ARGMAX_BLOCK + 77])
+def test_partial_argmax(V):
+    """Of equal logits the lowest id, whichever block they are in; -inf everywhere; NaN wins, as infinity."""
+    logits = randn(6, V)
+    logits[1, [V // 2, V - 1]] = 9.0
+    logits[2] = -math.inf
+    logits[3, V - 2] = math.nan
+    logits[4] = 1.0
+    logits[5, 3:] = -math.inf
+    values, ids = best(*partial_argmax(logits))
+    wide = logits.nan_to_num(nan=math.inf, neginf=-math.inf)
+    assert torch.equal(values, wide.max(dim=1).values)
+    expected = [int((row == row.max()).nonzero()[0]) for row in wide.cpu()]
+    assert ids.tolist() == expected
+    torch.library.opcheck(torch.ops.rooflama.partial_argmax.default, (logits,))
+    with pytest.raises(ValueError, match=r"logits: found torch.float16 \[6, .*expected float32"):
+        partial_argmax(logits.half())
 
 
 @pytest.mark.parametrize("temperature", [None, 0.0, 0.8, "mixed"])
