@@ -2,15 +2,8 @@
 
 Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `choose_token` and `decode_one_token`,
 and how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows
-neither text nor prompts nor when a run is over.
-
-Prompts come before: `prefill.Prefiller(model, session.cache, ...)`, one for a session, takes any number of them at once:
-
-    hidden = prefiller.run([Piece(slot, ids_or_embeddings, start), ...])  # [P, H]: each one's last token, in their order
-    session.admit(...)                                                    # lengths and table: `run` leaves them alone
-    choose_token(model, session, hidden, rows, kind)
-
-A prompt may come in parts (`start`: rows that its slot already has); the hidden states of all but the last are of no use.
+neither text nor prompts nor when a run is over. A prompt is first run into the cache by a prefill.Prefiller; then its sequence
+is admitted to a row, and `choose_token` takes the hidden state of its last token.
 Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring, L log-probabilities kept of a token.
 """
 
@@ -25,6 +18,7 @@ from torch import nn
 import kernels
 from kv_cache import KVCache
 from model import DecodeStep, Norm, Transformer, fused
+from prefill import upload
 from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingParams, SamplingState, choose, penalize, sampling_fields
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
@@ -50,11 +44,6 @@ class Admission:
     params: SamplingParams
     stop_ids: set[int]
     sample: int = 0  # tells the draws of one prompt's samples apart
-
-
-def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Python numbers as a tensor on the device; the host does not wait for what runs there."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 class Session(nn.Module):
@@ -86,18 +75,16 @@ class Session(nn.Module):
         self.cache = cache or KVCache(config, batch_size, max_seq_len, device, dtype, split_size, spare)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
-        buffers = {
-            "x": torch.zeros(batch_size, config.hidden_size, dtype=weight.dtype, device=device),  # the next step's input
-            "token": torch.zeros(batch_size, dtype=torch.int32, device=device),  # the last one chosen
-            "ring": torch.zeros(batch_size, RING, dtype=torch.int32, device=device),  # tokens, for the host
-            "cursor": torch.zeros(batch_size, dtype=torch.int32, device=device),  # tokens written to the ring so far
-            "done": torch.ones(batch_size, dtype=torch.int32, device=device),
-            "nan": torch.zeros(batch_size, dtype=torch.int32, device=device),  # a logit was NaN
-            "limit": torch.zeros(batch_size, dtype=torch.int32, device=device),  # cache rows that a sequence may fill
-            "stop_ids": torch.full((batch_size, MAX_STOP_IDS), -1, dtype=torch.int32, device=device),
-        }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
+        ints = lambda *shape, value=0: torch.full((batch_size, *shape), value, dtype=torch.int32, device=device)
+        x = torch.zeros(batch_size, config.hidden_size, dtype=weight.dtype, device=device)
+        self.register_buffer("x", x)  # the next step's input
+        self.register_buffer("token", ints())  # the last one chosen
+        self.register_buffer("ring", ints(RING))  # tokens, for the host
+        self.register_buffer("cursor", ints())  # tokens written to the ring so far
+        self.register_buffer("done", ints(value=1))
+        self.register_buffer("nan", ints())  # a logit was NaN
+        self.register_buffer("limit", ints())  # cache rows that a sequence may fill
+        self.register_buffer("stop_ids", ints(MAX_STOP_IDS, value=-1))
         self._lay_out()
         for buffer in self.buffers():
             torch._dynamo.mark_static_address(buffer)
@@ -298,12 +285,9 @@ class Decoder:
         weights = [model.head, *(w for layer in model.layers for w in (layer.attention.wqkv, layer.feed_forward.w13))]
         self.plain = session.x.is_cuda and all(weight.packed is None for weight in weights)
         self.mode = mode = check_mode(mode, session.x.device)
-        self.step = decode_one_token
         torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one
-        if mode in ("compile", "reduce-overhead"):
-            self.step = torch.compile(decode_one_token, fullgraph=True, mode=None if mode == "compile" else mode)
-        elif mode == "graph":
-            self.step = torch.compile(decode_one_token, fullgraph=True, dynamic=False)
+        options = {"compile": {}, "reduce-overhead": {"mode": "reduce-overhead"}, "graph": {"dynamic": False}}
+        self.step = torch.compile(decode_one_token, fullgraph=True, **options[mode]) if mode in options else decode_one_token
         self.graphs: dict[tuple[int, int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.logits: torch.Tensor | None = None  # [rows, V] of the step launched last
         self.pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # memory of all graphs, of prefill's too
@@ -361,20 +345,16 @@ class Decoder:
     def run(self, steps: int, kind: str = "greedy", logprobs: bool = False, rows: int | None = None) -> None:
         """Launches `steps` decode steps, as `decode_one_token` does them; returns before they have run. `rows`: as `rows_for`
         has it; None is the whole session."""
+        rows = rows or self.session.batch_size
         with kernels.batch_invariant(self.session.batch_invariant):
-            self._run(steps, kind, logprobs, rows)
-
-    def _run(self, steps: int, kind: str, logprobs: bool, rows: int | None) -> None:
-        if self.mode != "graph":
-            whole = rows is None or rows == self.session.batch_size
+            if self.mode == "graph":
+                for n in [STEPS_PER_GRAPH] * (steps // STEPS_PER_GRAPH) + [1] * (steps % STEPS_PER_GRAPH):
+                    graph, self.logits = self._graph(n, rows, kind, logprobs)
+                    graph.replay()
+                return
+            some = None if rows == self.session.batch_size else rows
             for _ in range(steps):
-                self.logits = self.step(self.model, self.session, kind, logprobs, None if whole else rows)
-            return
-        while steps:
-            n = STEPS_PER_GRAPH if steps >= STEPS_PER_GRAPH else 1
-            graph, self.logits = self._graph(n, rows or self.session.batch_size, kind, logprobs)
-            graph.replay()
-            steps -= n
+                self.logits = self.step(self.model, self.session, kind, logprobs, some)
 
     def _graph(self, steps: int, rows: int, kind: str, logprobs: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The captured graph of so many steps and its last step's logits, made when first asked for. All share one pool."""
@@ -382,28 +362,27 @@ class Decoder:
         if key not in self.graphs:
             started = time.perf_counter()
             step = decode_one_token if self.plain or self.in_kernels(rows) else self.step
-            arguments = (self.model, self.session, kind, logprobs, rows)
-            self._warm_up(step, arguments)
+            work = lambda: step(self.model, self.session, kind, logprobs, rows)
+            self._warm_up(work)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 for _ in range(steps):
-                    logits = step(*arguments)
+                    logits = work()
             self.graphs[key] = graph, logits
             self.capture_sec += time.perf_counter() - started
         return self.graphs[key]
 
-    def _warm_up(self, step, arguments) -> None:
+    def _warm_up(self, work) -> None:
         """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
         session = self.session
         state = [session.cache.lengths, session.done, session.x]
         state += [session.sampling.seen] if session.sampling.seen is not None else []
         saved = [t.clone() for t in state]
-        session.cache.lengths.zero_()
-        session.done.fill_(1)
+        session.retire()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step(*arguments)
+            work()
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
