@@ -1,7 +1,7 @@
 """The decode loop's device side: the state of running sequences, one step of it, and the graphs that repeat it.
 
 Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `choose_token` and `decode_one_token`,
-and how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows
+and how the host launches steps (`Decoder`) and reads what they chose (`Session.status`) without making the device wait. Knows
 neither text nor prompts nor when a run is over. A prompt is first run into the cache by a prefill.Prefiller; then its sequence
 is admitted to a row, and `choose_token` takes the hidden state of its last token.
 Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring, L log-probabilities kept of a token.
@@ -9,7 +9,6 @@ Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring,
 
 import struct
 import time
-from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +43,11 @@ class Admission:
     params: SamplingParams
     stop_ids: set[int]
     sample: int = 0  # tells the draws of one prompt's samples apart
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Session(nn.Module):
@@ -164,13 +168,20 @@ class Session(nn.Module):
             for cached in self.cache.layer(layer):
                 cached[target, :, :length] = cached[source, :, :length]
 
-    def status(self, rows: int, logprobs: bool = False) -> torch.Tensor:
-        """[rows, R + 3] int32: what the host reads of a step: the ring, cursor, done and nan; then [R L] logprob_ids and [R L]
-        logprobs, as the same bits, if asked for."""
+    def status(self, rows: int, logprobs: bool) -> tuple:
+        """What the host reads of a step's rows, as it will be after everything launched so far, and a timestamp, on a GPU the
+        event to wait for. [rows, R + 3] int32: the ring, cursor, done and nan; then [R L] logprob_ids and [R L] logprobs, as
+        the same bits, if asked for."""
         parts = [self.ring, self.cursor[:, None], self.done[:, None], self.nan[:, None]]
         if logprobs:
             parts += [self.logprob_ids.flatten(1), self.logprobs.view(torch.int32).flatten(1)]
-        return torch.cat([part[:rows] for part in parts], dim=1)
+        status = torch.cat([part[:rows] for part in parts], dim=1)
+        if not status.is_cuda:
+            return status, time.perf_counter()
+        status = torch.empty(status.shape, dtype=status.dtype, pin_memory=True).copy_(status, non_blocking=True)
+        stamp = torch.cuda.Event(enable_timing=True)
+        stamp.record()
+        return status, stamp
 
 
 # ---------------------------------------------------------------- stages
@@ -388,30 +399,6 @@ class Decoder:
             tensor.copy_(value)
 
 
-class StatusReader:
-    """Brings `Session.status` to the host without making it wait for the steps launched last."""
-
-    def __init__(self, session: Session):
-        self.session, self.on_gpu = session, session.x.is_cuda
-        self.pending: deque = deque()
-
-    def request(self, rows: int, logprobs: bool, note) -> None:
-        """Asks for the status of the leading rows as it will be after everything launched so far; `note` comes back with it."""
-        status, event = self.session.status(rows, logprobs), None
-        if self.on_gpu:
-            status = torch.empty(status.shape, dtype=status.dtype, pin_memory=True).copy_(status, non_blocking=True)
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        self.pending.append((status, event or time.perf_counter(), note))
-
-    def oldest(self) -> tuple:
-        """(status, timestamp, note) of the oldest request; waits for it."""
-        status, stamp, note = self.pending.popleft()
-        if self.on_gpu:
-            stamp.synchronize()
-        return status, stamp, note
-
-
 def elapsed_sec(earlier, later) -> float:
-    """Between two timestamps of a StatusReader."""
+    """Between two timestamps of Session.status."""
     return later - earlier if isinstance(later, float) else earlier.elapsed_time(later) / 1e3
