@@ -9,7 +9,6 @@ Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring,
 
 import struct
 import time
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -18,7 +17,7 @@ import kernels
 from kv_cache import KVCache
 from model import DecodeStep, Norm, Transformer, fused
 from prefill import upload
-from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingParams, SamplingState, choose, penalize, sampling_fields
+from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingState, choose, penalize, sampling_fields
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
 MAX_STOP_IDS = 16
@@ -31,18 +30,6 @@ ADMITTED = ("cursor", "done", "nan", "limit", "stop_ids", "lengths", "table", *S
 LETTERS = {torch.int32: "i", torch.float32: "f", torch.int64: "q"}  # struct's
 
 # ---------------------------------------------------------------- device state
-
-
-@dataclass
-class Admission:
-    """A sequence whose prompt is in the cache, and the row of the session that shall go on with it."""
-
-    row: int
-    slot: int  # of the cache
-    length: int  # tokens that the cache holds
-    params: SamplingParams
-    stop_ids: set[int]
-    sample: int = 0  # tells the draws of one prompt's samples apart
 
 
 def synchronize(device: torch.device) -> None:
@@ -126,10 +113,11 @@ class Session(nn.Module):
             self.places[name] = first, f"{old[0].numel()}{LETTERS[old.dtype]}"
             first += num_words
 
-    def admit(self, admissions: list[Admission]) -> None:
-        """These sequences may choose their next token: one upload, one scatter, however many they are."""
+    def admit(self, answers: list) -> None:
+        """These sequences may choose their next token: one upload, one scatter, however many they are. Each has a `row`, its
+        cache `slot`, the `length` of its prompt, `params`, `stop_ids` and `sample`, by which samples of a prompt differ."""
         index, words = [], []
-        for a in admissions:
+        for a in answers:
             limit = min(a.length + a.params.max_new_tokens, self.max_seq_len) - 1
             fields = {"cursor": 0, "done": 0, "nan": 0, "limit": limit, "lengths": a.length, "table": a.slot}
             fields |= sampling_fields(a.params, a.sample)

@@ -71,7 +71,7 @@ def _finished(run: Run) -> Iterator[tuple[Request, list[Output]]]:
     """(request, its outputs, one a sample), in the order in which they finish."""
     with contextlib.closing(run.pieces()) as pieces:
         for answer, _ in pieces:
-            if answer.job.is_finished:
+            if all(sample.finish_reason for sample in answer.job.answers):
                 outputs = run.outputs(answer.job)
                 for sample in answer.job.answers:  # theirs alone from now on: many would fill the memory
                     sample.tokens, sample.logprobs, sample.text, sample.stream = [], None, "", None

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from decoding import MAX_STOP_IDS, RING, STEPS_PER_GRAPH, Admission, elapsed_sec, synchronize
+from decoding import MAX_STOP_IDS, RING, STEPS_PER_GRAPH, elapsed_sec, synchronize
 from prefill import Piece, upload
 from sampling import KINDS, SamplingParams
 from timing import Timing
@@ -80,6 +80,8 @@ class Answer:
         self.held = ""  # may yet become a stop string
         self.finish_reason: str | None = None
         self.job: _Job | None = None
+        self.length = 0  # of the prompt
+        self.sample = 0  # its number among the prompt's
         self.index = 0  # among the answers of the run
         self.row = self.slot = -1  # of the session, while it has them
         self.steps_left = 0  # after so many it is surely done
@@ -135,10 +137,6 @@ class _Job:
         """The prompt's tokens; none of embeddings."""
         return [] if isinstance(self.prompt, torch.Tensor) else list(self.prompt)
 
-    @property
-    def is_finished(self) -> bool:
-        return all(answer.finish_reason for answer in self.answers)
-
 
 # ---------------------------------------------------------------- the loop
 
@@ -174,14 +172,14 @@ class Run:
     """
 
     def __init__(self, engine, requests: Sequence[Request], *, rows=None, sample=0, continues=False, chunked=False):
-        self.engine, self.first_sample, self.continues = engine, sample, continues
+        self.engine, self.continues = engine, continues
         self.jobs = [self._job(request) for request in requests]
         if not self.jobs:
             raise ValueError("prompts: found none, expected at least one")
         self.answers: list[Answer] = []
         for job in self.jobs:
-            for answer in job.answers:
-                answer.job, answer.index = job, len(self.answers)
+            for number, answer in enumerate(job.answers, sample):
+                answer.job, answer.length, answer.sample, answer.index = job, len(job.prompt), number, len(self.answers)
                 self.answers.append(answer)
         longest = max(len(job.prompt) + job.request.params.max_new_tokens for job in self.jobs)
         rows = rows(longest) if callable(rows) else rows
@@ -245,16 +243,15 @@ class Run:
         finally:  # also after Ctrl-C or close(): what the device is still doing then is of no consequence
             if engine.running is self:
                 engine.running = None
-                for answer in self.rows:
-                    if answer:
-                        self._free(answer)
+                for answer in filter(None, self.rows):
+                    self._free(answer)
                 engine.session.clear()
 
     def outputs(self, job: _Job | None = None) -> list[Output]:
         """What has come so far of one job, or of all."""
         has_text = self.engine.tokenizer is not None
         return [
-            Output(a.tokens, a.text if has_text else None, a.finish_reason or "length", len(a.job.prompt), a.logprobs)
+            Output(a.tokens, a.text if has_text else None, a.finish_reason or "length", a.length, a.logprobs)
             for a in (job.answers if job else self.answers)
         ]
 
@@ -335,21 +332,17 @@ class Run:
 
     def _admit(self, jobs: list[_Job]) -> None:
         """Requests whose prompts are in the cache get rows, and every sample its first token."""
-        engine, session, admissions = self.engine, self.engine.session, []
-        free_rows = (row for row, answer in enumerate(self.rows) if answer is None)
-        for job in jobs:
-            params, length = job.request.params, len(job.prompt)
-            for sample, answer in enumerate(job.answers, self.first_sample):
-                if answer.slot != job.slot:
-                    session.copy_slot(job.slot, answer.slot, length)
-                    session.cached[answer.slot] = job.ids
-                answer.row = next(free_rows)
-                answer.steps_left = min(params.max_new_tokens, session.max_seq_len - length) - 1
-                admissions.append(Admission(answer.row, answer.slot, length, params, answer.stop_ids, sample))
+        engine, session = self.engine, self.engine.session
         answers = [answer for job in jobs for answer in job.answers]
-        session.admit(admissions)
+        free_rows = [row for row, answer in enumerate(self.rows) if answer is None]
+        for row, answer in zip(free_rows, answers, strict=False):
+            if answer.slot != answer.job.slot:
+                session.copy_slot(answer.job.slot, answer.slot, answer.length)
+                session.cached[answer.slot] = answer.job.ids
+            answer.steps_left = min(answer.params.max_new_tokens, session.max_seq_len - answer.length) - 1
+            answer.row, self.rows[row] = row, answer
+        session.admit(answers)
         for answer in answers:
-            self.rows[answer.row] = answer
             if answer.params.kind == "penalize":
                 session.sampling.see(answer.row, upload(answer.job.ids, torch.int64, engine.device))
         # one choice for each stretch of neighbouring rows
@@ -444,7 +437,7 @@ class Run:
         timing.step_ms += [elapsed / steps * 1e3] * steps if steps else []
         timing.decode_sec += elapsed
         going = [a for a in launch.answers if a and not a.finish_reason]
-        timing.context_sum += steps * sum(len(a.job.prompt) + len(a.tokens) for a in going)
+        timing.context_sum += steps * sum(a.length + len(a.tokens) for a in going)
         timing.queued_slot_steps += steps * self.batch_size * launch.queued
         before = timing.decode_tokens
         yield from self._emit(launch)
