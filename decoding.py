@@ -24,6 +24,12 @@ MAX_STOP_IDS = 16
 INVARIANT_SPLIT = 256  # cache rows that attention takes at a time where a sequence must not notice the others
 STEPS_PER_GRAPH = 8  # steps of one hand-captured graph: its launch costs the host about 10 us + 0.5 us a kernel node
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # leading rows of a session that a step may be captured for
+WAYS = {  # to run decode steps, by mode
+    "eager": "step by step",
+    "compile": "compiled by torch.compile",
+    "reduce-overhead": "compiled by torch.compile, Inductor's CUDA graphs",
+    "graph": f"CUDA graphs of {STEPS_PER_GRAPH} steps, captured by hand",
+}
 
 # What an admission sets of a row. All of it lies in one piece of memory, so that one scatter sets it.
 ADMITTED = ("cursor", "done", "nan", "limit", "stop_ids", "lengths", "table", *SAMPLING_FIELDS)
@@ -271,13 +277,9 @@ def check_mode(mode: str, device: torch.device) -> str:
 
 
 class Decoder:
-    """Runs decode steps of a session in one of these ways; `path` says which one, and why.
+    """Runs decode steps of a session in one of WAYS; `path` says which one, and why."""
 
-    eager: step by step. compile: `torch.compile`, without CUDA graphs. reduce-overhead: the same with Inductor's CUDA graphs.
-    graph: CUDA graphs of several steps, captured by hand.
-    """
-
-    MODES = ("auto", "eager", "compile", "reduce-overhead", "graph")
+    MODES = ("auto", *WAYS)
 
     def __init__(self, model: Transformer, session: Session, mode: str):
         self.model, self.session = model, session
@@ -332,14 +334,10 @@ class Decoder:
         head_dim = self.model.config.head_dim
         if self.session.x.is_cuda and head_dim not in kernels.HEAD_SIZES:
             work += f" (attention in plain PyTorch, slow: head size {head_dim}, the kernel has {kernels.HEAD_SIZES})"
-        reason = {
-            "eager": "step by step",
-            "compile": "compiled by torch.compile",
-            "reduce-overhead": "compiled by torch.compile, Inductor's CUDA graphs",
-            "graph": f"CUDA graphs of {STEPS_PER_GRAPH} steps, captured by hand"
-            + (" (nothing between the kernels to compile)" if in_kernels or self.plain else " from the compiled step"),
-        }[self.mode]
-        return f"{self.mode}: {work}, {reason}"
+        path = f"{self.mode}: {work}, {WAYS[self.mode]}"
+        if self.mode == "graph":
+            path += " (nothing between the kernels to compile)" if in_kernels or self.plain else " from the compiled step"
+        return path
 
     def run(self, steps: int, kind: str = "greedy", logprobs: bool = False, rows: int | None = None) -> None:
         """Launches `steps` decode steps, as `decode_one_token` does them; returns before they have run. `rows`: as `rows_for`
