@@ -107,7 +107,7 @@ class ResultFile:
                 raise ValueError(f"{path}, line {number}, id: found {fields.get('id')!r}, expected {expected}")
             self.done.add(fields["id"])
             self.num_bytes += len(line)
-        self._take_back()
+        os.ftruncate(file.fileno(), self.num_bytes)
 
     @classmethod
     @contextlib.contextmanager
@@ -131,15 +131,12 @@ class ResultFile:
             while rest:
                 rest = rest[os.write(self.file.fileno(), rest) :]
         except BaseException as error:
-            self._take_back()
+            os.ftruncate(self.file.fileno(), self.num_bytes)
             if isinstance(error, OSError):
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             raise
         self.num_bytes += len(line)
         self.done.add(request.id)
-
-    def _take_back(self) -> None:
-        os.ftruncate(self.file.fileno(), self.num_bytes)
 
 
 # ---------------------------------------------------------------- the command

@@ -295,8 +295,7 @@ class Engine:
     def largest_batch(self, length: int) -> int:
         """How many sequences of up to `length` tokens fit into free memory, beside what a step and a prefill need."""
         c, size, rows = self.model.config, self.model.norm.weight.itemsize, self._session_rows(length)
-        free = self._free_bytes()
-        free += self.session.cache.num_bytes if self.session else 0
+        free = self._free_bytes() + (self.session.cache.num_bytes if self.session else 0)
         prefill = CHUNK_ROWS * (5 * c.hidden_size + 3 * c.q_size + 3 * c.intermediate_size) * size
         step = c.vocab_size * 4 * 4 + 4 * c.intermediate_size * size  # logits, as they are and as they are cut
         row = bytes_per_row(c, self.cache_dtype)
@@ -331,13 +330,12 @@ def default_device() -> str:
 
 def parse_device(name: str | torch.device | None) -> torch.device:
     """A device that is there; None is the default. ValueError names it."""
-    try:
+    known = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name or default_device())
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: found {str(name)!r}, expected cpu" + (" or cuda" if torch.cuda.is_available() else ""))
-    return device
+        if device.type in known:
+            return device
+    raise ValueError(f"device: found {str(name)!r}, expected {' or '.join(known)}")
 
 
 @torch.no_grad()
@@ -406,8 +404,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     for name in ("num_samples", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+        if (number := getattr(args, name)) is not None and number < 1:
+            parser.error(f"--{name}: found {number}, expected at least 1")
     if args.interactive and (args.json or args.num_samples * (args.batch_size or 1) > 1):
         parser.error("--interactive: found with --json, --num_samples or --batch_size, expected none of them")
     if bool(args.prompt_file) != bool(args.output_file):
