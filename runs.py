@@ -173,23 +173,22 @@ class Run:
 
     def __init__(self, engine, requests: Sequence[Request], *, rows=None, sample=0, continues=False, chunked=False):
         self.engine, self.continues = engine, continues
-        self.jobs = [self._job(request) for request in requests]
-        if not self.jobs:
+        self.waiting = jobs = deque(map(self._job, requests))
+        if not jobs:
             raise ValueError("prompts: found none, expected at least one")
         self.answers: list[Answer] = []
-        for job in self.jobs:
+        for job in jobs:
             for number, answer in enumerate(job.answers, sample):
                 answer.job, answer.length, answer.sample, answer.index = job, len(job.prompt), number, len(self.answers)
                 self.answers.append(answer)
-        longest = max(len(job.prompt) + job.request.params.max_new_tokens for job in self.jobs)
+        longest = max(answer.length + answer.params.max_new_tokens for answer in self.answers)
         rows = rows(longest) if callable(rows) else rows
         self.batch_size = len(self.answers) if rows is None else min(rows, len(self.answers))
-        if (most := max(len(job.answers) for job in self.jobs)) > self.batch_size:
+        if (most := max(len(job.answers) for job in jobs)) > self.batch_size:
             raise ValueError(f"n: found {most} samples of a prompt, expected at most the batch size, {self.batch_size}")
         # a prompt that is cut elsewhere gets other last bits
         self.prefill_tokens = CHUNK if chunked or engine.batch_invariant else math.inf
         self.timing = Timing()
-        self.waiting = deque(self.jobs)
         self.rows: list[Answer | None] = [None] * self.batch_size
         self.free_slots = list(range(self.batch_size))
         engine.prepare(self.batch_size, longest)
