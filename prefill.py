@@ -114,10 +114,8 @@ class Prefiller:
         for piece in pieces:
             end = piece.start + len(piece.tokens)
             if not piece.start < end <= self.cache.max_seq_len:
-                raise ValueError(
-                    f"prefill: found rows {piece.start} to {end} of slot {piece.slot}, expected at least one, none beyond "
-                    f"{self.cache.max_seq_len}"
-                )
+                found = f"rows {piece.start} to {end} of slot {piece.slot}"
+                raise ValueError(f"prefill: found {found}, expected at least one, none beyond {self.cache.max_seq_len}")
         hidden = []
         for pack in plan([len(piece.tokens) for piece in pieces], CHUNK_ROWS, self.alone):
             parts = [Piece(pieces[i].slot, pieces[i].tokens[begin:end], pieces[i].start + begin) for i, begin, end in pack]
