@@ -107,7 +107,7 @@ class ResultFile:
                 raise ValueError(f"{path}, line {number}, id: found {fields.get('id')!r}, expected {expected}")
             self.done.add(fields["id"])
             self.num_bytes += len(line)
-        self._take_back()
+        os.ftruncate(file.fileno(), self.num_bytes)
 
     @classmethod
     @contextlib.contextmanager
@@ -131,15 +131,12 @@ class ResultFile:
             while rest:
                 rest = rest[os.write(self.file.fileno(), rest) :]
         except BaseException as error:
-            self._take_back()
+            os.ftruncate(self.file.fileno(), self.num_bytes)
             if isinstance(error, OSError):
                 raise OSError(error.errno, error.strerror, str(self.path)) from None
             raise
         self.num_bytes += len(line)
         self.done.add(request.id)
-
-    def _take_back(self) -> None:
-        os.ftruncate(self.file.fileno(), self.num_bytes)
 
 
 # ---------------------------------------------------------------- the command
@@ -160,10 +157,10 @@ class Progress:
             self.show()
 
     def show(self, end: bool = False) -> None:
-        now = self.shown = time.perf_counter()
-        elapsed = max(now - self.started, 1e-9)
-        bar = f"[{'#' * (24 * self.finished // self.total):24}]"
-        line = f"{bar} {self.finished}/{self.total} prompts, {self.tokens / elapsed:,.0f} tok/s"
+        self.shown = time.perf_counter()
+        elapsed = max(self.shown - self.started, 1e-9)
+        bar = "#" * (24 * self.finished // self.total)
+        line = f"[{bar:24}] {self.finished}/{self.total} prompts, {self.tokens / elapsed:,.0f} tok/s"
         if self.finished and not end:
             seconds = round(elapsed * (self.total - self.finished) / self.finished)
             line += f", {seconds // 60}:{seconds % 60:02} to go"
@@ -176,37 +173,32 @@ def run(engine: Engine, params: SamplingParams, prompt_file: Path, output_file: 
     if output_file.exists() and output_file.samefile(prompt_file):
         raise ValueError(f"output_file: found {output_file}, the prompt file, expected another")
     with ResultFile.open(output_file, {request.id for request in requests}) as file:
+        say = lambda text: print(text, file=sys.stderr)
+        stands = lambda: f"{output_file}: has {len(file.done)} of {len(requests)} results"
         todo = [request for request in requests if request.id not in file.done]
         if file.done:
-            print(f"{output_file}: has {len(file.done)} of {len(requests)} results, {len(todo)} are left", file=sys.stderr)
+            say(f"{stands()}, {len(todo)} are left")
         if not todo:
             return {}
         results, progress = engine.generate_many(todo, batch_size), Progress(len(todo))
-        cache = engine.session.cache
-        print(
-            f"batch size {results.batch_size}{'' if batch_size else ' (the largest that fits, and is of use)'}; KV cache: "
-            f"{cache.batch_size} x {cache.max_seq_len} tokens, {cache.num_bytes / 2**30:.2f} GiB\npath: {engine.path}",
-            file=sys.stderr,
-        )
+        cache, why = engine.session.cache, "" if batch_size else " (the largest that fits, and is of use)"
+        size = f"{cache.batch_size} x {cache.max_seq_len} tokens, {cache.num_bytes / 2**30:.2f} GiB"
+        say(f"batch size {results.batch_size}{why}; KV cache: {size}\npath: {engine.path}")
         try:
             for request, outputs in results:
                 file.write(request, outputs)
                 progress.add(outputs)
         except KeyboardInterrupt:
-            print(
-                f"\n{output_file}: has {len(file.done)} of {len(requests)} results; the same command goes on", file=sys.stderr
-            )
+            say(f"\n{stands()}; the same command goes on")
             raise
         finally:
             results.close()
         progress.show(end=True)
     timing = results.timing
     total_sec = time.perf_counter() - progress.started
-    out = {"prompts": len(todo), "tokens": progress.tokens, "total_sec": total_sec, "tok_per_sec": progress.tokens / total_sec}
     capture_sec = sum(part.capture_sec for part in (engine.decoder, engine.prefiller, engine.speculator) if part)
-    out |= {"batch_size": results.batch_size, "capture_sec": capture_sec}
     busy = timing.queued_busy_steps / timing.queued_slot_steps if timing.queued_slot_steps else None
     waited = f"slots {busy:.1%} busy while prompts waited" if busy else "no prompt waited for a slot"
-    line = f"{out['tokens']:,} tokens in {total_sec:.1f} s; {waited}; capturing graphs took {out['capture_sec']:.1f} s of it"
-    print(line, file=sys.stderr)
-    return out | {"busy_slots": busy}
+    say(f"{progress.tokens:,} tokens in {total_sec:.1f} s; {waited}; capturing graphs took {capture_sec:.1f} s of it")
+    out = {"prompts": len(todo), "tokens": progress.tokens, "total_sec": total_sec, "tok_per_sec": progress.tokens / total_sec}
+    return out | {"batch_size": results.batch_size, "capture_sec": capture_sec, "busy_slots": busy}

@@ -1,23 +1,14 @@
 """The decode loop's device side: the state of running sequences, one step of it, and the graphs that repeat it.
 
 Owns `Session` (every buffer that a step reads or writes, at a fixed address), the stages `choose_token` and `decode_one_token`,
-and how the host launches steps (`Decoder`) and reads what they chose (`StatusReader`) without making the device wait. Knows
-neither text nor prompts nor when a run is over.
-
-Prompts come before: `prefill.Prefiller(model, session.cache, ...)`, one for a session, takes any number of them at once:
-
-    hidden = prefiller.run([Piece(slot, ids_or_embeddings, start), ...])  # [P, H]: each one's last token, in their order
-    session.admit(...)                                                    # lengths and table: `run` leaves them alone
-    choose_token(model, session, hidden, rows, kind)
-
-A prompt may come in parts (`start`: rows that its slot already has); the hidden states of all but the last are of no use.
+and how the host launches steps (`Decoder`) and reads what they chose (`Session.status`) without making the device wait. Knows
+neither text nor prompts nor when a run is over. A prompt is first run into the cache by a prefill.Prefiller; then its sequence
+is admitted to a row, and `choose_token` takes the hidden state of its last token.
 Letters: B sequences, H hidden size, V vocabulary, R entries of the output ring, L log-probabilities kept of a token.
 """
 
 import struct
 import time
-from collections import deque
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -25,13 +16,20 @@ from torch import nn
 import kernels
 from kv_cache import KVCache
 from model import DecodeStep, Norm, Transformer, fused
-from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingParams, SamplingState, choose, penalize, sampling_fields
+from prefill import upload
+from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingState, choose, penalize, sampling_fields
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
 MAX_STOP_IDS = 16
 INVARIANT_SPLIT = 256  # cache rows that attention takes at a time where a sequence must not notice the others
 STEPS_PER_GRAPH = 8  # steps of one hand-captured graph: its launch costs the host about 10 us + 0.5 us a kernel node
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # leading rows of a session that a step may be captured for
+WAYS = {  # to run decode steps, by mode
+    "eager": "step by step",
+    "compile": "compiled by torch.compile",
+    "reduce-overhead": "compiled by torch.compile, Inductor's CUDA graphs",
+    "graph": f"CUDA graphs of {STEPS_PER_GRAPH} steps, captured by hand",
+}
 
 # What an admission sets of a row. All of it lies in one piece of memory, so that one scatter sets it.
 ADMITTED = ("cursor", "done", "nan", "limit", "stop_ids", "lengths", "table", *SAMPLING_FIELDS)
@@ -40,21 +38,9 @@ LETTERS = {torch.int32: "i", torch.float32: "f", torch.int64: "q"}  # struct's
 # ---------------------------------------------------------------- device state
 
 
-@dataclass
-class Admission:
-    """A sequence whose prompt is in the cache, and the row of the session that shall go on with it."""
-
-    row: int
-    slot: int  # of the cache
-    length: int  # tokens that the cache holds
-    params: SamplingParams
-    stop_ids: set[int]
-    sample: int = 0  # tells the draws of one prompt's samples apart
-
-
-def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Python numbers as a tensor on the device; the host does not wait for what runs there."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class Session(nn.Module):
@@ -86,18 +72,16 @@ class Session(nn.Module):
         self.cache = cache or KVCache(config, batch_size, max_seq_len, device, dtype, split_size, spare)
         self.cached: list[list[int]] = [[] for _ in range(batch_size)]
         self.sampling = SamplingState(batch_size, config.vocab_size, device)
-        buffers = {
-            "x": torch.zeros(batch_size, config.hidden_size, dtype=weight.dtype, device=device),  # the next step's input
-            "token": torch.zeros(batch_size, dtype=torch.int32, device=device),  # the last one chosen
-            "ring": torch.zeros(batch_size, RING, dtype=torch.int32, device=device),  # tokens, for the host
-            "cursor": torch.zeros(batch_size, dtype=torch.int32, device=device),  # tokens written to the ring so far
-            "done": torch.ones(batch_size, dtype=torch.int32, device=device),
-            "nan": torch.zeros(batch_size, dtype=torch.int32, device=device),  # a logit was NaN
-            "limit": torch.zeros(batch_size, dtype=torch.int32, device=device),  # cache rows that a sequence may fill
-            "stop_ids": torch.full((batch_size, MAX_STOP_IDS), -1, dtype=torch.int32, device=device),
-        }
-        for name, buffer in buffers.items():
-            self.register_buffer(name, buffer)
+        ints = lambda *shape, value=0: torch.full((batch_size, *shape), value, dtype=torch.int32, device=device)
+        x = torch.zeros(batch_size, config.hidden_size, dtype=weight.dtype, device=device)
+        self.register_buffer("x", x)  # the next step's input
+        self.register_buffer("token", ints())  # the last one chosen
+        self.register_buffer("ring", ints(RING))  # tokens, for the host
+        self.register_buffer("cursor", ints())  # tokens written to the ring so far
+        self.register_buffer("done", ints(value=1))
+        self.register_buffer("nan", ints())  # a logit was NaN
+        self.register_buffer("limit", ints())  # cache rows that a sequence may fill
+        self.register_buffer("stop_ids", ints(MAX_STOP_IDS, value=-1))
         self._lay_out()
         for buffer in self.buffers():
             torch._dynamo.mark_static_address(buffer)
@@ -135,10 +119,11 @@ class Session(nn.Module):
             self.places[name] = first, f"{old[0].numel()}{LETTERS[old.dtype]}"
             first += num_words
 
-    def admit(self, admissions: list[Admission]) -> None:
-        """These sequences may choose their next token: one upload, one scatter, however many they are."""
+    def admit(self, answers: list) -> None:
+        """These sequences may choose their next token: one upload, one scatter, however many they are. Each has a `row`, its
+        cache `slot`, the `length` of its prompt, `params`, `stop_ids` and `sample`, by which samples of a prompt differ."""
         index, words = [], []
-        for a in admissions:
+        for a in answers:
             limit = min(a.length + a.params.max_new_tokens, self.max_seq_len) - 1
             fields = {"cursor": 0, "done": 0, "nan": 0, "limit": limit, "lengths": a.length, "table": a.slot}
             fields |= sampling_fields(a.params, a.sample)
@@ -177,13 +162,20 @@ class Session(nn.Module):
             for cached in self.cache.layer(layer):
                 cached[target, :, :length] = cached[source, :, :length]
 
-    def status(self, rows: int, logprobs: bool = False) -> torch.Tensor:
-        """[rows, R + 3] int32: what the host reads of a step: the ring, cursor, done and nan; then [R L] logprob_ids and [R L]
-        logprobs, as the same bits, if asked for."""
+    def status(self, rows: int, logprobs: bool) -> tuple:
+        """What the host reads of a step's rows, as it will be after everything launched so far, and a timestamp, on a GPU the
+        event to wait for. [rows, R + 3] int32: the ring, cursor, done and nan; then [R L] logprob_ids and [R L] logprobs, as
+        the same bits, if asked for."""
         parts = [self.ring, self.cursor[:, None], self.done[:, None], self.nan[:, None]]
         if logprobs:
             parts += [self.logprob_ids.flatten(1), self.logprobs.view(torch.int32).flatten(1)]
-        return torch.cat([part[:rows] for part in parts], dim=1)
+        status = torch.cat([part[:rows] for part in parts], dim=1)
+        if not status.is_cuda:
+            return status, time.perf_counter()
+        status = torch.empty(status.shape, dtype=status.dtype, pin_memory=True).copy_(status, non_blocking=True)
+        stamp = torch.cuda.Event(enable_timing=True)
+        stamp.record()
+        return status, stamp
 
 
 # ---------------------------------------------------------------- stages
@@ -287,25 +279,18 @@ def check_mode(mode: str, device: torch.device) -> str:
 
 
 class Decoder:
-    """Runs decode steps of a session in one of these ways; `path` says which one, and why.
+    """Runs decode steps of a session in one of WAYS; `path` says which one, and why."""
 
-    eager: step by step. compile: `torch.compile`, without CUDA graphs. reduce-overhead: the same with Inductor's CUDA graphs.
-    graph: CUDA graphs of several steps, captured by hand.
-    """
-
-    MODES = ("auto", "eager", "compile", "reduce-overhead", "graph")
+    MODES = ("auto", *WAYS)
 
     def __init__(self, model: Transformer, session: Session, mode: str):
         self.model, self.session = model, session
         weights = [model.head, *(w for layer in model.layers for w in (layer.attention.wqkv, layer.feed_forward.w13))]
         self.plain = session.x.is_cuda and all(weight.packed is None for weight in weights)
         self.mode = mode = check_mode(mode, session.x.device)
-        self.step = decode_one_token
         torch._dynamo.config.recompile_limit = 64  # of one function's compiled forms: each session of a process makes one
-        if mode in ("compile", "reduce-overhead"):
-            self.step = torch.compile(decode_one_token, fullgraph=True, mode=None if mode == "compile" else mode)
-        elif mode == "graph":
-            self.step = torch.compile(decode_one_token, fullgraph=True, dynamic=False)
+        options = {"compile": {}, "reduce-overhead": {"mode": "reduce-overhead"}, "graph": {"dynamic": False}}
+        self.step = torch.compile(decode_one_token, fullgraph=True, **options[mode]) if mode in options else decode_one_token
         self.graphs: dict[tuple[int, int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.logits: torch.Tensor | None = None  # [rows, V] of the step launched last
         self.pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # memory of all graphs, of prefill's too
@@ -351,32 +336,24 @@ class Decoder:
         head_dim = self.model.config.head_dim
         if self.session.x.is_cuda and head_dim not in kernels.HEAD_SIZES:
             work += f" (attention in plain PyTorch, slow: head size {head_dim}, the kernel has {kernels.HEAD_SIZES})"
-        reason = {
-            "eager": "step by step",
-            "compile": "compiled by torch.compile",
-            "reduce-overhead": "compiled by torch.compile, Inductor's CUDA graphs",
-            "graph": f"CUDA graphs of {STEPS_PER_GRAPH} steps, captured by hand"
-            + (" (nothing between the kernels to compile)" if in_kernels or self.plain else " from the compiled step"),
-        }[self.mode]
-        return f"{self.mode}: {work}, {reason}"
+        path = f"{self.mode}: {work}, {WAYS[self.mode]}"
+        if self.mode == "graph":
+            path += " (nothing between the kernels to compile)" if in_kernels or self.plain else " from the compiled step"
+        return path
 
     def run(self, steps: int, kind: str = "greedy", logprobs: bool = False, rows: int | None = None) -> None:
         """Launches `steps` decode steps, as `decode_one_token` does them; returns before they have run. `rows`: as `rows_for`
         has it; None is the whole session."""
+        rows = rows or self.session.batch_size
         with kernels.batch_invariant(self.session.batch_invariant):
-            self._run(steps, kind, logprobs, rows)
-
-    def _run(self, steps: int, kind: str, logprobs: bool, rows: int | None) -> None:
-        if self.mode != "graph":
-            whole = rows is None or rows == self.session.batch_size
+            if self.mode == "graph":
+                for n in [STEPS_PER_GRAPH] * (steps // STEPS_PER_GRAPH) + [1] * (steps % STEPS_PER_GRAPH):
+                    graph, self.logits = self._graph(n, rows, kind, logprobs)
+                    graph.replay()
+                return
+            some = None if rows == self.session.batch_size else rows
             for _ in range(steps):
-                self.logits = self.step(self.model, self.session, kind, logprobs, None if whole else rows)
-            return
-        while steps:
-            n = STEPS_PER_GRAPH if steps >= STEPS_PER_GRAPH else 1
-            graph, self.logits = self._graph(n, rows or self.session.batch_size, kind, logprobs)
-            graph.replay()
-            steps -= n
+                self.logits = self.step(self.model, self.session, kind, logprobs, some)
 
     def _graph(self, steps: int, rows: int, kind: str, logprobs: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The captured graph of so many steps and its last step's logits, made when first asked for. All share one pool."""
@@ -384,57 +361,32 @@ class Decoder:
         if key not in self.graphs:
             started = time.perf_counter()
             step = decode_one_token if self.plain or self.in_kernels(rows) else self.step
-            arguments = (self.model, self.session, kind, logprobs, rows)
-            self._warm_up(step, arguments)
+            work = lambda: step(self.model, self.session, kind, logprobs, rows)
+            self._warm_up(work)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 for _ in range(steps):
-                    logits = step(*arguments)
+                    logits = work()
             self.graphs[key] = graph, logits
             self.capture_sec += time.perf_counter() - started
         return self.graphs[key]
 
-    def _warm_up(self, step, arguments) -> None:
+    def _warm_up(self, work) -> None:
         """Runs one step for what happens once (compiling, loading kernels), with every sequence absent: nothing is changed."""
         session = self.session
         state = [session.cache.lengths, session.done, session.x]
         state += [session.sampling.seen] if session.sampling.seen is not None else []
         saved = [t.clone() for t in state]
-        session.cache.lengths.zero_()
-        session.done.fill_(1)
+        session.retire()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            step(*arguments)
+            work()
         torch.cuda.current_stream().wait_stream(stream)
         for tensor, value in zip(state, saved, strict=True):
             tensor.copy_(value)
 
 
-class StatusReader:
-    """Brings `Session.status` to the host without making it wait for the steps launched last."""
-
-    def __init__(self, session: Session):
-        self.session, self.on_gpu = session, session.x.is_cuda
-        self.pending: deque = deque()
-
-    def request(self, rows: int, logprobs: bool, note) -> None:
-        """Asks for the status of the leading rows as it will be after everything launched so far; `note` comes back with it."""
-        status, event = self.session.status(rows, logprobs), None
-        if self.on_gpu:
-            status = torch.empty(status.shape, dtype=status.dtype, pin_memory=True).copy_(status, non_blocking=True)
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        self.pending.append((status, event or time.perf_counter(), note))
-
-    def oldest(self) -> tuple:
-        """(status, timestamp, note) of the oldest request; waits for it."""
-        status, stamp, note = self.pending.popleft()
-        if self.on_gpu:
-            stamp.synchronize()
-        return status, stamp, note
-
-
 def elapsed_sec(earlier, later) -> float:
-    """Between two timestamps of a StatusReader."""
+    """Between two timestamps of Session.status."""
     return later - earlier if isinstance(later, float) else earlier.elapsed_time(later) / 1e3

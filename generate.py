@@ -18,7 +18,7 @@ import torch
 
 import checkpoint
 import convert_hf_checkpoint
-from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode
+from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, synchronize
 from kernels import MAX_ROWS
 from kernels.formats import Weight
 from kv_cache import CACHE_DTYPES, bytes_per_row
@@ -39,11 +39,12 @@ CHAT_ROWS = 8192  # cache rows that a conversation begins with, where the contex
 # ---------------------------------------------------------------- the Python API
 
 
-class _Live(Iterator):
+class Live(Iterator):
     """What a run gives, as it comes. `close()` ends the run early, as does the engine's next one."""
 
     def __init__(self, run: Run, items: Iterator):
-        self._run, self._items = run, items
+        self._run, self._items, self.timing = run, items, run.timing
+        self.batch_size = run.batch_size  # sequences at once
 
     def __next__(self):
         return next(self._items)
@@ -51,12 +52,8 @@ class _Live(Iterator):
     def close(self) -> None:
         self._items.close()
 
-    @property
-    def timing(self) -> Timing:
-        return self._run.timing
 
-
-class Stream(_Live):
+class Stream(Live):
     """The text of one answer, piece by piece."""
 
     def __init__(self, run: Run):
@@ -70,18 +67,11 @@ class Stream(_Live):
         return self._run.outputs()[0]
 
 
-class Results(_Live):
-    """(request, its outputs, one a sample), in the order in which they finish."""
-
-    def __init__(self, run: Run):
-        super().__init__(run, _finished(run))
-        self.batch_size = run.batch_size  # sequences at once
-
-
 def _finished(run: Run) -> Iterator[tuple[Request, list[Output]]]:
+    """(request, its outputs, one a sample), in the order in which they finish."""
     with contextlib.closing(run.pieces()) as pieces:
         for answer, _ in pieces:
-            if answer.job.is_finished:
+            if all(sample.finish_reason for sample in answer.job.answers):
                 outputs = run.outputs(answer.job)
                 for sample in answer.job.answers:  # theirs alone from now on: many would fill the memory
                     sample.tokens, sample.logprobs, sample.text, sample.stream = [], None, "", None
@@ -181,10 +171,6 @@ class Engine:
         """How the present session's tokens are made, for people."""
         return (self.speculator or self.decoder).path
 
-    def stop_ids_of(self, params: SamplingParams) -> set[int]:
-        """The ids that end an answer."""
-        return set(params.stop_token_ids) | (set() if params.ignore_eos else self.stop_ids)
-
     def encode(self, prompt) -> list[int] | torch.Tensor:
         """A prompt as token ids (BOS in front of text, where the model has one), or embeddings as they are."""
         if isinstance(prompt, torch.Tensor):
@@ -224,15 +210,17 @@ class Engine:
                 on_text(answer.index, text)
         return run.outputs(), run.timing
 
-    def generate_many(self, requests: Sequence[Request], batch_size: int | None = None) -> Results:
+    def generate_many(self, requests: Sequence[Request], batch_size: int | None = None) -> Live:
         """Generates for any number of requests, up to `batch_size` samples at once: what ends makes room for the next.
 
             for request, outputs in engine.generate_many([Request("To be", SamplingParams(temperature=0.8), id=1), ...]):
 
-        Each gets what it would get alone. `batch_size`: None takes the largest for which there is memory, at most 256.
-        ValueError, at once: a request that cannot run, named by its `source`. FloatingPointError: the model gave NaN.
+        They come in the order in which they finish, with an output a sample. Each gets what it would get alone. `batch_size`:
+        None takes the largest for which there is memory, at most 256. ValueError, at once: a request that cannot run, named by
+        its `source`. FloatingPointError: the model gave NaN.
         """
-        return Results(Run(self, requests, rows=self.largest_batch if batch_size is None else batch_size, chunked=True))
+        run = Run(self, requests, rows=self.largest_batch if batch_size is None else batch_size, chunked=True)
+        return Live(run, _finished(run))
 
     def stream(self, prompt, params: SamplingParams | None = None, *, sample: int = 0) -> Stream:
         """The text of one prompt, piece by piece. ValueError as for `generate`, at once."""
@@ -283,23 +271,20 @@ class Engine:
     def speculate(self, drafter: Drafter, k: int = DRAFTS, adaptive: bool = True) -> None:
         """From now on runs draft up to k tokens a round; what they give stays the same (speculative.py). `adaptive` lowers k,
         down to none, where that is faster. ValueError: a k, a draft model or a mode that does not fit."""
-        device, mode = self.device.type, self.decode_mode
         if not 1 <= k <= MAX_DRAFTS:
             raise ValueError(f"speculate_k: found {k}, expected 1 to {MAX_DRAFTS}")
-        if mode not in ("auto", "eager", "graph"):
-            raise ValueError(f"decode_mode: found {mode} with speculation, expected auto, eager or graph")
+        if self.decode_mode not in ("auto", "eager", "graph"):
+            raise ValueError(f"decode_mode: found {self.decode_mode} with speculation, expected auto, eager or graph")
         if self.batch_invariant:  # how many tokens a round feeds follows what all sequences accept
             raise ValueError("batch_invariant: found with speculation, expected one of them")
         if isinstance(drafter, ModelDrafter):
-            draft = drafter.model
-            if draft.vocab_limit != self.model.vocab_limit:
-                found, expected = draft.vocab_limit, self.model.vocab_limit
+            found, expected = drafter.model.vocab_limit, self.model.vocab_limit
+            if found != expected:
                 raise ValueError(f"the draft model's vocabulary: found {found} tokens, expected the target's {expected}")
-            if draft.config.max_position_embeddings < self.context:
-                found = draft.config.max_position_embeddings
+            if (found := drafter.model.config.max_position_embeddings) < self.context:
                 raise ValueError(f"the draft model's context: found {found}, expected at least {self.context} (max_seq_len)")
-            draft.setup_rope(self.context, MAX_DRAFTS)
-        mode = "graph" if mode == "graph" or (mode == "auto" and device == "cuda") else "eager"
+            drafter.model.setup_rope(self.context, MAX_DRAFTS)
+        mode = "graph" if check_mode(self.decode_mode, self.device) == "graph" else "eager"
         self.speculation = {"drafter": drafter, "k": k, "adaptive": adaptive, "mode": mode}
         self.session = self.decoder = self.prefiller = self.speculator = None
 
@@ -310,8 +295,7 @@ class Engine:
     def largest_batch(self, length: int) -> int:
         """How many sequences of up to `length` tokens fit into free memory, beside what a step and a prefill need."""
         c, size, rows = self.model.config, self.model.norm.weight.itemsize, self._session_rows(length)
-        free = self._free_bytes()
-        free += self.session.cache.num_bytes if self.session else 0
+        free = self._free_bytes() + (self.session.cache.num_bytes if self.session else 0)
         prefill = CHUNK_ROWS * (5 * c.hidden_size + 3 * c.q_size + 3 * c.intermediate_size) * size
         step = c.vocab_size * 4 * 4 + 4 * c.intermediate_size * size  # logits, as they are and as they are cut
         row = bytes_per_row(c, self.cache_dtype)
@@ -346,18 +330,12 @@ def default_device() -> str:
 
 def parse_device(name: str | torch.device | None) -> torch.device:
     """A device that is there; None is the default. ValueError names it."""
-    try:
+    known = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    with contextlib.suppress(RuntimeError):
         device = torch.device(name or default_device())
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
-        raise ValueError(f"device: found {str(name)!r}, expected cpu" + (" or cuda" if torch.cuda.is_available() else ""))
-    return device
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        if device.type in known:
+            return device
+    raise ValueError(f"device: found {str(name)!r}, expected {' or '.join(known)}")
 
 
 @torch.no_grad()
@@ -426,8 +404,8 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
     for name in ("num_samples", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+        if (number := getattr(args, name)) is not None and number < 1:
+            parser.error(f"--{name}: found {number}, expected at least 1")
     if args.interactive and (args.json or args.num_samples * (args.batch_size or 1) > 1):
         parser.error("--interactive: found with --json, --num_samples or --batch_size, expected none of them")
     if bool(args.prompt_file) != bool(args.output_file):

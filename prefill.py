@@ -50,6 +50,11 @@ def plan(counts: list[int], budget: int, alone: bool = False) -> list[list[tuple
     return packs
 
 
+def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Python numbers as a tensor on the device; the host does not wait for what runs there."""
+    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+
 def graph_bucket(rows: int, pieces: int) -> tuple[int, int] | None:
     """(rows, pieces) of the smallest graph that takes so many; None where a pack runs without one. Pure."""
     if rows > GRAPH_ROWS or pieces > GRAPH_PIECES[-1]:
@@ -109,10 +114,8 @@ class Prefiller:
         for piece in pieces:
             end = piece.start + len(piece.tokens)
             if not piece.start < end <= self.cache.max_seq_len:
-                raise ValueError(
-                    f"prefill: found rows {piece.start} to {end} of slot {piece.slot}, expected at least one, none beyond "
-                    f"{self.cache.max_seq_len}"
-                )
+                found = f"rows {piece.start} to {end} of slot {piece.slot}"
+                raise ValueError(f"prefill: found {found}, expected at least one, none beyond {self.cache.max_seq_len}")
         hidden = []
         for pack in plan([len(piece.tokens) for piece in pieces], CHUNK_ROWS, self.alone):
             parts = [Piece(pieces[i].slot, pieces[i].tokens[begin:end], pieces[i].start + begin) for i, begin, end in pack]
@@ -129,15 +132,10 @@ class Prefiller:
         rows, fresh = sum(counts), not any(part.start for part in parts)
         bucket = graph_bucket(rows, len(parts)) if self.use_graphs else None
         P = bucket[1] if bucket else len(parts)
-        pad = P - len(parts)
         ends = list(itertools.accumulate(counts))
-        index = [
-            [0, *ends, *[rows] * pad],  # offsets
-            [*(part.slot for part in parts), *[0] * (pad + 1)],
-            [*(part.start for part in parts), *[0] * (pad + 1)],
-            [*(end - 1 for end in ends), *[0] * (pad + 1)],  # last
-        ]
-        index = self._to_device(index)
+        offsets, last = [0, *ends, *[rows] * (P - len(parts))], [end - 1 for end in ends]
+        index = [offsets, [part.slot for part in parts], [part.start for part in parts], last]
+        index = upload([row + [0] * (P + 1 - len(row)) for row in index], torch.int32, self.cache.lengths.device)
         if not bucket:
             offsets, slot, start, last = index[0], *index[1:, :P]
             if self.compiled:  # torch.compile guards on where in its storage a view begins
@@ -152,21 +150,15 @@ class Prefiller:
 
     def _embed(self, parts: list[Piece]) -> torch.Tensor:
         """The rows of a pack [N, H]."""
-        embedded, ids = [], []
-        for part, following in itertools.zip_longest(parts, parts[1:]):
-            if isinstance(part.tokens, torch.Tensor):
-                embedded.append(part.tokens.to(self.model.norm.weight))
-                continue
-            ids += part.tokens
-            if following is None or isinstance(following.tokens, torch.Tensor):
-                embedded.append(self.model.embed(self._to_device(ids)))
-                ids = []
+        embedded = []
+        for is_embedded, group in itertools.groupby(parts, key=lambda part: isinstance(part.tokens, torch.Tensor)):
+            tokens = [part.tokens for part in group]
+            if is_embedded:
+                embedded += [rows.to(self.model.norm.weight) for rows in tokens]
+            else:
+                ids = list(itertools.chain.from_iterable(tokens))
+                embedded.append(self.model.embed(upload(ids, torch.int32, self.cache.lengths.device)))
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
-
-    def _to_device(self, values: list) -> torch.Tensor:
-        """int32, without waiting for the device."""
-        host, device = torch.tensor(values, dtype=torch.int32), self.cache.lengths.device
-        return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
 
     def _graph_arguments(self, rows: int, pieces: int, fresh: bool) -> tuple:
         """Of `forward`: the buffers that such a graph reads."""

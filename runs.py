@@ -15,16 +15,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from decoding import (
-    MAX_STOP_IDS,
-    RING,
-    STEPS_PER_GRAPH,
-    Admission,
-    StatusReader,
-    elapsed_sec,
-    upload,
-)
-from prefill import Piece
+from decoding import MAX_STOP_IDS, RING, STEPS_PER_GRAPH, elapsed_sec, synchronize
+from prefill import Piece, upload
 from sampling import KINDS, SamplingParams
 from timing import Timing
 from tokenizer import TokenStream
@@ -88,6 +80,8 @@ class Answer:
         self.held = ""  # may yet become a stop string
         self.finish_reason: str | None = None
         self.job: _Job | None = None
+        self.length = 0  # of the prompt
+        self.sample = 0  # its number among the prompt's
         self.index = 0  # among the answers of the run
         self.row = self.slot = -1  # of the session, while it has them
         self.steps_left = 0  # after so many it is surely done
@@ -127,25 +121,21 @@ class Answer:
         self.held = self.held[len(self.held) - keep :]
 
 
+@dataclass
 class _Job:
-    """A request on its way: its tokens, the slots it has, and an answer for each of its samples."""
+    """A request on its way: its tokens, and an answer for each of its samples."""
 
-    def __init__(self, request: Request, prompt: array | torch.Tensor, answers: list[Answer]):
-        self.request, self.prompt, self.answers = request, prompt, answers
-        self.slots: list[int] = []  # one a sample, from the start of its prefill on
-        self.filled = 0  # tokens of the prompt in the cache
-        self.hidden: torch.Tensor | None = None  # [1, H] of the last of these
-        for answer in answers:
-            answer.job = self
+    request: Request
+    prompt: array | torch.Tensor
+    answers: list[Answer]
+    slot: int | None = None  # where the prompt is prefilled, the first sample's
+    filled: int = 0  # tokens of the prompt in the cache
+    hidden: torch.Tensor | None = None  # [1, H] of the last of these
 
     @property
     def ids(self) -> list[int]:
         """The prompt's tokens; none of embeddings."""
         return [] if isinstance(self.prompt, torch.Tensor) else list(self.prompt)
-
-    @property
-    def is_finished(self) -> bool:
-        return all(answer.finish_reason for answer in self.answers)
 
 
 # ---------------------------------------------------------------- the loop
@@ -153,8 +143,10 @@ class _Job:
 
 @dataclass
 class _Launch:
-    """What the host notes of steps that it has launched."""
+    """What the host notes of steps that it has launched, and what they will have chosen."""
 
+    status: torch.Tensor  # as Session.status has it
+    stamp: torch.cuda.Event | float
     steps: int
     tokens: int  # the most that they may bring a sequence
     answers: list[Answer | None]  # by row
@@ -180,48 +172,50 @@ class Run:
     """
 
     def __init__(self, engine, requests: Sequence[Request], *, rows=None, sample=0, continues=False, chunked=False):
-        self.engine, self.first_sample, self.continues = engine, sample, continues
-        self.jobs = [self._job(request) for request in requests]
-        if not self.jobs:
+        self.engine, self.continues = engine, continues
+        self.waiting = jobs = deque(map(self._job, requests))
+        if not jobs:
             raise ValueError("prompts: found none, expected at least one")
-        self.answers = [answer for job in self.jobs for answer in job.answers]
-        for i, answer in enumerate(self.answers):
-            answer.index = i
-        longest = max(len(job.prompt) + job.request.params.max_new_tokens for job in self.jobs)
+        self.answers: list[Answer] = []
+        for job in jobs:
+            for number, answer in enumerate(job.answers, sample):
+                answer.job, answer.length, answer.sample, answer.index = job, len(job.prompt), number, len(self.answers)
+                self.answers.append(answer)
+        longest = max(answer.length + answer.params.max_new_tokens for answer in self.answers)
         rows = rows(longest) if callable(rows) else rows
         self.batch_size = len(self.answers) if rows is None else min(rows, len(self.answers))
-        if (most := max(len(job.answers) for job in self.jobs)) > self.batch_size:
+        if (most := max(len(job.answers) for job in jobs)) > self.batch_size:
             raise ValueError(f"n: found {most} samples of a prompt, expected at most the batch size, {self.batch_size}")
         # a prompt that is cut elsewhere gets other last bits
         self.prefill_tokens = CHUNK if chunked or engine.batch_invariant else math.inf
         self.timing = Timing()
-        self.waiting = deque(self.jobs)
         self.rows: list[Answer | None] = [None] * self.batch_size
         self.free_slots = list(range(self.batch_size))
         engine.prepare(self.batch_size, longest)
         if any(answer.logprobs is not None for answer in self.answers):
             engine.session.keep_logprobs(engine.model.vocab_limit)
-        self.reader = StatusReader(engine.session)
+        self.pending: deque[_Launch] = deque()
         self.ahead = LAUNCHES_AHEAD if engine.device.type == "cuda" else 0
         engine.running = self
 
     def _job(self, request: Request) -> _Job:
+        stop_ids = set(request.params.stop_token_ids) | (set() if request.params.ignore_eos else self.engine.stop_ids)
         try:
             prompt = self.engine.encode(request.prompt)
-            self._check(prompt, request.params)
+            self._check(prompt, request.params, len(stop_ids))
         except ValueError as error:
             if not request.source:
                 raise
             raise ValueError(f"{request.source}, {error}") from None
         are_ids = not isinstance(prompt, torch.Tensor)
         is_chat = self.continues or (are_ids and isinstance(next(iter(request.prompt), None), dict))
-        stop_ids, tokenizer = self.engine.stop_ids_of(request.params), self.engine.tokenizer
+        tokenizer = self.engine.tokenizer
         before = prompt if are_ids and not is_chat else ()  # an answer in a conversation is a text of its own
         streams = [TokenStream(tokenizer, before) if tokenizer else None for _ in range(request.params.n)]
         answers = [Answer(request.params, stop_ids, stream) for stream in streams]
         return _Job(request, array("i", prompt) if are_ids else prompt, answers)
 
-    def _check(self, prompt: list[int] | torch.Tensor, params: SamplingParams) -> None:
+    def _check(self, prompt: list[int] | torch.Tensor, params: SamplingParams, num_stop_ids: int) -> None:
         context, vocab = self.engine.context, self.engine.model.config.vocab_size
         if len(prompt) == 0:
             raise ValueError("prompt: found no tokens, expected at least one")
@@ -233,8 +227,8 @@ class Run:
                     raise ValueError(f"prompt: found token id {token}, expected 0 to {vocab - 1}")
         if any(i >= vocab for i in params.stop_token_ids):
             raise ValueError(f"stop_token_ids: found {max(params.stop_token_ids)}, expected 0 to {vocab - 1}")
-        if (number := len(self.engine.stop_ids_of(params))) > MAX_STOP_IDS:
-            raise ValueError(f"stop_token_ids: found {number}, expected at most {MAX_STOP_IDS} with the model's own")
+        if num_stop_ids > MAX_STOP_IDS:
+            raise ValueError(f"stop_token_ids: found {num_stop_ids}, expected at most {MAX_STOP_IDS} with the model's own")
         if self.engine.speculation and isinstance(prompt, torch.Tensor):
             raise ValueError("prompt: found embeddings with speculation, expected text or token ids")
         if self.engine.speculation and params.repetition_penalty != 1:
@@ -248,16 +242,15 @@ class Run:
         finally:  # also after Ctrl-C or close(): what the device is still doing then is of no consequence
             if engine.running is self:
                 engine.running = None
-                for answer in self.rows:
-                    if answer:
-                        self._free(answer)
+                for answer in filter(None, self.rows):
+                    self._free(answer)
                 engine.session.clear()
 
     def outputs(self, job: _Job | None = None) -> list[Output]:
         """What has come so far of one job, or of all."""
         has_text = self.engine.tokenizer is not None
         return [
-            Output(a.tokens, a.text if has_text else None, a.finish_reason or "length", len(a.job.prompt), a.logprobs)
+            Output(a.tokens, a.text if has_text else None, a.finish_reason or "length", a.length, a.logprobs)
             for a in (job.answers if job else self.answers)
         ]
 
@@ -267,31 +260,31 @@ class Run:
 
     def _decode(self) -> Iterator[tuple[Answer, str]]:
         self._check_running()
-        timing, reader, speculator = self.timing, self.reader, self.engine.speculator
+        timing, speculator = self.timing, self.engine.speculator
         if speculator:
             speculator.begin(*self._what(self.answers))
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
+        synchronize(self.engine.device)
         started, captured = time.perf_counter(), self.engine.prefiller.capture_sec
         self._prefill()
-        self._request(0)
-        status, self.last, launch = reader.oldest()
+        self._request(0, 0)
+        launch = self._oldest()
+        self.last = launch.stamp
         timing.compile_sec = self.engine.prefiller.capture_sec - captured
         timing.ttft_sec = time.perf_counter() - started - timing.compile_sec
-        yield from self._emit(status, launch)
-        while any(self.rows) or self.waiting or reader.pending:
+        yield from self._emit(launch)
+        while any(self.rows) or self.waiting or self.pending:
             self._check_running()
             admitted = self._prefill()
             before = time.perf_counter()
-            steps = self._launch_round(speculator) if speculator else self._launch()
+            steps, tokens = self._launch_round(speculator) if speculator else self._launch()
             if steps or admitted:
-                self._request(steps)
+                self._request(steps, tokens)
             if self.waiting:
                 for answer in filter(None, self.rows):
                     if not answer.steps_left:  # its last tokens are in the status just asked for
                         self._free(answer)
             timing.host_sec += time.perf_counter() - before
-            while reader.pending and (len(reader.pending) > self.ahead or not steps):
+            while self.pending and (len(self.pending) > self.ahead or not steps):
                 yield from self._read()
         if speculator:
             longest = max(len(answer.tokens) for answer in self.answers)  # many prompts: answers that were given out have none
@@ -305,12 +298,12 @@ class Run:
         engine, session, tokens, jobs, pieces = self.engine, self.engine.session, 0, [], []
         while self.waiting and tokens < self.prefill_tokens:
             job = self.waiting[0]
-            if not job.slots:
+            if job.slot is None:
                 if len(self.free_slots) < len(job.answers):
                     break
                 self._begin(job)
             end = min(len(job.prompt), job.filled + self.prefill_tokens)  # cut where others have no say
-            pieces.append(Piece(job.slots[0], job.prompt[job.filled : end], job.filled))
+            pieces.append(Piece(job.slot, job.prompt[job.filled : end], job.filled))
             jobs.append(job)
             tokens += end - job.filled
             job.filled = end
@@ -319,7 +312,7 @@ class Run:
         if pieces:
             hidden = engine.prefiller.run(pieces)
             for job, last in zip(jobs, hidden.split(1), strict=True):
-                session.cached[job.slots[0]], job.hidden = job.ids[: job.filled], last
+                session.cached[job.slot], job.hidden = job.ids[: job.filled], last
         self.timing.prefill_tokens += tokens
         complete = [job for job in jobs if job.filled == len(job.prompt)]
         if complete:
@@ -328,30 +321,27 @@ class Run:
 
     def _begin(self, job: _Job) -> None:
         """Gives a request its slots. Where it continues what its slot holds, only what differs is left to prefill."""
-        job.slots = [self.free_slots.pop(0) for _ in job.answers]
-        session, slot = self.engine.session, job.slots[0]
+        for answer in job.answers:
+            answer.slot = self.free_slots.pop(0)
+        job.slot, cached = job.answers[0].slot, self.engine.session.cached
         if self.continues:
-            job.filled = _shared(session.cached[slot], job.ids[:-1])  # at least one token must run
+            job.filled = _shared(cached[job.slot], job.ids[:-1])  # at least one token must run
             self.timing.kept_tokens += job.filled
-        session.cached[slot] = session.cached[slot][: job.filled]
+        cached[job.slot] = cached[job.slot][: job.filled]
 
     def _admit(self, jobs: list[_Job]) -> None:
         """Requests whose prompts are in the cache get rows, and every sample its first token."""
-        engine, session, admissions = self.engine, self.engine.session, []
-        free_rows = (row for row, answer in enumerate(self.rows) if answer is None)
-        for job in jobs:
-            params, length = job.request.params, len(job.prompt)
-            for i, (answer, slot) in enumerate(zip(job.answers, job.slots, strict=True)):
-                if i:
-                    session.copy_slot(job.slots[0], slot, length)
-                    session.cached[slot] = job.ids
-                answer.row, answer.slot = next(free_rows), slot
-                answer.steps_left = min(params.max_new_tokens, session.max_seq_len - length) - 1
-                admissions.append(Admission(answer.row, slot, length, params, answer.stop_ids, self.first_sample + i))
+        engine, session = self.engine, self.engine.session
         answers = [answer for job in jobs for answer in job.answers]
-        session.admit(admissions)
+        free_rows = [row for row, answer in enumerate(self.rows) if answer is None]
+        for row, answer in zip(free_rows, answers, strict=False):
+            if answer.slot != answer.job.slot:
+                session.copy_slot(answer.job.slot, answer.slot, answer.length)
+                session.cached[answer.slot] = answer.job.ids
+            answer.steps_left = min(answer.params.max_new_tokens, session.max_seq_len - answer.length) - 1
+            answer.row, self.rows[row] = row, answer
+        session.admit(answers)
         for answer in answers:
-            self.rows[answer.row] = answer
             if answer.params.kind == "penalize":
                 session.sampling.see(answer.row, upload(answer.job.ids, torch.int64, engine.device))
         # one choice for each stretch of neighbouring rows
@@ -376,14 +366,12 @@ class Run:
     def _what(self, answers: list[Answer]) -> tuple[str, bool]:
         """The kind of choice that a step of these answers takes, and whether log-probabilities are kept."""
         kinds = {answer.params.kind for answer in answers}
-        if (
-            self.engine.device.type == "cpu"
-        ):  # one kind for all that take no state of their own: torch.compile compiles one step
+        if self.engine.device.type == "cpu":  # one kind for all without a state of their own: torch.compile compiles one step
             kinds.add("truncate")
         return max(kinds, key=list(KINDS).index), any(answer.logprobs is not None for answer in answers)
 
-    def _launch(self) -> int:
-        """Launches decode steps of all rows; returns how many."""
+    def _launch(self) -> tuple[int, int]:
+        """Launches decode steps of all rows; returns how many, and the most tokens that they bring a sequence."""
         decoder, answers = self.engine.decoder, [answer for answer in self.rows if answer]
         most = STEPS_PER_GRAPH if decoder.mode == "graph" else 1
         steps = steps_to_launch([answer.steps_left for answer in answers], bool(self.waiting), most)
@@ -394,21 +382,23 @@ class Run:
             decoder.run(steps, *what, rows=self._rows())
             for answer in answers:
                 answer.steps_left = max(0, answer.steps_left - steps)
-        return steps
+        return steps, steps
 
-    def _launch_round(self, speculator) -> int:
+    def _launch_round(self, speculator) -> tuple[int, int]:
         """Launches a round of speculation of all rows, unless those before it may have brought all that is asked for; returns
-        how many. `steps_left` stays as it was at first: a round says only afterwards how many tokens it brought."""
+        as `_launch`. `steps_left` stays as it was at first: a round says only afterwards how many tokens it brought."""
         left = (answer.steps_left + 1 - max(1, len(answer.tokens)) for answer in self.rows if answer)
-        if sum(launch.tokens for _, _, launch in self.reader.pending) >= max(left, default=0):
-            return 0
-        self.tokens_launched = speculator.launch()
-        return 1
+        if sum(launch.tokens for launch in self.pending) >= max(left, default=0):
+            return 0, 0
+        return 1, speculator.launch()
+
+    def _reach(self) -> int:
+        """Leading rows that have all sequences, at least one."""
+        return max((row + 1 for row, answer in enumerate(self.rows) if answer), default=1)
 
     def _rows(self) -> int:
         """Leading rows that a step works on: those with sequences, and those that waiting prompts are about to take."""
-        reach = max((row + 1 for row, answer in enumerate(self.rows) if answer), default=1)
-        return self.engine.decoder.rows_for(min(self.batch_size, reach + len(self.waiting)))
+        return self.engine.decoder.rows_for(min(self.batch_size, self._reach() + len(self.waiting)))
 
     def _draw_together(self, answers: list[Answer], what: tuple[str, bool]) -> None:
         """Moves sequences into the first rows, where steps of fewer rows can then do and pay."""
@@ -416,41 +406,48 @@ class Run:
         pays = decoder.is_ready(few, *what) or max(answer.steps_left for answer in answers) >= STEPS_WORTH_CAPTURE
         if few >= self._rows() or not pays:
             return
-        free = [row for row in range(len(answers)) if self.rows[row] is None]
-        moving = [answer for answer in answers if answer.row >= len(answers)]
-        self.engine.session.move([(answer.row, row) for answer, row in zip(moving, free, strict=True)])
-        for answer, row in zip(moving, free, strict=True):
-            self.rows[answer.row], self.rows[row], answer.row = None, answer, row
+        free = (row for row in range(len(answers)) if self.rows[row] is None)
+        moves = [(answer, answer.row, next(free)) for answer in answers if answer.row >= len(answers)]
+        self.engine.session.move([(source, target) for _, source, target in moves])
+        for answer, source, target in moves:
+            self.rows[source], self.rows[target], answer.row = None, answer, target
 
     # ------------------------------------------------------------ out of rows
 
-    def _request(self, steps: int) -> None:
+    def _request(self, steps: int, tokens: int) -> None:
         """Asks for what the device will have chosen after everything that was launched, `steps` since the last request."""
-        reach = max((row + 1 for row, answer in enumerate(self.rows) if answer), default=1)
-        tokens = self.tokens_launched if self.engine.speculator and steps else steps
-        launch = _Launch(steps, tokens, self.rows[:reach], bool(self.waiting))
-        self.reader.request(reach, any(a.logprobs is not None for a in launch.answers if a), launch)
+        answers = self.rows[: self._reach()]
+        status, stamp = self.engine.session.status(len(answers), any(a.logprobs is not None for a in answers if a))
+        self.pending.append(_Launch(status, stamp, steps, tokens, answers, bool(self.waiting)))
+
+    def _oldest(self) -> _Launch:
+        """The launch whose status comes next; waits for it."""
+        launch = self.pending.popleft()
+        if self.engine.device.type == "cuda":
+            launch.stamp.synchronize()
+        return launch
 
     def _read(self) -> Iterator[tuple[Answer, str]]:
         """Takes the oldest status."""
-        status, stamp, launch = self.reader.oldest()
-        timing, steps, elapsed = self.timing, launch.steps, elapsed_sec(self.last, stamp)
-        self.last = stamp
+        launch = self._oldest()
+        timing, steps, elapsed = self.timing, launch.steps, elapsed_sec(self.last, launch.stamp)
+        self.last = launch.stamp
         timing.steps += steps
         timing.step_ms += [elapsed / steps * 1e3] * steps if steps else []
         timing.decode_sec += elapsed
         going = [a for a in launch.answers if a and not a.finish_reason]
-        timing.context_sum += steps * sum(len(a.job.prompt) + len(a.tokens) for a in going)
+        timing.context_sum += steps * sum(a.length + len(a.tokens) for a in going)
         timing.queued_slot_steps += steps * self.batch_size * launch.queued
         before = timing.decode_tokens
-        yield from self._emit(status, launch)
+        yield from self._emit(launch)
         if self.engine.speculator and steps:
             self._check_running()  # else the tallies are another's
             self.engine.speculator.observe()
             timing.step_ms[-1] *= len(going) / max(1, timing.decode_tokens - before)  # of a token
 
-    def _emit(self, status: torch.Tensor, launch: _Launch) -> Iterator[tuple[Answer, str]]:
-        """Takes over the tokens that are new in a status (Session.status)."""
+    def _emit(self, launch: _Launch) -> Iterator[tuple[Answer, str]]:
+        """Takes over the tokens that are new in a launch's status."""
+        status = launch.status
         ring, (cursor, done, nan) = status[:, :RING].numpy(), status[:, RING : RING + 3].T.tolist()
         for row, answer in enumerate(launch.answers):
             self._check_running()  # whoever took the last piece may have begun another run: the rows are its own now
@@ -463,11 +460,10 @@ class Run:
             answer.read = cursor[row]
             before = len(answer.tokens)
             piece = answer.push(ring[row, entries].tolist())
-            is_first = before == 0  # its first token is the prefill's
-            self.timing.decode_tokens += len(answer.tokens) - before - is_first
+            taken, is_first = len(answer.tokens) - before, before == 0  # a stop drops the rest; the first is the prefill's
+            self.timing.decode_tokens += taken - is_first
             self.timing.queued_busy_steps += (len(entries) - is_first) * launch.queued
             if answer.logprobs is not None:
-                taken = len(answer.tokens) - before  # a stop drops the rest
                 answer.logprobs += _logprobs(status[row], entries[:taken], answer.params.logprobs)
             if done[row] and not answer.finish_reason:
                 answer.finish_reason = "length"

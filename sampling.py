@@ -95,7 +95,6 @@ class SamplingState(nn.Module):
         self.batch_size, self.vocab_size = batch_size, vocab_size
         for name, dtype in SAMPLING_FIELDS.items():
             self.register_buffer(name, torch.zeros(batch_size, dtype=dtype, device=device))
-            torch._dynamo.mark_static_address(getattr(self, name))
         self.register_buffer("seen", None)  # [B, V] bool
 
     def see(self, row: int, tokens: torch.Tensor) -> None:

@@ -38,14 +38,18 @@ class Timing:
 
 def weight_bytes_per_step(model: Transformer) -> int:
     """Bytes of weights that one decode step reads: all but the embedding table, of which it reads a row a sequence."""
-    total = sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name not in ("cos", "sin"))
+    total = sum(b.nbytes for name, b in model.named_buffers() if name not in ("cos", "sin"))
     return total if model.config.tie_word_embeddings else total - model.tok_embeddings.num_bytes
 
 
+def bytes_per_step(engine, cached_rows: float) -> float:
+    """Bytes that one decode step reads: all weights once, and the cached rows of all its sequences."""
+    return weight_bytes_per_step(engine.model) + cached_rows * bytes_per_row(engine.model.config, engine.cache_dtype)
+
+
 def floor_ms(engine, batch_size: int, context: float, bandwidth: float) -> float:
-    """Time that a step's bytes take: all weights once, the cached rows of every sequence once."""
-    kv = batch_size * context * bytes_per_row(engine.model.config, engine.cache_dtype)
-    return (weight_bytes_per_step(engine.model) + kv) / bandwidth * 1e3
+    """Time that these bytes take, with `context` rows a sequence, at `bandwidth` bytes/s."""
+    return bytes_per_step(engine, batch_size * context) / bandwidth * 1e3
 
 
 def metrics(engine, timing: Timing, compile_sec: float) -> dict:
@@ -71,57 +75,50 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
     if timing.speculation:  # of the bytes of a round, many are a drafter's
         out["speculation"] = timing.speculation
     elif timing.steps:
-        kv_bytes = timing.context_sum / timing.steps * bytes_per_row(engine.model.config, engine.cache_dtype)
-        out["bytes_per_step"] = weight_bytes_per_step(engine.model) + kv_bytes
+        out["bytes_per_step"] = bytes_per_step(engine, timing.context_sum / timing.steps)
         rate = out["bytes_per_step"] / (statistics.median(steps_ms) / 1e3)
         out["bandwidth_gbps"] = rate / 1e9
         name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "cpu"
         measured, datasheet = BANDWIDTH.get(name, (None, None))
-        out["mbu"] = rate / (measured or datasheet) if measured or datasheet else None
-        out["mbu_divided_by_gbps"] = (measured or datasheet) / 1e9 if measured or datasheet else None
-        out["mbu_datasheet"] = rate / datasheet if datasheet else None
+        reachable = measured or datasheet
+        out["mbu"] = reachable and rate / reachable
+        out["mbu_divided_by_gbps"] = reachable and reachable / 1e9
+        out["mbu_datasheet"] = datasheet and rate / datasheet
         out["device"] = name
     return out
 
 
 def report(m: dict, timing: Timing) -> None:
     """The metrics of one run for a person, on stderr."""
-    out = sys.stderr
     ms = m["tpot_ms"]
-    print(f"path: {m['path']}\nprefill: {m['prefill_path']}", file=out)
-    print(
+    text = (
+        f"path: {m['path']}\nprefill: {m['prefill_path']}\n"
         f"load {m['load_sec']:.2f} s, compile {m['compile_sec']:.2f} s, time to first token {m['ttft_sec'] * 1e3:.1f} ms "
-        f"({timing.prefill_tokens} prompt tokens, {m['prefill_tok_per_sec']:.0f} tok/s)",
-        file=out,
+        f"({timing.prefill_tokens} prompt tokens, {m['prefill_tok_per_sec']:.0f} tok/s)\n"
     )
     if timing.steps:
-        print(
+        text += (
             f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a {'token' if timing.speculation else 'step'} "
-            f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), host {m['host_ms_per_step']:.3f} ms",
-            file=out,
+            f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), host {m['host_ms_per_step']:.3f} ms\n"
         )
     if timing.speculation:
-        print(describe_speculation(timing.speculation), file=out)
+        text += describe_speculation(timing.speculation) + "\n"
     elif timing.steps:
-        line = f"{m['bytes_per_step'] / 1e9:.3f} GB a step at {m['bandwidth_gbps']:.0f} GB/s"
-        if m["mbu"]:
-            line += f", MBU {m['mbu']:.1%} of {m['mbu_divided_by_gbps']:.0f} GB/s ({m['device']})"
-        print(line, file=out)
-    print(f"peak memory {m['peak_memory_bytes'] / 2**30:.2f} GiB", file=out)
+        mbu = f", MBU {m['mbu']:.1%} of {m['mbu_divided_by_gbps']:.0f} GB/s ({m['device']})" if m["mbu"] else ""
+        text += f"{m['bytes_per_step'] / 1e9:.3f} GB a step at {m['bandwidth_gbps']:.0f} GB/s{mbu}\n"
+    print(f"{text}peak memory {m['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
 
 
 def describe_speculation(s: dict) -> str:
     """What Speculator.statistics says, in two lines."""
     percent = lambda share: "none" if share is None else f"{share:.1%}"
-    line = f"speculation: {s['rounds']} rounds, {percent(s['acceptance_rate'])} of {s['drafted']} drafts accepted"
+    text = f"speculation: {s['rounds']} rounds, {percent(s['acceptance_rate'])} of {s['drafted']} drafts accepted"
     if s["rounds"]:
-        line += f", {s['acceptance_length']:.2f} tokens a round; by position " + " ".join(
-            map(percent, s["acceptance_by_position"])
-        )
-    uses = ", ".join(f"k {k}: {n}" for k, n in s["launches_by_k"].items())
-    line += f"\nlaunches {uses}" + (
-        f"; switched off for the most part, {s['plain_steps']} plain steps" if s["switched_off"] else ""
-    )
+        text += f", {s['acceptance_length']:.2f} tokens a round; by position "
+        text += " ".join(map(percent, s["acceptance_by_position"]))
+    text += "\nlaunches " + ", ".join(f"k {k}: {n}" for k, n in s["launches_by_k"].items())
+    if s["switched_off"]:
+        text += f"; switched off for the most part, {s['plain_steps']} plain steps"
     rounds = ", ".join(f"k {k}: {ms:.3f} + {s['verify_ms'][k]:.3f}" for k, ms in s["draft_ms"].items())
-    line += f"; draft + verify ms {rounds}, plain {s['plain_ms']:.3f}"
-    return line + (f"; {s['speedup']:.2f} times plain decoding" if s["speedup"] else "")
+    text += f"; draft + verify ms {rounds}, plain {s['plain_ms']:.3f}"
+    return text + (f"; {s['speedup']:.2f} times plain decoding" if s["speedup"] else "")
