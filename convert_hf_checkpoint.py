@@ -64,6 +64,8 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, 
 def open_source(directory: str | Path) -> Source:
     """Check a directory of any layout and say where each of our tensors comes from. ValueError or OSError names the fault."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: found no directory, expected a checkpoint's (scripts/prepare.sh owner/model makes one)")
     if not (directory / "config.json").exists():
         if (directory / "params.json").exists():
             return _open_meta(directory)
