@@ -202,8 +202,8 @@ class Speculator:
         self.acceptance = Acceptance()
         self.work: dict[tuple, Callable[[], None]] = {}  # by (k, kind, logprobs): what a launch does
         self.round_ms: dict[str, dict[int, float]] = {}  # by kind and k; k = 0: a plain token, the drafter's looks included
-        self.draft_ms: dict[int, float] = {}
-        self.plain_ms: float | None = None
+        self.draft_ms: dict[str, dict[int, float]] = {}  # by kind and k: of a round, what its drafts take
+        self.plain_ms: dict[str, float] = {}  # by kind: a plain token, without a drafter
         self.pool = None
         self.capture_sec = 0.0
         drafter.bind(session, self.history)
@@ -276,15 +276,15 @@ class Speculator:
         works = {k: lambda k=k: self.round(k, kind, logprobs) for k in self.choices}
         if self.adaptive:
             works[0] = lambda: self.plain(kind, logprobs)
-        times = {}
+        round_ms, draft_ms = {}, {}
         for k, work in works.items():
             self.work[k, kind, logprobs] = work = self.ready(work)
-            times[k] = self._time_ms(work) / (1 if k else CATCH_UP - 1)
+            round_ms[k] = self._time_ms(work) / (1 if k else CATCH_UP - 1)
             if k:
-                self.draft_ms[k] = self._time_ms(self.ready(lambda k=k: self.drafter.propose(k, kind)))
+                draft_ms[k] = self._time_ms(self.ready(lambda k=k: self.drafter.propose(k, kind)))
         none = self.session.ring[:, :0].contiguous()
-        self.plain_ms = self._time_ms(self.ready(lambda: self.verify(none, kind, logprobs)))
-        self.round_ms[kind] = times
+        self.plain_ms[kind] = self._time_ms(self.ready(lambda: self.verify(none, kind, logprobs)))
+        self.round_ms[kind], self.draft_ms[kind] = round_ms, draft_ms
 
     def ready(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work`, captured where that is the mode, after one run for what happens once. All graphs share one pool."""
@@ -336,7 +336,8 @@ class Speculator:
         drafted, kept = self.seen.tolist()
         rounds, steps = drafted[1], drafted[0]
         share = lambda a, b: a / b if b else None
-        draft_ms = {k: ms for k, ms in self.draft_ms.items() if k in self.choices}
+        kind = self.what[0]
+        round_ms, draft_ms, plain_ms = self.round_ms[kind], self.draft_ms[kind], self.plain_ms[kind]
         return {
             "drafter": self.drafter.name,
             "k": self.k,
@@ -351,7 +352,7 @@ class Speculator:
             "launches_by_k": dict(sorted(self.launches.items())),
             "switched_off": steps - rounds > rounds,
             "draft_ms": draft_ms,
-            "verify_ms": {k: self.round_ms[self.what[0]][k] - ms for k, ms in draft_ms.items()},
-            "plain_ms": self.plain_ms,
-            "speedup": share(steps_without * self.plain_ms / 1e3, timing.decode_sec),
+            "verify_ms": {k: round_ms[k] - ms for k, ms in draft_ms.items()},
+            "plain_ms": plain_ms,
+            "speedup": share(steps_without * plain_ms / 1e3, timing.decode_sec),
         }
