@@ -565,6 +565,17 @@ def underscored(argv: list[str]) -> list[str]:
     return [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
 
 
+def parse_device(name: str) -> torch.device:
+    """A device that is there. ValueError names it."""
+    devices = [
+        "cpu",
+        *(("cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))) if torch.cuda.is_available() else ()),
+    ]
+    if name not in devices:
+        raise ValueError(f"device: found {name!r}, expected {' or '.join(devices)}")
+    return torch.device(name)
+
+
 def run(args: argparse.Namespace) -> None:
     directory, dtype = resolve(args.checkpoint_dir, args.revision), DTYPES.get(args.dtype)
     began = time.perf_counter()
