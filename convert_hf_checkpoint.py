@@ -567,10 +567,8 @@ def underscored(argv: list[str]) -> list[str]:
 
 def parse_device(name: str) -> torch.device:
     """A device that is there. ValueError names it."""
-    devices = [
-        "cpu",
-        *(("cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))) if torch.cuda.is_available() else ()),
-    ]
+    count = torch.cuda.device_count()
+    devices = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     if name not in devices:
         raise ValueError(f"device: found {name!r}, expected {' or '.join(devices)}")
     return torch.device(name)

@@ -54,7 +54,9 @@ CHAT_TOKENS = 200
 
 def decode(args: argparse.Namespace) -> dict:
     """ms a step, percentiles and MBU of one model, batch size and length."""
-    if args.context:
+    if args.context is not None:
+        if args.context <= args.max_new_tokens:
+            raise ValueError(f"--context: found {args.context}, expected more than --max_new_tokens, {args.max_new_tokens}")
         args.prompt_len = args.context - args.max_new_tokens
     if args.explain and not args.device.startswith("cuda"):
         raise ValueError(f"--explain: found device {args.device}, expected a CUDA device")
@@ -382,10 +384,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_flag(sub, "directory", type=Path, default=ROOT / "benchmarks")
     add_flag(sub, "debug", action="store_true")
     args = parser.parse_args(argv)
-    if getattr(args, "timed_runs", 3) < 3:
-        parser.error(f"--timed_runs: found {args.timed_runs}, expected at least 3")
-    if getattr(args, "warmup_runs", 1) < 1:
-        parser.error(f"--warmup_runs: found {args.warmup_runs}, expected at least 1")
+    for name, least in (("timed_runs", 3), ("warmup_runs", 1), ("repeats", 1)):
+        if getattr(args, name, least) < least:
+            parser.error(f"--{name}: found {getattr(args, name)}, expected at least {least}")
     return args
 
 

@@ -358,6 +358,7 @@ def test_chat(capsys, tmp_path):
     [
         (["latency", "--timed_runs", "2"], "--timed_runs: found 2, expected at least 3"),
         (["sweep", "--warmup_runs", "0"], "--warmup_runs: found 0, expected at least 1"),
+        (["decode", "--repeats", "0"], "--repeats: found 0, expected at least 1"),
         (["throughput", "--engines", "llama.cpp"], "invalid choice: 'llama.cpp'"),
     ],
 )
@@ -371,6 +372,7 @@ def test_usage(capsys, argv, message):
     ("argv", "message"),
     [
         (["decode", "--max_new_tokens", "1"], "error: --max_new_tokens: found 1, expected at least 2"),
+        (["decode", "--context", "0"], "error: --context: found 0, expected more than --max_new_tokens, 128"),
         (
             ["latency", "--random_weights", "gpt-9"],
             "error: model: found 'gpt-9', expected a directory with a config.json or one of",
