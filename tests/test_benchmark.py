@@ -14,10 +14,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
+import benchmark_prefill
 import comparison
 import explain
 import measure
 import roofline
+import tune
 from explain import Span
 from measure import Plan, Row, Worker, WorkerError
 
@@ -368,6 +370,25 @@ def test_usage(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+def test_no_time_measures_nothing(capsys):
+    status, out, err = run(capsys, "throughput", *TINY, "--batch_size", 1, "--time_limit", 0)
+    assert status == 0
+    assert "skipped" in json.loads(out.splitlines()[-1])["rows"][0], err
+
+
+def test_rows_of_the_prefill_benchmark(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark_prefill.main(["--rows", "16x128", "axb"])
+    assert "--rows: found 'axb', expected BATCHxTOKENS" in capsys.readouterr().err
+
+
+def test_tuning_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["llama-3.2-1b"])
+    assert capsys.readouterr().err.endswith("found no CUDA GPU, expected one\n")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -378,6 +399,7 @@ def test_usage(capsys, argv, message):
             "error: model: found 'gpt-9', expected a directory with a config.json or one of",
         ),
         (["chat", "--questions", "/no/such"], "/no/such"),
+        (["chat", "--questions", f"{DEMO}/model.safetensors"], "model.safetensors: found byte"),
         (["latency", "--output", "/no/such/file"], "/no/such/file"),
     ],
 )
