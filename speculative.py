@@ -197,7 +197,8 @@ class Speculator:
         self.model, self.session, self.drafter, self.k, self.adaptive, self.mode = model, session, drafter, k, adaptive, mode
         B, device = session.batch_size, session.x.device
         self.history = torch.zeros(B, session.max_seq_len + session.spare, dtype=torch.int32, device=device)
-        self.tally = torch.zeros(B, 2, max(k, 1) + 1, dtype=torch.int32, device=device)  # see kernels.accept
+        # [b, 0, j]: rounds of sequence b with at least j drafts (j = 0: all rounds and plain steps); [b, 1, j]: where j stood
+        self.tally = torch.zeros(B, 2, max(k, 1) + 1, dtype=torch.int32, device=device)
         self.choices = [k >> i for i in range(k.bit_length())] if adaptive else [k]
         self.acceptance = Acceptance()
         self.work: dict[tuple, Callable[[], None]] = {}  # by (k, kind, logprobs): what a launch does
@@ -221,7 +222,7 @@ class Speculator:
         session, k = self.session, drafts.shape[1]
         lengths = session.cache.lengths
         tokens = torch.cat([session.token[:, None], drafts], dim=1)
-        lengths.add_(lengths.clamp(max=1), alpha=k)
+        lengths.add_(lengths.clamp(max=1), alpha=k)  # k rows more, but where there is no sequence (0)
         hidden, norm = self.model.run(self.model.embed(tokens.flatten()), DecodeStep(session.cache, k + 1))
         logits, best, choice = candidates(self.model, session, hidden, slice(None), kind, norm)
         slots = session.cursor[:, None] + torch.arange(k + 1, device=lengths.device) if logprobs else None
@@ -327,7 +328,7 @@ class Speculator:
         """Learns from the oldest launch that has not been looked at; the caller knows that it is over."""
         k, tally = self.pending.popleft()
         new, self.seen = tally - self.seen, tally
-        tried = new[0, 1] + new[1, 1:k].sum()
+        tried = new[0, 1] + new[1, 1:k].sum()  # a draft is tried where the one before it stood; the first always
         self.acceptance.add(int(new[1, 1:].sum()), int(tried))
 
     def statistics(self, timing: Timing, steps_without: int) -> dict:
