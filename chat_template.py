@@ -210,7 +210,8 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> tuple[str, str]:
         """(text, mark), see `render`. ValueError if the messages are no conversation, or the template fails or is stopped."""
-        if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        whole = lambda m: isinstance(m, dict) and "role" in m and ("content" in m or "tool_calls" in m)
+        if not isinstance(messages, list) or not messages or not all(map(whole, messages)):
             raise ValueError(f"messages: found {messages!r:.80}, expected a list of one or more objects with role and content")
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:

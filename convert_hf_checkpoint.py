@@ -64,6 +64,8 @@ def load(directory: str | Path, device="cpu", dtype: torch.dtype | None = None, 
 def open_source(directory: str | Path) -> Source:
     """Check a directory of any layout and say where each of our tensors comes from. ValueError or OSError names the fault."""
     directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: found no directory, expected a checkpoint's (scripts/prepare.sh owner/model makes one)")
     if not (directory / "config.json").exists():
         if (directory / "params.json").exists():
             return _open_meta(directory)
@@ -561,6 +563,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def underscored(argv: list[str]) -> list[str]:
     """Flags written with dashes, as the parsers spell them."""
     return [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
+
+
+def parse_device(name: str) -> torch.device:
+    """A device that is there. ValueError names it."""
+    count = torch.cuda.device_count()
+    devices = ["cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    if name not in devices:
+        raise ValueError(f"device: found {name!r}, expected {' or '.join(devices)}")
+    return torch.device(name)
 
 
 def run(args: argparse.Namespace) -> None:

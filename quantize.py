@@ -23,7 +23,7 @@ from torch import Tensor
 import checkpoint
 import model as rooflama
 from checkpoint import Source, tensor_specs
-from convert_hf_checkpoint import finite_tensors, open_source, report_errors, resolve, underscored
+from convert_hf_checkpoint import finite_tensors, open_source, parse_device, report_errors, resolve, underscored
 from kernels.formats import GROUP_SIZES, PackedFormat, Weight, decode, encode, fit_scale
 from model import Layer, ModelConfig, PrefillStep, Transformer, rms_norm, rope_tables
 from tokenizer import Tokenizer, load_tokenizer
@@ -104,11 +104,15 @@ def read_windows(path: Path, tokenizer: Tokenizer | None, config: ModelConfig, l
     """Calibration windows of a text file; seq_length is cut to the model's context. OSError, or ValueError naming the file."""
     if tokenizer is None:
         raise ValueError("calibration needs text: found no tokenizer beside the checkpoint, expected one")
+    return calibration_windows(read_text(path), tokenizer, limit, min(seq_length, config.max_position_embeddings))
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 text file. OSError, or ValueError naming the file."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: found byte {error.object[error.start]:#x} at {error.start}, expected UTF-8 text") from None
-    return calibration_windows(text, tokenizer, limit, min(seq_length, config.max_position_embeddings))
 
 
 def stage_input(layer: Layer, stage: str, x: Tensor, rope) -> Tensor:
@@ -389,10 +393,13 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in ("calibration_limit", "calibration_seq_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    if "/" in args.label:
+        parser.error(f"--label: found {args.label!r}, expected the end of a directory's name, without /")
     return args
 
 
 def run(args: argparse.Namespace) -> None:
+    device = parse_device(args.device)
     directory = resolve(args.checkpoint_path, args.revision)
     source = open_source(directory)
     options = {"groupsize": args.groupsize, "asymmetric": args.asymmetric, "head": args.quantize_head, "search": args.search}
@@ -406,7 +413,7 @@ def run(args: argparse.Namespace) -> None:
     if recipe.method == "gptq":
         about |= {"percdamp": args.percdamp, "blocksize": args.blocksize}
     output = args.output_dir or Path(f"{directory.resolve()}-{args.mode}{args.label}")
-    num_bytes = quantize_checkpoint(source, output, recipe, windows, args.device, about, args.checkpoint_path)
+    num_bytes = quantize_checkpoint(source, output, recipe, windows, device, about, args.checkpoint_path)
     plain_bytes = sum(spec.num_bytes for spec in tensor_specs(source.config).values())
     what = f"layers {recipe.layers} ({recipe.method}), head {recipe.head or 'plain'}"
     done = f"wrote {output}: {what}, {num_bytes / 1e9:.3f} GB ({plain_bytes / 1e9:.3f} GB before)"

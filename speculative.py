@@ -197,13 +197,14 @@ class Speculator:
         self.model, self.session, self.drafter, self.k, self.adaptive, self.mode = model, session, drafter, k, adaptive, mode
         B, device = session.batch_size, session.x.device
         self.history = torch.zeros(B, session.max_seq_len + session.spare, dtype=torch.int32, device=device)
-        self.tally = torch.zeros(B, 2, max(k, 1) + 1, dtype=torch.int32, device=device)  # see kernels.accept
+        # [b, 0, j]: rounds of sequence b with at least j drafts (j = 0: all rounds and plain steps); [b, 1, j]: where j stood
+        self.tally = torch.zeros(B, 2, max(k, 1) + 1, dtype=torch.int32, device=device)
         self.choices = [k >> i for i in range(k.bit_length())] if adaptive else [k]
         self.acceptance = Acceptance()
         self.work: dict[tuple, Callable[[], None]] = {}  # by (k, kind, logprobs): what a launch does
         self.round_ms: dict[str, dict[int, float]] = {}  # by kind and k; k = 0: a plain token, the drafter's looks included
-        self.draft_ms: dict[int, float] = {}
-        self.plain_ms: float | None = None
+        self.draft_ms: dict[str, dict[int, float]] = {}  # by kind and k: of a round, what its drafts take
+        self.plain_ms: dict[str, float] = {}  # by kind: a plain token, without a drafter
         self.pool = None
         self.capture_sec = 0.0
         drafter.bind(session, self.history)
@@ -221,7 +222,7 @@ class Speculator:
         session, k = self.session, drafts.shape[1]
         lengths = session.cache.lengths
         tokens = torch.cat([session.token[:, None], drafts], dim=1)
-        lengths.add_(lengths.clamp(max=1), alpha=k)
+        lengths.add_(lengths.clamp(max=1), alpha=k)  # k rows more, but where there is no sequence (0)
         hidden, norm = self.model.run(self.model.embed(tokens.flatten()), DecodeStep(session.cache, k + 1))
         logits, best, choice = candidates(self.model, session, hidden, slice(None), kind, norm)
         slots = session.cursor[:, None] + torch.arange(k + 1, device=lengths.device) if logprobs else None
@@ -276,15 +277,15 @@ class Speculator:
         works = {k: lambda k=k: self.round(k, kind, logprobs) for k in self.choices}
         if self.adaptive:
             works[0] = lambda: self.plain(kind, logprobs)
-        times = {}
+        round_ms, draft_ms = {}, {}
         for k, work in works.items():
             self.work[k, kind, logprobs] = work = self.ready(work)
-            times[k] = self._time_ms(work) / (1 if k else CATCH_UP - 1)
+            round_ms[k] = self._time_ms(work) / (1 if k else CATCH_UP - 1)
             if k:
-                self.draft_ms[k] = self._time_ms(self.ready(lambda k=k: self.drafter.propose(k, kind)))
+                draft_ms[k] = self._time_ms(self.ready(lambda k=k: self.drafter.propose(k, kind)))
         none = self.session.ring[:, :0].contiguous()
-        self.plain_ms = self._time_ms(self.ready(lambda: self.verify(none, kind, logprobs)))
-        self.round_ms[kind] = times
+        self.plain_ms[kind] = self._time_ms(self.ready(lambda: self.verify(none, kind, logprobs)))
+        self.round_ms[kind], self.draft_ms[kind] = round_ms, draft_ms
 
     def ready(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work`, captured where that is the mode, after one run for what happens once. All graphs share one pool."""
@@ -327,7 +328,7 @@ class Speculator:
         """Learns from the oldest launch that has not been looked at; the caller knows that it is over."""
         k, tally = self.pending.popleft()
         new, self.seen = tally - self.seen, tally
-        tried = new[0, 1] + new[1, 1:k].sum()
+        tried = new[0, 1] + new[1, 1:k].sum()  # a draft is tried where the one before it stood; the first always
         self.acceptance.add(int(new[1, 1:].sum()), int(tried))
 
     def statistics(self, timing: Timing, steps_without: int) -> dict:
@@ -336,7 +337,8 @@ class Speculator:
         drafted, kept = self.seen.tolist()
         rounds, steps = drafted[1], drafted[0]
         share = lambda a, b: a / b if b else None
-        draft_ms = {k: ms for k, ms in self.draft_ms.items() if k in self.choices}
+        kind = self.what[0]
+        round_ms, draft_ms, plain_ms = self.round_ms[kind], self.draft_ms[kind], self.plain_ms[kind]
         return {
             "drafter": self.drafter.name,
             "k": self.k,
@@ -351,7 +353,7 @@ class Speculator:
             "launches_by_k": dict(sorted(self.launches.items())),
             "switched_off": steps - rounds > rounds,
             "draft_ms": draft_ms,
-            "verify_ms": {k: self.round_ms[self.what[0]][k] - ms for k, ms in draft_ms.items()},
-            "plain_ms": self.plain_ms,
-            "speedup": share(steps_without * self.plain_ms / 1e3, timing.decode_sec),
+            "verify_ms": {k: round_ms[k] - ms for k, ms in draft_ms.items()},
+            "plain_ms": plain_ms,
+            "speedup": share(steps_without * plain_ms / 1e3, timing.decode_sec),
         }

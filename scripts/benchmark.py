@@ -41,7 +41,7 @@ from convert_hf_checkpoint import report_errors
 from generate import DTYPES, Decoder, add_flag, default_device, metrics
 from kv_cache import CACHE_DTYPES
 from model import SHAPES
-from quantize import MODES
+from quantize import MODES, read_text
 from sampling import SamplingParams
 from tokenizer import load_tokenizer
 
@@ -54,7 +54,9 @@ CHAT_TOKENS = 200
 
 def decode(args: argparse.Namespace) -> dict:
     """ms a step, percentiles and MBU of one model, batch size and length."""
-    if args.context:
+    if args.context is not None:
+        if args.context <= args.max_new_tokens:
+            raise ValueError(f"--context: found {args.context}, expected more than --max_new_tokens, {args.max_new_tokens}")
         args.prompt_len = args.context - args.max_new_tokens
     if args.explain and not args.device.startswith("cuda"):
         raise ValueError(f"--explain: found device {args.device}, expected a CUDA device")
@@ -158,7 +160,7 @@ def cold_start(args: argparse.Namespace, row: Row) -> dict:
 
 def plan_of(args: argparse.Namespace, model: str) -> Plan:
     dtype = args.dtype or str(load_config(model).dtype).removeprefix("torch.")
-    deadline = time.monotonic() + args.time_limit if getattr(args, "time_limit", None) else float("inf")
+    deadline = time.monotonic() + args.time_limit if getattr(args, "time_limit", None) is not None else float("inf")
     runs = [getattr(args, name, default) for name, default in (("warmup_runs", 1), ("timed_runs", 3))]
     gpt_fast = getattr(args, "gpt_fast_dir", None)
     return Plan(
@@ -227,7 +229,7 @@ def with_largest(rows: list[Row], engine: tuple[str, str], plan: Plan, most: int
 def chat(args: argparse.Namespace) -> dict:
     """Every question of a file to every engine; a CSV row each, but for the first, which warms up."""
     directory = Path(args.checkpoint_path)
-    questions = [line.strip() for line in args.questions.read_text().splitlines() if line.strip()]
+    questions = [line.strip() for line in read_text(args.questions).splitlines() if line.strip()]
     if len(questions) < 2:
         raise ValueError(f"{args.questions}: found {len(questions)} questions, expected at least 2: the first one warms up")
     config = load_config(str(directory))
@@ -382,10 +384,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_flag(sub, "directory", type=Path, default=ROOT / "benchmarks")
     add_flag(sub, "debug", action="store_true")
     args = parser.parse_args(argv)
-    if getattr(args, "timed_runs", 3) < 3:
-        parser.error(f"--timed_runs: found {args.timed_runs}, expected at least 3")
-    if getattr(args, "warmup_runs", 1) < 1:
-        parser.error(f"--warmup_runs: found {args.warmup_runs}, expected at least 1")
+    for name, least in (("timed_runs", 3), ("warmup_runs", 1), ("repeats", 1)):
+        if getattr(args, name, least) < least:
+            parser.error(f"--{name}: found {getattr(args, name)}, expected at least {least}")
     return args
 
 

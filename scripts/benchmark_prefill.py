@@ -11,6 +11,7 @@ graphs), measured apart. The last line of standard output is one JSON object.
 import argparse
 import dataclasses
 import json
+import re
 import statistics
 import sys
 import time
@@ -129,11 +130,18 @@ def explain(engine: Engine, row: str) -> list[dict]:
     return rows
 
 
+def row_name(text: str) -> str:
+    """A row as the table spells it."""
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected BATCHxTOKENS, as 16x128")
+    return text
+
+
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     flag = lambda name, **options: add_flag(parser, name, **options)
     flag("models", nargs="+", choices=SHAPES, default=list(VLLM_MS), metavar="SHAPE")
-    flag("rows", nargs="+", metavar="BATCHxTOKENS", help="default: vLLM's table")
+    flag("rows", nargs="+", type=row_name, metavar="BATCHxTOKENS", help="default: vLLM's table")
     flag("repeats", type=int, default=5)
     flag("cudnn_tokens", type=int, help="length from which cuDNN's attention is taken where prompts are alike; 0 = never")
     flag("explain", action="store_true", help="device time by kernel, of each row")

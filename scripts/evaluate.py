@@ -76,7 +76,8 @@ def cut_windows(engine: Engine, text: str, length: int, max_tokens: int) -> tupl
     ids = engine.tokenizer.encode(text, bos=False)
     count = min(max_tokens // length, len(ids) // step)
     if count < 1:
-        raise ValueError(f"text: found {len(ids)} tokens, max_tokens {max_tokens}, expected at least a window of {length}")
+        found = f"{len(ids)} tokens" if max_tokens >= length else f"max_tokens {max_tokens}"
+        raise ValueError(f"text: found {found}, expected at least a window of {length}")
     windows = torch.tensor([start + ids[i * step : (i + 1) * step] for i in range(count)])
     num_bytes = sum(len(engine.tokenizer.token_bytes(i)) for i in windows[:, 1:].flatten().tolist())
     return windows.to(engine.device), num_bytes
@@ -214,11 +215,14 @@ def run(args: argparse.Namespace) -> None:
     options = {"device": args.device, "dtype": DTYPES.get(args.dtype), "decode_mode": "auto" if args.compile else "eager"}
     options["max_seq_len"] = args.window  # no more of the cache than is read
     others = options | {"kv_cache_dtype": args.kv_cache_dtype}
-    text = args.text.read_text(encoding="utf-8")
+    text = quantize.read_text(args.text)
     reference = Engine.load(args.reference, **options)
     if reference.tokenizer is None:
         raise ValueError(f"{args.reference}: found no tokenizer, expected one")
-    windows, num_bytes = cut_windows(reference, text[int(len(text) * args.skip) :], args.window, args.max_tokens)
+    try:
+        windows, num_bytes = cut_windows(reference, text[int(len(text) * args.skip) :], args.window, args.max_tokens)
+    except ValueError as error:
+        raise ValueError(f"{args.text}: {error}") from None
     rows = []
     for name, engine in itertools.chain([(str(args.reference), reference)], engines(args, others)):
         rows.append({"name": name} | evaluate(engine, reference, windows, num_bytes, args.batch_size))

@@ -199,6 +199,8 @@ def main(argv=None) -> int:
     add_flag(parser, "speculate", choices=("ngram", "self"))
     add_flag(parser, "speculate_k", type=int, default=4)
     args = parser.parse_args(argv)
+    if not args.minutes > 0:
+        parser.error(f"--minutes: found {args.minutes}, expected a positive number")
     options = {name: getattr(args, name) for name in ("decode_mode", "max_seq_len", "kv_cache_dtype", "batch_invariant")}
     # rounding to fp8 makes a last bit that a neighbour changed into 6% of a value, once in a while
     compares = args.kv_cache_dtype != "fp8" and (args.batch_invariant or args.dtype == "float32")

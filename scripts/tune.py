@@ -227,6 +227,8 @@ def main(argv=None) -> int:
     add_flag(parser, "seed", type=int, default=0)
     add_flag(parser, "output", type=Path)
     args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        parser.exit(2, f"{parser.prog}: found no CUDA GPU, expected one\n")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(max(1, (os.cpu_count() or 2) - 2), mp_context=context) as pool:
         for shape in args.shapes:

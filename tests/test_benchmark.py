@@ -14,10 +14,12 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
+import benchmark_prefill
 import comparison
 import explain
 import measure
 import roofline
+import tune
 from explain import Span
 from measure import Plan, Row, Worker, WorkerError
 
@@ -358,6 +360,7 @@ def test_chat(capsys, tmp_path):
     [
         (["latency", "--timed_runs", "2"], "--timed_runs: found 2, expected at least 3"),
         (["sweep", "--warmup_runs", "0"], "--warmup_runs: found 0, expected at least 1"),
+        (["decode", "--repeats", "0"], "--repeats: found 0, expected at least 1"),
         (["throughput", "--engines", "llama.cpp"], "invalid choice: 'llama.cpp'"),
     ],
 )
@@ -367,15 +370,36 @@ def test_usage(capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
+def test_no_time_measures_nothing(capsys):
+    status, out, err = run(capsys, "throughput", *TINY, "--batch_size", 1, "--time_limit", 0)
+    assert status == 0
+    assert "skipped" in json.loads(out.splitlines()[-1])["rows"][0], err
+
+
+def test_rows_of_the_prefill_benchmark(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        benchmark_prefill.main(["--rows", "16x128", "axb"])
+    assert "--rows: found 'axb', expected BATCHxTOKENS" in capsys.readouterr().err
+
+
+def test_tuning_needs_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        tune.main(["llama-3.2-1b"])
+    assert capsys.readouterr().err.endswith("found no CUDA GPU, expected one\n")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
         (["decode", "--max_new_tokens", "1"], "error: --max_new_tokens: found 1, expected at least 2"),
+        (["decode", "--context", "0"], "error: --context: found 0, expected more than --max_new_tokens, 128"),
         (
             ["latency", "--random_weights", "gpt-9"],
             "error: model: found 'gpt-9', expected a directory with a config.json or one of",
         ),
         (["chat", "--questions", "/no/such"], "/no/such"),
+        (["chat", "--questions", f"{DEMO}/model.safetensors"], "model.safetensors: found byte"),
         (["latency", "--output", "/no/such/file"], "/no/such/file"),
     ],
 )

@@ -607,7 +607,10 @@ def test_the_program_ends_with_its_input():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("messages", [[], None, "hi", ["hi"], [{"content": "no role"}], [{"role": "user", "content": {1, 2}}]])
+@pytest.mark.parametrize(
+    "messages",
+    [[], None, "hi", ["hi"], [{"content": "no role"}], [{"role": "user"}], [{"role": "user", "content": {1, 2}}]],
+)
 def test_messages_are_checked(messages):
     with pytest.raises(ValueError, match=r"^messages: found .*, expected (a list|plain JSON)"):
         template_of("x").render(messages)

@@ -148,3 +148,15 @@ def test_errors_are_one_line(text, capsys, flags, named):
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("error: ")
     assert named in error
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [(b"", "found 0 tokens, expected"), (b"caf\xe9", "found byte 0xe9 at 3, expected UTF-8")]
+)
+def test_a_text_that_is_none(tmp_path, capsys, content, named):
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    assert evaluate.main(["--text", str(path), "--device", "cpu"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: {path}: ")
+    assert named in error

@@ -308,6 +308,8 @@ def test_command_line(tmp_path, capsys):
         (["--calibration_file", "/nowhere.txt", "-q", "int4-awq"], "/nowhere.txt"),
         (["--calibration_seq_length", "1", "-q", "int4-awq"], "calibration text"),
         (["--output_dir", str(DEMO)], "the output is the input"),
+        (["--device", "tpu"], "device: found 'tpu', expected cpu"),
+        (["--device", "cuda:99"], "device: found 'cuda:99', expected cpu"),
     ],
 )
 def test_errors_are_one_line(tmp_path, capsys, flags, named):
@@ -318,6 +320,13 @@ def test_errors_are_one_line(tmp_path, capsys, flags, named):
     assert error.count("\n") == 1
     assert named in error
     assert not out.exists()
+
+
+def test_a_label_is_the_end_of_a_name(capsys):
+    """It would name a directory anywhere else."""
+    with pytest.raises(SystemExit, match="2"):
+        quantize.main(["--checkpoint_path", str(DEMO), "--label", "/../elsewhere"])
+    assert "--label: found '/../elsewhere', expected" in capsys.readouterr().err
 
 
 def test_random_weights_quantised_as_they_are_made(monkeypatch, capsys):

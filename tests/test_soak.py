@@ -19,6 +19,13 @@ def engine():
     return Engine.load(DEMO, "cpu", torch.float32, max_seq_len=256)
 
 
+@pytest.mark.parametrize("minutes", ["-1", "0", "nan"])
+def test_no_time_is_no_soak(minutes, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        soak.main(["--minutes", minutes])
+    assert "--minutes: found" in capsys.readouterr().err
+
+
 def test_forty_seconds(engine):
     result = soak.soak(engine, 40 / 60, seed=1, compares=True)
     assert result["answers"] > 50

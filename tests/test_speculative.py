@@ -28,6 +28,7 @@ from speculative import (
     expected_tokens,
     quantized_copy,
 )
+from timing import Timing
 
 PROMPTS = [[4, 5, 6], list(range(7, 40)), [9, 10, 11, 9, 10, 11, 9, 10], [100]]
 
@@ -361,6 +362,20 @@ def test_the_estimate_follows_what_happens():
     for _ in range(20):
         acceptance.add(4, 4)
     assert acceptance.alpha > 0.9
+
+
+def test_times_are_of_the_kind_that_ran(plain, monkeypatch):
+    """A session that has drawn since it chose greedily still has the greedy rounds' times."""
+    times = itertools.count(1)
+    monkeypatch.setattr(Speculator, "_time_ms", lambda self, work: float(next(times)))
+    engine = speculating(plain, "ngram", 2, adaptive=True)
+    engine.prepare(1, 16)
+    told = []
+    for kind in ("greedy", "draw", "greedy"):
+        engine.speculator.begin(kind, logprobs=False)
+        statistics = engine.speculator.statistics(Timing(), 0)
+        told.append([statistics[name] for name in ("draft_ms", "verify_ms", "plain_ms")])
+    assert told[0] == told[2] != told[1]
 
 
 @pytest.fixture
