@@ -54,8 +54,10 @@ def read_requests(path: Path, defaults: SamplingParams) -> list[Request]:
 
 def _parse(line: bytes, source: str) -> dict:
     try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError):  # not UTF-8 is a ValueError too
+        fields = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: found byte {line[error.start]:#04x} at {error.start}, expected UTF-8") from None
+    except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise ValueError(f"{source}: found {line.strip()[:40]!r}, expected a JSON object")

@@ -31,6 +31,7 @@ from timing import Timing, metrics, report
 from tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parent / "assets" / "demo"
+PROMPT = "ROMEO:"
 CHAT_TOKENS = 4096  # max_new_tokens of an answer in a conversation, unless told
 WARM_UP_TOKENS = STEPS_PER_GRAPH + 2  # both sizes of graph
 DRAFTS = 5  # of a round, unless told; gpt-fast's default
@@ -124,7 +125,7 @@ class Engine:
     def load(cls, checkpoint_path, device=None, dtype=None, *, progress=False, **options) -> "Engine":
         """From a checkpoint directory, ours or an HF one. `dtype` overrides the checkpoint's; `options` as in __init__."""
         started = time.perf_counter()
-        device = parse_device(device)
+        device = device_of(device)
         directory = Path(checkpoint_path)
         config, tensors, report = convert_hf_checkpoint.load(directory, device, dtype, progress=progress)
         model = Transformer(config, device="meta", dtype=config.dtype)
@@ -150,7 +151,7 @@ class Engine:
             import quantize
 
             config = quantize.make_recipe(mode, config).config(config)
-        model = Transformer(config, device=parse_device(device))
+        model = Transformer(config, device=device_of(device))
         fill_randomly(model)
         engine = cls(model, **options)
         synchronize(model.norm.weight.device)
@@ -328,14 +329,9 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def parse_device(name: str | torch.device | None) -> torch.device:
+def device_of(name: str | torch.device | None) -> torch.device:
     """A device that is there; None is the default. ValueError names it."""
-    known = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    with contextlib.suppress(RuntimeError):
-        device = torch.device(name or default_device())
-        if device.type in known:
-            return device
-    raise ValueError(f"device: found {str(name)!r}, expected {' or '.join(known)}")
+    return convert_hf_checkpoint.parse_device(str(name or default_device()))
 
 
 @torch.no_grad()
@@ -368,9 +364,9 @@ def add_flag(parser: argparse.ArgumentParser, name: str, **options) -> None:
 def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     flag = lambda name, **options: add_flag(parser, name, **options)
-    flag("checkpoint_path", type=Path, default=DEMO, help="a directory, ours or Hugging Face's (default: the demo model)")
+    flag("checkpoint_path", type=Path, help="a directory, ours or Hugging Face's (default: the demo model)")
     flag("random_weights", metavar="SHAPE", help=f"random weights instead of a checkpoint: {', '.join(SHAPES)}")
-    flag("prompt", default="ROMEO:", help="text; an integer makes a synthetic prompt of so many tokens")
+    flag("prompt", help=f"text (default: {PROMPT}); an integer makes a synthetic prompt of so many tokens")
     flag("num_samples", type=int, default=1, help="samples, one after the other")
     flag("prompt_file", type=Path, help="many prompts, one JSON object a line (see batching.py), in place of --prompt")
     flag("output_file", type=Path, help="of --prompt_file: results, as they finish; what it has already is not done again")
@@ -412,6 +408,19 @@ def parse_args(argv=None) -> argparse.Namespace:
         parser.error("--prompt_file, --output_file: found one of them, expected both")
     if args.prompt_file and (args.interactive or args.num_samples > 1 or args.profile):
         parser.error("--prompt_file: found with --interactive, --num_samples or --profile, expected none of them")
+    without_use = (
+        ("prompt", args.prompt_file or args.interactive, "with --prompt_file or --interactive, expected one of them"),
+        ("checkpoint_path", args.random_weights, "with --random_weights, expected one of them"),
+        ("system", not args.interactive, "without --interactive, expected both"),
+        ("logprobs", not (args.json or args.prompt_file), "without --json, expected both"),
+    )
+    for name, is_useless, found in without_use:
+        if is_useless and getattr(args, name) is not None:
+            parser.error(f"--{name}: found {found}")
+    if args.profile and (args.profile.is_dir() or not args.profile.absolute().parent.is_dir()):
+        parser.error(f"--profile: found {args.profile}, expected a file in a directory that is there")
+    args.prompt = PROMPT if args.prompt is None else args.prompt
+    args.checkpoint_path = args.checkpoint_path or DEMO
     if args.speculate and args.draft_checkpoint_path:
         parser.error("--speculate: found with --draft_checkpoint_path, expected one of them")
     if args.speculate_k is not None and not (args.speculate or args.draft_checkpoint_path):
@@ -453,16 +462,22 @@ def set_up_speculation(args: argparse.Namespace, engine: Engine) -> None:
     engine.speculate(drafter, DRAFTS if args.speculate_k is None else args.speculate_k)
 
 
-def sampling_params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
-    """What the command line asks for, else the checkpoint's defaults, else gpt-fast's; says which the checkpoint's are."""
-    if engine.defaults:
-        print(f"sampling defaults of the checkpoint: {engine.defaults}", file=sys.stderr)
-    engine.defaults = {"temperature": 0.8, "top_k": 200} | engine.defaults
+def sampling_flags(args: argparse.Namespace) -> dict:
+    """What the command line asks for. ValueError: a parameter that does not fit."""
     fields = {f.name for f in dataclasses.fields(SamplingParams)}
     given = {name: value for name, value in vars(args).items() if name in fields and value is not None}
     given["stop"] = tuple(args.stop or ())
     if args.interactive:
         given.setdefault("max_new_tokens", CHAT_TOKENS)
+    SamplingParams(**given, n=args.batch_size or 1)
+    return given
+
+
+def sampling_params(given: dict, engine: Engine) -> SamplingParams:
+    """What the command line asks for, else the checkpoint's defaults, else gpt-fast's; says which the checkpoint's are."""
+    if engine.defaults:
+        print(f"sampling defaults of the checkpoint: {engine.defaults}", file=sys.stderr)
+    engine.defaults = {"temperature": 0.8, "top_k": 200} | engine.defaults
     return engine.params(**given)
 
 
@@ -511,11 +526,12 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
 
 def dispatch(args: argparse.Namespace) -> None:
     """What the command line asks for: one prompt, many, or a conversation."""
+    given = sampling_flags(args)  # a mistake there is told before anything is loaded
     engine = load_engine(args)
     for note in engine.load_notes:
         print(convert_hf_checkpoint.one_line(note), file=sys.stderr)
     set_up_speculation(args, engine)
-    params = sampling_params(args, engine)
+    params = sampling_params(given, engine)
     if args.interactive:
         import chat
 

@@ -17,6 +17,7 @@ from torch import nn
 from kernels import gumbel
 
 MAX_LOGPROBS = 20
+MAX_SAMPLES = 65536  # of a prompt
 MIN_TEMPERATURE = 1e-5  # below it logits / temperature leaves float32's range, and the draw is the largest logit anyway
 
 # What a choice can take, each kind all that those before it do, and the state of SamplingState that it reads: the largest
@@ -55,14 +56,14 @@ class SamplingParams:
             return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
         check("temperature", number(self.temperature) and 0 <= self.temperature <= 2, "a number in [0, 2]")
-        check("top_k", integer(self.top_k, 0), "an integer of at least 0 (0 = off)")
+        check("top_k", integer(self.top_k, 0), "an integer from 0 (off) to 2,147,483,647")
         check("top_p", number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]")
         check("min_p", number(self.min_p) and 0 <= self.min_p <= 1, "a number in [0, 1]")
         check("repetition_penalty", number(self.repetition_penalty) and self.repetition_penalty > 0, "a number above 0")
         check("seed", integer(self.seed, -(2**63), 2**63 - 1), "a 64-bit integer")
-        check("n", integer(self.n, 1), "an integer of at least 1")
+        check("n", integer(self.n, 1, MAX_SAMPLES), f"an integer from 1 to {MAX_SAMPLES:,}")
         check("logprobs", self.logprobs is None or integer(self.logprobs, 0, MAX_LOGPROBS), f"0 to {MAX_LOGPROBS}, or None")
-        check("max_new_tokens", integer(self.max_new_tokens, 1), "an integer of at least 1")
+        check("max_new_tokens", integer(self.max_new_tokens, 1), "an integer from 1 to 2,147,483,647")
         check("stop", not isinstance(self.stop, str) and all(isinstance(s, str) and s for s in self.stop), "strings, not empty")
         check("stop_token_ids", all(integer(i, 0) for i in self.stop_token_ids), "token ids")
         check("ignore_eos", isinstance(self.ignore_eos, bool), "true or false")

@@ -183,17 +183,7 @@ def _linear_kernel(
     PACKED: tl.constexpr = FORMAT != "plain"
     if PACKED:
         starts, left = unit_starts(
-            tile * (R // (8 * len(rows))),
-            F // 8,
-            k0,
-            columns,
-            tl.cdiv(N, 8),
-            WARPS,
-            PARTS,
-            BLOCKS,
-            CHUNKS,
-            SILU_MUL,
-            MASK_N,
+            tile * (R // (8 * len(rows))), F // 8, k0, columns, tl.cdiv(N, 8), WARPS, PARTS, BLOCKS, CHUNKS, SILU_MUL, MASK_N
         )
         tiles = preload_packed(w_ptr, scale_ptr, zero_ptr, starts, left, PARTS, GROUPS, PRELOAD, MASK_K, STREAM)
     else:

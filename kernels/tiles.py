@@ -102,7 +102,7 @@ MEASURED = {
     (132, "int4", 1, "linear", 2048, 2048): Tile(16, 1024, 8, preload=2, dot=True),
     (132, "int4", 1, "silu_mul", 16384, 2048): Tile(32, 512, 4, preload=4, dot=True, registers=128),
     (132, "int4", 1, "linear", 2048, 8192): Tile(16, 2048, 16, preload=4, dot=True),
-    # 16 rows: fp8 3772.9 and 3108.0
+    # Llama-3.1-8B, 16 rows: fp8 3772.9 and 3108.0
     (132, "fp8", 16, "qkv", 6144, 4096): Tile(64, 512, 8, preload=4, dot=True),
     (132, "fp8", 16, "linear", 4096, 4096): Tile(64, 512, 8, preload=4, dot=True, split=2),
     (132, "fp8", 16, "linear", 4096, 14336): Tile(64, 1024, 16, preload=1, dot=True, split=2),

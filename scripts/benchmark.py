@@ -25,6 +25,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -66,6 +68,8 @@ def decode(args: argparse.Namespace) -> dict:
     if args.cold:
         return cold_start(args, row)
     args.max_seq_len = args.max_seq_len or args.prompt_len + args.max_new_tokens
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(args.device)  # of models before this one
     engine = generate.load_engine(argparse.Namespace(**vars(generate.parse_args(["--compile"])) | vars(args)))
     prompts = row.prompts(engine.model.vocab_limit)
     sampling = {n: getattr(args, n) for n in ("top_k", "top_p") if getattr(args, n) is not None}

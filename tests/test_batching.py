@@ -374,7 +374,7 @@ def test_conversations_samples_and_token_ids(directory, tmp_path):
     [
         ("{", ["line 2", "'{'", "JSON object"]),
         ("[1]", ["line 2", "JSON object"]),
-        ("\xff", ["line 2", "JSON object"]),
+        ("\xff", ["line 2", "found byte 0xff at 0, expected UTF-8"]),
         ("[" * 100_000, ["line 2", "JSON object"]),
         ('{"prompt": "a"}', ["line 2", "id: found nothing"]),
         ('{"id": true, "prompt": "a"}', ["line 2", "id: found True"]),

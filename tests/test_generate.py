@@ -339,8 +339,6 @@ def test_ctrl_c_in_mid_stream_ends_with_130():
     [
         (["--temperature", "nan"], 1, ["temperature", "nan", "[0, 2]"]),
         (["--top_p", "0"], 1, ["top_p", "0.0", "(0, 1]"]),
-        (["--stop", ""], 1, ["stop", "not empty"]),
-        (["--max_new_tokens", "0"], 1, ["max_new_tokens", "0", "at least 1"]),
         (["--num_samples", "0"], 2, ["--num_samples", "0", "at least 1"]),
         (["--random_weights", "llama-9"], 1, ["llama-9", "llama-3.2-1b"]),
         (["--checkpoint_path", "/nowhere"], 1, ["/nowhere: found no directory", "scripts/prepare.sh"]),
@@ -350,7 +348,20 @@ def test_ctrl_c_in_mid_stream_ends_with_130():
         (["--max_seq_len", "0"], 1, ["max_seq_len", "0", "expected 1 to"]),
         (["--max_seq_len", "-5"], 1, ["max_seq_len", "-5"]),
         (["--device", "foo"], 1, ["device", "foo", "cpu"]),
-        (["--top_k", "99999999999"], 1, ["top_k", "99999999999"]),
+        (["--top_k", "99999999999"], 1, ["top_k: found 99999999999, expected an integer from 0 (off) to 2,147,483,647"]),
+        (
+            ["--max_new_tokens", "0", "--random_weights", "llama-3.1-8b"],
+            1,
+            ["max_new_tokens: found 0, expected an integer"],
+        ),
+        (["--batch_size", "100000000"], 1, ["n: found 100000000, expected an integer from 1 to 65,536"]),
+        (["--stop", ""], 1, ["stop: found ('',), expected strings, not empty"]),
+        (["--profile", "/"], 2, ["--profile: found /, expected a file in a directory that is there"]),
+        (["--profile", "/nowhere/trace.json"], 2, ["--profile: found /nowhere/trace.json, expected a file"]),
+        (["--system", "Be brief."], 2, ["--system: found without --interactive, expected both"]),
+        (["--logprobs", "2"], 2, ["--logprobs: found without --json, expected both"]),
+        (["--prompt", "To be", "--interactive"], 2, ["--prompt: found with --prompt_file or --interactive"]),
+        (["--checkpoint_path", ".", "--random_weights", "llama-3.2-1b"], 2, ["--checkpoint_path: found with --random_weights"]),
     ],
 )
 def test_bad_input_gets_one_line(argv, status, words, capsys, monkeypatch):
