@@ -130,6 +130,60 @@ def _sum_rows(rows):
 
 
 @triton.jit
+def _all_parts(
+    lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
+    T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """Parts of every sequence, [SEQUENCES]."""
+    rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
+    return _count_parts(rows, _sum_rows(rows), max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
+
+
+@triton.jit
+def _find_part(
+    unit, lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
+    T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    WINDOWED: tl.constexpr,
+):  # fmt: skip
+    """(sequence, part of it) of a unit of items. The sequence is past the batch where there is nothing to do.
+
+    With 2, 1 and 3 parts, units 0 to 2 are part 0 of each sequence; unit 3 is part 1 of the first, 4 and 5 are parts 1 and 2 of
+    the last. So part 0 finds its sequence without a look at the others.
+    """
+    b, part = unit, unit * 0
+    if SEQUENCES == 1:
+        b, part = unit * 0, unit
+    elif unit >= batch:
+        parts = _all_parts(
+            lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
+            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
+        )  # fmt: skip
+        ends = tl.cumsum(parts - 1, 0)
+        before = ends <= unit - batch
+        b = tl.sum(before.to(tl.int32), 0)
+        part = 1 + unit - batch - tl.max(tl.where(before, ends, 0), 0)
+    return b, part
+
+
+@triton.jit
+def _row_offset(
+    row, page, head, table_ptr, page_size, HKV: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr
+):  # fmt: skip
+    """Where in the cache a row of a sequence begins, whose pages are at table_ptr, the first of them `page`. 64 bits: a cache
+    may hold more than 2**31 values."""
+    if PAGED:
+        page, row = tl.load(table_ptr + row // page_size), row % page_size
+    return ((page * HKV + head).to(tl.int64) * page_size + row) * D
+
+
+@triton.jit
+def _query_rows(m, b, head, T: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr):
+    """Rows of q, and of the output, behind the rows m of a KV head's queries: token major, query head of the group minor."""
+    return (b * T + m // G) * (HKV * G) + head * G + m % G
+
+
+@triton.jit
 def _split_rows(x, GROUPS: tl.constexpr):
     """[rows] -> [GROUPS, rows / GROUPS]; as it is for one group."""
     if GROUPS == 1:
@@ -309,28 +363,23 @@ def _flash_decode_kernel(
     tile, num_tiles = tl.program_id(1), tl.num_programs(1)
     ALIGNMENT: tl.constexpr = CHUNK if CHUNK > 0 else N
 
-    # Items go by units, one for each KV head. First every sequence's part 0, which finds its sequence without a look at the
-    # others; then, sequence by sequence, what parts there are besides. All programs find the same.
-    # A program does one item; with splits of a fixed size, where the lengths decide how many there are, as many as come.
+    # Items go by units, each one for every KV head. A program does one; with splits of a fixed size, where the lengths decide
+    # how many there are, as many as come.
     item_begin = tl.program_id(0)
     item_end, item_step = item_begin + 1, 1
     if SPLIT_ROWS > 0:
-        all_rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
-        all_parts = _count_parts(all_rows, 0, max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
+        all_parts = _all_parts(
+            lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
+            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
+        )  # fmt: skip
         item_end = tl.maximum(item_end, (batch + tl.sum(all_parts - 1, 0)) * HKV)
         item_step = tl.num_programs(0)
     for item in tl.range(item_begin, item_end, item_step, num_stages=1):
         unit, head = item // HKV, item % HKV
-        b, part = unit, unit * 0
-        if SEQUENCES == 1:
-            b, part = unit * 0, unit
-        elif unit >= batch:
-            rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
-            parts = _count_parts(rows, _sum_rows(rows), max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
-            ends = tl.cumsum(parts - 1, 0)
-            before = ends <= unit - batch
-            b = tl.sum(before.to(tl.int32), 0)  # past the batch in a program without work
-            part = 1 + unit - batch - tl.max(tl.where(before, ends, 0), 0)
+        b, part = _find_part(
+            unit, lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
+            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
+        )  # fmt: skip
         length = tl.load(lengths_ptr + b, mask=b < batch, other=0)
         page = tl.load(table_ptr + b * table_width, mask=b < batch, other=0)
         first_row = _first_row(length, window, T, ALIGNMENT, WINDOWED)
@@ -350,15 +399,11 @@ def _flash_decode_kernel(
                 begin, end = first_row + part * CHUNK, length
                 next_block, block_step = first_row + parts * CHUNK + part * N, parts * N
 
-            # The first chunk comes into registers before the wait, but for rows that this step appends. Offsets are 64-bit: a
-            # cache may hold more than 2**31 values.
-            head_row = (page * HKV + head).to(tl.int64) * page_size
+            # The first chunk comes into registers before the wait, but for rows that this step appends.
+            pages_ptr = table_ptr + b * table_width
             if CHUNK > 0:
                 row = begin + tl.arange(0, CHUNK)
-                offset = (head_row + begin) * D
-                if PAGED:
-                    first_page = tl.load(table_ptr + b * table_width + begin // page_size)
-                    offset = ((first_page * HKV + head).to(tl.int64) * page_size + begin % page_size) * D
+                offset = _row_offset(begin, page, head, pages_ptr, page_size, HKV, D, PAGED)
                 before_wait = row < end
                 if EARLY:
                     before_wait = before_wait & (row < length - T)
@@ -370,13 +415,12 @@ def _flash_decode_kernel(
 
             pdl_wait(PDL)
 
-            m = tile * M + tl.arange(0, M)  # token major, query head of the group minor
-            token = m // G
-            q_row = (b * T + token) * (HKV * G) + head * G + m % G  # also the output's row
+            m = tile * M + tl.arange(0, M)
+            q_row = _query_rows(m, b, head, T, HKV, G)
             column = tl.arange(0, COLUMNS)
             q_mask = (m < G * T)[:, None] & (column < D)[None, :]
             q = tl.load(q_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], mask=q_mask, other=0.0)
-            position = tl.where(m < G * T, length - T + token, -1)
+            position = tl.where(m < G * T, length - T + m // G, -1)
             if EARLY and CHUNK > 0:
                 after_wait = (row < end) & (row >= length - T)
                 k_first = _load_k(k_ptr + offset, after_wait, D, COLUMNS, GROUPS, k_first)
@@ -387,11 +431,8 @@ def _flash_decode_kernel(
                 q = tl.broadcast_to(q[None], [GROUPS, M, COLUMNS])
                 top, total = tl.broadcast_to(top[None], [GROUPS, M]), tl.broadcast_to(total[None], [GROUPS, M])
                 acc = tl.broadcast_to(acc[None], [GROUPS, M, COLUMNS])
-            for block in tl.range(next_block, end, block_step, num_stages=STAGES):
-                block_offset = (head_row + block) * D
-                if PAGED:  # a block is never in two pages
-                    block_page = tl.load(table_ptr + b * table_width + block // page_size)
-                    block_offset = ((block_page * HKV + head).to(tl.int64) * page_size + block % page_size) * D
+            for block in tl.range(next_block, end, block_step, num_stages=STAGES):  # a block is never in two pages
+                block_offset = _row_offset(block, page, head, pages_ptr, page_size, HKV, D, PAGED)
                 block_row = block + tl.arange(0, N)
                 k = _load_k(k_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
                 v = _load_v(v_ptr + block_offset, block_row < end, D, COLUMNS, GROUPS, 0.0)
@@ -409,11 +450,11 @@ def _flash_decode_kernel(
             if parts == 1:
                 _store_out(out_ptr, acc, total, q_row, q_mask, D)
             else:
-                slot = item * num_tiles + tile
-                local = slot.to(tl.int64) * ROWS + tl.arange(0, M)
-                tl.store(partial_ptr + local[:, None] * D + column[None, :], acc, mask=q_mask)
-                tl.store(stats_ptr + slot.to(tl.int64) * ROWS + local, top, mask=m < G * T)
-                tl.store(stats_ptr + slot.to(tl.int64) * ROWS + local + ROWS, total, mask=m < G * T)
+                start = (item * num_tiles + tile).to(tl.int64) * ROWS
+                kept = tl.arange(0, M)
+                tl.store(partial_ptr + (start + kept)[:, None] * D + column[None, :], acc, mask=q_mask)
+                tl.store(stats_ptr + 2 * start + kept, top, mask=m < G * T)
+                tl.store(stats_ptr + 2 * start + ROWS + kept, total, mask=m < G * T)
                 tl.debug_barrier()  # every thread's stores come before the one thread's release
                 counter = counter_ptr + (b * HKV + head) * num_tiles + tile
                 if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
@@ -422,15 +463,15 @@ def _flash_decode_kernel(
                     merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
                     next_unit = 1  # of part 1
                     if SEQUENCES > 1:
-                        all_rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
-                        all_parts = _count_parts(
-                            all_rows, _sum_rows(all_rows), max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS
-                        )
+                        all_parts = _all_parts(
+                            lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
+                            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
+                        )  # fmt: skip
                         next_unit = batch + tl.sum(tl.where(tl.arange(0, SEQUENCES) < b, all_parts - 1, 0), 0)
                     merged_acc, merged_total = _merge(
                         partial_ptr, stats_ptr, b, next_unit, head, tile, num_tiles, parts, merged_mask, HKV, D, MERGED
                     )
-                    merged_row = (b * T + merged_m // G) * (HKV * G) + head * G + merged_m % G
+                    merged_row = _query_rows(merged_m, b, head, T, HKV, G)
                     _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D)
 
 
