@@ -345,8 +345,12 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 # Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products. No GPU: plain
 # PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
+#
+# An RMSNorm is no layer of its own here: it is done by the linear that reads it. So hidden states x travel with a `norm`: the gain
+# [H], and the reader does all of it; or a FoldedNorm, where the linear that made x has multiplied the gain in and summed squares,
+# which leaves the reader one factor a row. To do that, a linear must know who reads it next: its Reader.
 
-Norm = torch.Tensor | kernels.FoldedNorm  # an RMSNorm still to be done: its gain [H]; or what the linear before it left to do
+Norm = torch.Tensor | kernels.FoldedNorm
 
 
 class Reader(NamedTuple):
@@ -528,7 +532,7 @@ class Attention(nn.Module):
     def forward(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] -> x + attention(norm(x)) [N, H], and its reader's norm."""
         c = self.config
-        if fused(x, self.wqkv) and isinstance(step, DecodeStep):
+        if fused(x, self.wqkv) and isinstance(step, DecodeStep):  # a few rows: all of it in one kernel, k and v to the cache
             k_cache, v_cache = step.cache.layer(self.layer)
             q = kernels.qkv_rope_append(
                 x, self.wqkv, norm=norm, eps=c.norm_eps, qk_eps=c.norm_eps,
@@ -537,7 +541,7 @@ class Attention(nn.Module):
                 page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
             )  # fmt: skip
             k = v = None
-        elif kernels.runs_kernels(x) and not isinstance(step, PrefillStep):
+        elif kernels.runs_kernels(x) and not isinstance(step, PrefillStep):  # many rows: cuBLAS, then one kernel
             qkv = linear(x, self.wqkv, norm=norm, eps=c.norm_eps)
             (position, slot), (k_cache, v_cache) = step.place(), step.cache.layer(self.layer)
             q, k = kernels.rope_append(
@@ -546,7 +550,7 @@ class Attention(nn.Module):
                 num_heads=c.num_heads,
             )  # fmt: skip
             v = qkv[:, c.q_size + c.kv_size :].unflatten(1, (-1, c.head_dim))
-        else:
+        else:  # plain PyTorch: on a CPU, or a text without a cache
             q, k, v = self._project(x, norm, rope, step.place()[0])
             step.append(self.layer, k, v)
         attended = step.attend(self.layer, q, k, v, self.window, self.scale)
