@@ -346,9 +346,9 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 # PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 #
-# An RMSNorm is no layer of its own here: it is done by the linear that reads it. So hidden states x travel with a `norm`: the gain
-# [H], and the reader does all of it; or a FoldedNorm, where the linear that made x has multiplied the gain in and summed squares,
-# which leaves the reader one factor a row. To do that, a linear must know who reads it next: its Reader.
+# An RMSNorm is no layer of its own here: it is done by the linear that reads it. So hidden states x travel with a `norm`: the
+# gain [H], and the reader does all of it; or a FoldedNorm, where the linear that made x has multiplied the gain in and summed
+# squares, which leaves the reader one factor a row. To do that, a linear must know who reads it next: its Reader.
 
 Norm = torch.Tensor | kernels.FoldedNorm
 
