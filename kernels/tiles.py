@@ -35,6 +35,7 @@ class Tile:
     stages: int = 1  # pipeline depth of the loads behind the preloaded ones
     grid: int = 0  # persistent programs per SM, each looping over its tiles (FMA only); 0 = one program a tile
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
+    late: bool = False  # the next kernel may start when the products are done, not at once beside them
     padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
 
