@@ -16,7 +16,7 @@ from torch import nn
 import kernels
 from kv_cache import KVCache
 from model import DecodeStep, Norm, Transformer, fused
-from prefill import upload
+from prefill import download, upload
 from sampling import KINDS, MAX_LOGPROBS, SAMPLING_FIELDS, SamplingState, choose, penalize, sampling_fields
 
 RING = 256  # tokens of a sequence that the device may be ahead of the host
@@ -172,7 +172,7 @@ class Session(nn.Module):
         status = torch.cat([part[:rows] for part in parts], dim=1)
         if not status.is_cuda:
             return status, time.perf_counter()
-        status = torch.empty(status.shape, dtype=status.dtype, pin_memory=True).copy_(status, non_blocking=True)
+        status = download(status)
         stamp = torch.cuda.Event(enable_timing=True)
         stamp.record()
         return status, stamp

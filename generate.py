@@ -469,7 +469,7 @@ def sampling_flags(args: argparse.Namespace) -> dict:
     given["stop"] = tuple(args.stop or ())
     if args.interactive:
         given.setdefault("max_new_tokens", CHAT_TOKENS)
-    SamplingParams(**given, n=args.batch_size or 1)
+    SamplingParams(**given, n=1 if args.prompt_file else args.batch_size or 1)
     return given
 
 

@@ -55,6 +55,13 @@ def upload(values, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
+def download(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy for the host, which is not to be read before the device has come so far."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
 def graph_bucket(rows: int, pieces: int) -> tuple[int, int] | None:
     """(rows, pieces) of the smallest graph that takes so many; None where a pack runs without one. Pure."""
     if rows > GRAPH_ROWS or pieces > GRAPH_PIECES[-1]:

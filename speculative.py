@@ -25,7 +25,7 @@ from decoding import RING, Session, candidates, choose_token, decode_one_token, 
 from kernels.formats import GROUP_SIZES, PackedFormat, Weight
 from kv_cache import bytes_per_row
 from model import DecodeStep, Scale, Transformer
-from prefill import Piece, Prefiller
+from prefill import Piece, Prefiller, download
 from timing import Timing
 
 MAX_DRAFTS = 15  # flash_decode takes 16 query tokens
@@ -318,10 +318,7 @@ class Speculator:
         k = best_k(self.acceptance.alpha, self.round_ms[self.what[0]]) if self.adaptive else self.k
         self.work[k, *self.what]()
         self.launches[k] += 1
-        tally = self.tally.sum(dim=0, dtype=torch.int32)
-        if tally.is_cuda:
-            tally = torch.empty(tally.shape, dtype=tally.dtype, pin_memory=True).copy_(tally, non_blocking=True)
-        self.pending.append((max(k, 1), tally))
+        self.pending.append((max(k, 1), download(self.tally.sum(dim=0, dtype=torch.int32))))
         return k + 1 if k else CATCH_UP
 
     def observe(self) -> None:

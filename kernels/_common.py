@@ -77,6 +77,14 @@ def to_cache(values, cache_ptr):
     return values.to(cache_ptr.dtype.element_ty)
 
 
+@triton.jit
+def best_of(value, ids):
+    """The largest value along the first axis, and of equal ones the lowest id. NaN must not lose: it counts as infinity."""
+    value = tl.where(value == value, value, float("inf"))
+    top = tl.max(value, 0, keep_dims=True)
+    return tl.max(value, 0), tl.min(tl.where(value == top, ids, 0x7FFFFFFF), 0)
+
+
 def runs_kernels(x: torch.Tensor) -> bool:
     """True where `x` is worked on by Triton kernels: on a GPU, or anywhere under TRITON_INTERPRET=1."""
     return x.is_cuda or INTERPRET

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import best_of, launch_options, pdl_trigger, pdl_wait, runs_kernels
 
 # ---------------------------------------------------------------- reference
 
@@ -64,16 +64,15 @@ def accept_ref(partial_max, partial_id, drafts, token, ring, cursor, done, flag,
 
 @triton.jit
 def _choose_kernel(max_ptr, id_ptr, best_ptr, choice_ptr, partials, PARTIALS: tl.constexpr, PDL: tl.constexpr):
-    """The best candidate of row program_id: of equal ones the lowest id. NaN must not lose."""
+    """The best candidate of row program_id."""
     pdl_trigger(PDL)
     row, p = tl.program_id(0), tl.arange(0, PARTIALS)
     pdl_wait(PDL)
     value = tl.load(max_ptr + row * partials + p, mask=p < partials, other=float("-inf"))
     ids = tl.load(id_ptr + row * partials + p, mask=p < partials, other=0x7FFFFFFF)
-    value = tl.where(value == value, value, float("inf"))
-    best = tl.max(value, 0)
+    best, choice = best_of(value, ids)
     tl.store(best_ptr + row, best)
-    tl.store(choice_ptr + row, tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0))
+    tl.store(choice_ptr + row, choice)
 
 
 @triton.jit(do_not_specialize=["T"])

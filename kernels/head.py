@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, num_sms, pdl_trigger, pdl_wait
+from kernels._common import best_of, launch_options, num_sms, pdl_trigger, pdl_wait
 from kernels._matmul import (
     FoldedNorm,
     Operand,
@@ -91,9 +91,7 @@ def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: t
             sampled = temperature > 0
             noise = gumbel_tile(seed, sample, position, first_id, R, MP)
             value = tl.where(sampled[None, :], logits / tl.where(sampled, temperature, 1.0)[None, :] + noise, logits)
-    value = tl.where(value == value, value, float("inf"))
-    best = tl.max(value, 0)
-    return best, tl.min(tl.where(value == best[None, :], ids[:, None], 0x7FFFFFFF), 0)
+    return best_of(value, ids[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "T"])
@@ -183,17 +181,16 @@ def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constex
 
 @triton.jit
 def _partial_argmax_kernel(logits_ptr, max_ptr, id_ptr, V, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """The best of BLOCK logits of row program_id(0): of equal ones the lowest id. NaN must not lose."""
+    """The best of BLOCK logits of row program_id(0)."""
     pdl_trigger(PDL)
     row, part = tl.program_id(0), tl.program_id(1)
     ids = part * BLOCK + tl.arange(0, BLOCK)
     pdl_wait(PDL)
     value = tl.load(logits_ptr + row.to(tl.int64) * V + ids, mask=ids < V, other=float("-inf"))
-    value = tl.where(value == value, value, float("inf"))
-    best = tl.max(value, 0)
+    best, best_id = best_of(value, ids)
     out = row * tl.num_programs(1) + part
     tl.store(max_ptr + out, best)
-    tl.store(id_ptr + out, tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0))
+    tl.store(id_ptr + out, best_id)
 
 
 @triton.jit
@@ -255,9 +252,7 @@ def _advance_sequence(
     p = tl.arange(0, PARTIALS)
     value = tl.load(max_ptr + b * partials + p, mask=p < partials, other=float("-inf"))
     ids = tl.load(id_ptr + b * partials + p, mask=p < partials, other=0x7FFFFFFF)
-    value = tl.where(value == value, value, float("inf"))  # whoever made the candidates: NaN must not lose
-    best = tl.max(value, 0)
-    chosen = tl.min(tl.where(value == best, ids, 0x7FFFFFFF), 0)
+    best, chosen = best_of(value, ids)  # whoever made the candidates
     active = (done == 0) & (length > 0)
     broken = active & ((best == float("inf")) | (best == float("-inf")))
     emits = active & (broken == 0)

@@ -402,6 +402,14 @@ def test_a_malformed_line_is_named(line, words, tmp_path):
     assert len(message.splitlines()) == 1
 
 
+def test_a_batch_size_of_a_prompt_file_is_no_number_of_samples():
+    """It is how many go at once, at most; beyond the number of prompts it has no effect."""
+    argv = ["--prompt_file", "in.jsonl", "--output_file", "out.jsonl", "--batch_size", "100000"]
+    assert generate.sampling_flags(generate.parse_args(argv)) == {"stop": ()}
+    with pytest.raises(ValueError, match="n: found 100000"):
+        generate.sampling_flags(generate.parse_args(argv[-2:]))
+
+
 def test_errors_of_the_command(tmp_path, capsys):
     def last(*argv, status=1):
         try:
