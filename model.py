@@ -20,9 +20,7 @@ from kernels.formats import PackedFormat, Weight, saturated
 from kv_cache import KVCache
 
 WORLD_SIZE = 1  # devices that share one model's weights
-# Of x: up to so many the small-batch kernels multiply plain weights faster than cuBLAS (a step of the 8B on an H200: at 16 rows
-# 4.17 ms against 4.76, at 32 rows 4.95 against 4.89, at 64 rows 6.44 against 5.41).
-PLAIN_ROWS = 16
+PLAIN_ROWS = 16  # of x: beyond, cuBLAS multiplies some of the plain weights
 
 # ---------------------------------------------------------------- configuration
 
@@ -363,10 +361,10 @@ class Reader(NamedTuple):
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
     """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
     that the kernels read."""
+    few = kernels.runs_kernels(x) and x.shape[0] <= kernels.MAX_ROWS and x.dtype != torch.float32 and x.shape[1] % 64 == 0
     packed = any(weight.packed for weight in weights)  # cuBLAS would have them unpacked first
-    most = kernels.MAX_ROWS if packed or kernels.is_batch_invariant() else PLAIN_ROWS
-    few = kernels.runs_kernels(x) and x.shape[0] <= most and x.dtype != torch.float32 and x.shape[1] % 64 == 0
-    return few and all(weight.in_kernels for weight in weights)
+    ours = packed or kernels.is_batch_invariant() or all(kernels.beats_cublas(x, weight) for weight in weights)
+    return few and ours and all(weight.in_kernels for weight in weights)
 
 
 def many(x: torch.Tensor) -> bool:

@@ -221,9 +221,8 @@ class Speculator:
         """The target's choices behind the last token and each of drafts [B, k], and all that follows from them."""
         session, k = self.session, drafts.shape[1]
         lengths = session.cache.lengths
-        tokens = torch.cat([session.token[:, None], drafts], dim=1)
-        lengths.add_(lengths.clamp(max=1), alpha=k)  # k rows more, but where there is no sequence (0)
-        hidden, norm = self.model.run(self.model.embed(tokens.flatten()), DecodeStep(session.cache, k + 1))
+        x = kernels.feed(session.token, drafts, lengths, self.model.tok_embeddings.weight)
+        hidden, norm = self.model.run(x, DecodeStep(session.cache, k + 1))
         logits, best, choice = candidates(self.model, session, hidden, slice(None), kind, norm)
         slots = session.cursor[:, None] + torch.arange(k + 1, device=lengths.device) if logprobs else None
         kernels.accept(

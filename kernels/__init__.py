@@ -2,10 +2,10 @@
 
 import kernels.dequantize  # noqa: F401  (registers the operator behind Weight.dequantized)
 from kernels._common import fix_cache_keys, pdl_disabled, pdl_supported, runs_kernels
-from kernels._matmul import FoldedNorm, append_ref
+from kernels._matmul import FoldedNorm, append_ref, beats_cublas
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions
-from kernels.accept import accept
+from kernels.accept import accept, feed
 from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
@@ -25,7 +25,9 @@ __all__ = [
     "append_ref",
     "attention_launched",
     "batch_invariant",
+    "beats_cublas",
     "choose",
+    "feed",
     "flash_decode",
     "flash_prefill",
     "flash_runs",

@@ -19,9 +19,9 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRETED, launch_options, num_sms, runs_kernels, zeroed_workspace
+from kernels._common import INTERPRETED, hold, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
-from kernels.tiles import Tile, packed_shape, tile_for
+from kernels.tiles import Tile, kernel_is_faster, packed_shape, tile_for
 
 MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
@@ -276,12 +276,13 @@ def dot(
     xs = ()
     for c in tl.static_range(PRELOAD):  # all in flight at once: no load may pass the barriers that a dot brings
         xs = xs + (_load_rows(x_ptr, k0 + c * CHUNK + tl.arange(0, CHUNK), M, K, MP, MASK_K),)
-    for c in tl.static_range(PRELOAD):
-        x = xs[c]
-        if NORM:
-            squares += _sum_squares(x, MP, SQUARES)
-            x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
-        sums = _dot(tiles[c], x, sums)
+    if MP <= 16:
+        for c in tl.static_range(PRELOAD):
+            x = xs[c]
+            if NORM:
+                squares += _sum_squares(x, MP, SQUARES)
+                x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
+            sums = _dot(tiles[c], x, sums)
     for c in tl.range(PRELOAD, CHUNKS, num_stages=STAGES):
         k = k0 + c * CHUNK + tl.arange(0, CHUNK)
         tile = load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM)
@@ -291,6 +292,13 @@ def dot(
             squares += _sum_squares(x, MP, SQUARES)
             x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
         sums = _dot(tile, x, sums)
+    if MP > 16:
+        for c in tl.static_range(PRELOAD):
+            x = hold(xs[c])
+            if NORM:
+                squares += _sum_squares(x, MP, SQUARES)
+                x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
+            sums = _dot(tiles[c], x, sums)
     return sums, tl.sum(squares, 1)[None, :]
 
 
@@ -426,6 +434,11 @@ def apply_norm_ref(x, norm, squares, eps):
         return x if norm is None else rms_norm_ref(x, norm, eps)
     factor = torch.rsqrt(squares.sum(-1, keepdim=True) / x.shape[1] + eps) / x_scale(x.dtype)
     return (x.to(torch.promote_types(x.dtype, torch.float32)) * factor).to(x.dtype)
+
+
+def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:
+    """Whether the kernels multiply x [M, K] by a plain weight faster than cuBLAS does; M at most MAX_ROWS."""
+    return kernel_is_faster(x.shape[0], weight.out_features, x.shape[1], num_sms(x.device.index or 0))
 
 
 def tile_of(op: str, x: torch.Tensor, w: Operand) -> Tile:

@@ -1,8 +1,9 @@
-"""The end of a speculative round: which drafted tokens stand, and every sequence's bookkeeping.
+"""Both ends of a speculative round: what is fed to the target, and which drafted tokens stand.
 
-Owns `accept`, which is to a round what head.py's `advance` is to a plain step. Knows neither drafters nor the model.
+Owns `feed`, which begins a round, and `accept`, which ends it as head.py's `advance` does a plain step. Knows neither drafters
+nor the model.
 Letters: B sequences, k drafts and T = k + 1 query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T),
-P candidates a row, R entries of the output ring, S entries of the history.
+P candidates a row, R entries of the output ring, S entries of the history, H hidden size.
 
 Row r of a sequence is the target's own choice of the token behind the r-th one fed, drawn with the key of its position. Drafted
 token r stands where it equals that choice and all before it stand; the first choice that differs, or the one behind the last
@@ -18,6 +19,12 @@ import triton.language as tl
 from kernels._common import best_of, launch_options, pdl_trigger, pdl_wait, runs_kernels
 
 # ---------------------------------------------------------------- reference
+
+
+def feed_ref(token, drafts, lengths, embedding):
+    """The arguments as in `feed`."""
+    lengths.add_(lengths.clamp(max=1), alpha=drafts.shape[1])
+    return embedding[torch.cat([token[:, None], drafts], dim=1).flatten().long()]
 
 
 def accept_ref(partial_max, partial_id, drafts, token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally):
@@ -60,6 +67,26 @@ def accept_ref(partial_max, partial_id, drafts, token, ring, cursor, done, flag,
 
 
 # ---------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["T"])
+def _feed_kernel(
+    token_ptr, drafts_ptr, lengths_ptr, embedding_ptr, x_ptr, T, H, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """Row program_id of x. Never triggers early: the next kernel reads the lengths before it waits."""
+    row = tl.program_id(0)
+    b, t = row // T, row % T
+    pdl_wait(PDL)
+    if t == 0:
+        token = tl.load(token_ptr + b)
+        length = tl.load(lengths_ptr + b)
+        tl.store(lengths_ptr + b, length + tl.where(length > 0, T - 1, 0))
+    else:
+        token = tl.load(drafts_ptr + b * (T - 1) + t - 1)
+    h = tl.arange(0, BLOCK)
+    for h0 in tl.range(0, H, BLOCK):
+        mask = h0 + h < H
+        tl.store(x_ptr + row * H + h0 + h, tl.load(embedding_ptr + token.to(tl.int64) * H + h0 + h, mask=mask), mask=mask)
 
 
 @triton.jit
@@ -123,13 +150,50 @@ def _accept_kernel(
     tl.store(counts, tl.load(counts, mask=real) + 1, mask=real & (j <= tl.minimum(accepted, emitted)))
 
 
-# ---------------------------------------------------------------- operator
+# ---------------------------------------------------------------- operators
+
+
+def _check_drafts(drafts, B):
+    if drafts.dim() != 2 or drafts.shape[0] != B or drafts.dtype != torch.int32 or not drafts.is_contiguous():
+        raise ValueError(f"drafts: found {drafts.dtype} {list(drafts.shape)}, expected int32 [{B}, k], contiguous")
+
+
+def _fed(token, drafts, lengths, embedding):
+    """x [M, H], not filled."""
+    B = token.numel()
+    _check_drafts(drafts, B)
+    for name, t in (("token", token), ("lengths", lengths)):
+        if t.shape != (B,) or t.dtype != torch.int32:
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}]")
+    if embedding.dim() != 2 or not embedding.is_contiguous():
+        raise ValueError(f"embedding: found {list(embedding.shape)}, expected [V, H], contiguous")
+    return embedding.new_empty(B * (drafts.shape[1] + 1), embedding.shape[1])
+
+
+@torch.library.custom_op("rooflama::feed", mutates_args=("lengths",))
+def feed(token: torch.Tensor, drafts: torch.Tensor, lengths: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+    """Begins a round: each sequence's last token [B] and its drafts [B, k], int32, as rows of embedding [V, H] -> [M, H].
+
+    lengths [B] int32 grow by the k rows that the drafts take in the cache, but for sequences that are absent (0).
+    ValueError: a shape or dtype that does not fit.
+    """
+    x = _fed(token, drafts, lengths, embedding)
+    if not runs_kernels(x):
+        return feed_ref(token, drafts, lengths, embedding)
+    (M, H), T = x.shape, drafts.shape[1] + 1
+    block = min(2048, triton.next_power_of_2(H))
+    _feed_kernel[(M,)](token, drafts, lengths, embedding, x, T, H, BLOCK=block, num_warps=4, **launch_options(x))
+    return x
+
+
+@feed.register_fake
+def _(token, drafts, lengths, embedding):
+    return _fed(token, drafts, lengths, embedding)
 
 
 def _check(partial_max, partial_id, drafts, token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally):
     B = token.numel()
-    if drafts.dim() != 2 or drafts.shape[0] != B or drafts.dtype != torch.int32 or not drafts.is_contiguous():
-        raise ValueError(f"drafts: found {drafts.dtype} {list(drafts.shape)}, expected int32 [{B}, k], contiguous")
+    _check_drafts(drafts, B)
     M = B * (drafts.shape[1] + 1)
     if partial_max.dim() != 2 or partial_max.shape[0] != M or partial_id.shape != partial_max.shape:
         raise ValueError(f"partial_max: found {list(partial_max.shape)}, {list(partial_id.shape)}, expected two of [{M}, P]")

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import num_sms, pdl_trigger, pdl_wait, to_cache
+from kernels._common import hold, num_sms, pdl_trigger, pdl_wait, to_cache
 from kernels._matmul import (
     MAX_ROWS,
     FoldedNorm,
@@ -128,9 +128,9 @@ def _linear_gain(gain_ptr, features, F, X_SCALE: tl.constexpr):
 def _linear_residual(residual_ptr, features, m, M, F):
     if residual_ptr is not None:
         mask = (features < F)[:, None] & (m < M)[None, :]
-        residual = tl.load(residual_ptr + m[None, :] * F + features[:, None], mask=mask, other=0).to(tl.float32)
+        residual = tl.load(residual_ptr + m[None, :] * F + features[:, None], mask=mask, other=0)
     else:
-        residual = 0.0
+        residual = None
     return residual
 
 
@@ -143,7 +143,11 @@ def _linear_epilogue(
     y = _add_bias(sums[0] * factor, bias_ptr, rows[0], N, MASK_N)
     if SILU_MUL:
         y = y / (1.0 + tl.exp(-y)) * _add_bias(sums[1] * factor, bias_ptr, rows[1], N, MASK_N)
-    y = (y + residual).to(y_ptr.dtype.element_ty)
+    if residual is not None:
+        if y.shape[1] >= 16:
+            residual = hold(residual)
+        y += residual.to(tl.float32)
+    y = y.to(y_ptr.dtype.element_ty)
     mask = (rows[0] < F)[:, None] & (m < M)[None, :]
     offset = m[None, :] * F + rows[0][:, None]
     tl.store(y_ptr + offset, y, mask=mask)
@@ -211,7 +215,7 @@ def _linear_kernel(
     if LATE:
         pdl_trigger(PDL)
     if ADD:
-        residual = 0.0
+        residual = None
     if SPLIT > 1:
         SETS: tl.constexpr = len(rows)
         if arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, SPLIT, R // SETS, MP, NORM):

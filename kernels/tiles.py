@@ -63,6 +63,12 @@ MEASURED = {
     (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=4),
     (132, "bf16", 16, "linear", 2048, 8192): Tile(128, 128, 8, preload=3, dot=True, split=8, stages=3),
     (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
+    # 24 and 32 rows: 956.3 and 974.8 as the rule has them, through cuBLAS 1049.9 and 1071.7; at 64 cuBLAS is ahead
+    (132, "bf16", 32, "qkv", 3072, 2048): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
+    (132, "bf16", 32, "linear", 2048, 2048): Tile(64, 128, 4, preload=1, dot=True, split=4, stages=5),
+    (132, "bf16", 32, "silu_mul", 16384, 2048): Tile(128, 64, 8, preload=2, dot=True, stages=5),
+    (132, "bf16", 32, "linear", 2048, 8192): Tile(64, 128, 4, preload=1, dot=True, split=4, stages=5),
+    (132, "bf16", 32, "head", 128256, 2048): Tile(256, 64, 8, preload=1, dot=True, stages=4),
     # Llama-3.2-3B: 1700.1
     (132, "bf16", 1, "qkv", 5120, 3072): Tile(4, 256, 1, preload=3),
     (132, "bf16", 1, "linear", 3072, 3072): Tile(2, 512, 1, preload=3, registers=96),
@@ -81,6 +87,20 @@ MEASURED = {
     (132, "bf16", 16, "silu_mul", 28672, 4096): Tile(128, 128, 8, preload=2, dot=True, stages=3),
     (132, "bf16", 16, "linear", 4096, 14336): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
     (132, "bf16", 16, "head", 128256, 4096): Tile(128, 128, 8, preload=1, dot=True, stages=4),
+    # 2 rows: 4059.3 by the rule, 4010.3
+    (132, "bf16", 2, "linear", 4096, 4096): Tile(1, 512, 1, preload=2, registers=96),
+    (132, "bf16", 2, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
+    # 24, 32, 48 and 64 rows: 4376, 4412, 4798 and 4889 as the rule has them; through cuBLAS 4645, 4728, 4877 and 4989
+    (132, "bf16", 32, "qkv", 6144, 4096): Tile(128, 64, 8, preload=2, dot=True, split=2, stages=5),
+    (132, "bf16", 32, "linear", 4096, 4096): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
+    (132, "bf16", 32, "silu_mul", 28672, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
+    (132, "bf16", 32, "linear", 4096, 14336): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
+    (132, "bf16", 32, "head", 128256, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
+    (132, "bf16", 64, "qkv", 6144, 4096): Tile(128, 64, 8, preload=2, dot=True, split=2, stages=5),
+    (132, "bf16", 64, "linear", 4096, 4096): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
+    (132, "bf16", 64, "silu_mul", 28672, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
+    (132, "bf16", 64, "linear", 4096, 14336): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
+    (132, "bf16", 64, "head", 128256, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
     # packed, Llama-3.1-8B, 1 row: int8 2374.8 by the rule of old, 2148.8 so; fp8 2339.8 and 2190.8; int4 1619.5 and 1481.5
     (132, "int8", 1, "qkv", 6144, 4096): Tile(16, 256, 4, preload=8, dot=True),
     (132, "int8", 1, "linear", 4096, 4096): Tile(16, 512, 8, preload=8, dot=True, registers=96),
@@ -136,6 +156,13 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
 
 
+def kernel_is_faster(rows: int, N: int, K: int, sms: int) -> bool:
+    """Whether plain weights [N, K] and so many rows of x are for the kernels, or for cuBLAS: beyond 16 rows where tiles were
+    measured. By the rule cuBLAS was ahead at half of the shapes that were tried (a step of the 3B on an H200: at 32 rows 2.47
+    ms against 2.68; at 64 rows 2.62 against 3.16)."""
+    return rows <= 16 or any((sms, "bf16", padded_rows(rows), op, N, K) in MEASURED for op in OPS)
+
+
 def folds_norm(*formats) -> bool:
     """Whether an RMSNorm between two linears is folded into the first one's kernel: where both weights are packed.
 
@@ -178,6 +205,8 @@ def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """128 weight rows a program, because every program reads x again; K split until nearly every SM has a program. Where that
     leaves a program few columns, 64 rows, and all of them before the wait."""
+    if rows > 16:
+        return _many_rows_rule(op, rows, N, K, sms)
     chunk = power_divisor(K, 128)
     for height in (128, 64):
         split = 1
@@ -186,13 +215,28 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
         strip = K // split  # columns of one program
         if height == 128 and strip >= 1024:
             preload, stages = (1, 4) if split == 1 else (3, 3)
-            fitting = SHARED_BYTES // ((height + max(16, padded_rows(rows))) * chunk * 2)  # chunks of weights and x
-            if preload + stages > fitting:
-                preload, stages = 1, fitting - 1
             return Tile(height, chunk, 8, preload=preload, dot=True, split=split, stages=stages)
     if strip <= 512 and strip == floor_power_of_two(strip):
-        return Tile(height, strip, 8 if rows > 16 else 4, preload=1, dot=True, split=split)
+        return Tile(height, strip, 4, preload=1, dot=True, split=split)
     return Tile(height, chunk, 4, preload=1, dot=True, split=split, stages=4)
+
+
+def _many_rows_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
+    """17 rows of x and more weigh as much as the weights: the tallest tile that still makes programs enough, K split in two
+    rather than halving it."""
+    tall = power_divisor(K, 64)
+    tiles = (
+        Tile(256, tall, 8, preload=1, dot=True, stages=4),
+        Tile(128, tall, 8, preload=2, dot=True, split=2, stages=5),
+        Tile(64, power_divisor(K, 128), 4, preload=1, dot=True, split=8, stages=5),
+    )
+    for tile in tiles:
+        programs, split = -(-N // tile.rows), 1
+        while op != "head" and split < tile.split and programs * split < 0.7 * sms and K // (2 * split) >= 2 * tile.chunk:
+            split *= 2
+        if programs * split >= 0.7 * sms:
+            break
+    return dataclasses.replace(tile, split=split)
 
 
 def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:

@@ -317,4 +317,6 @@ def test_accept_and_lookup(launches):
             stop_ids=empty(2, 16, dtype=torch.int32), history=histories, tally=empty(2, 2, 16, dtype=torch.int32), **integers,
         )  # fmt: skip
         kernels.lookup(histories, integers["lengths"], max(k, 1))
-    check(launches, 12)
+        kernels.feed(integers["token"], empty(2, k, dtype=torch.int32), integers["lengths"], empty(64, 4096))
+    for compiled in check(launches, 16)[3::4]:
+        assert "griddepcontrol.launch_dependents" not in compiled.asm["ptx"], "the next kernel reads lengths before it waits"

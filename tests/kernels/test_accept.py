@@ -1,11 +1,11 @@
-"""accept: a round's bookkeeping against its reference and against plain steps, case by case."""
+"""feed and accept: a round's rows and bookkeeping against their references and against plain steps, case by case."""
 
 import math
 
 import pytest
 import torch
 
-from kernels.accept import accept, accept_ref
+from kernels.accept import accept, accept_ref, feed, feed_ref
 from kernels.head import advance
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +42,37 @@ def make(k, P=7, B=9):
     }  # fmt: skip
     to = lambda t: t.to(DEVICE)
     return to(value), to(ids), to(drafts), {name: to(t) for name, t in state.items()}
+
+
+@pytest.mark.parametrize("H", [8, 96, 3000])
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_feed_equals_its_reference(k, H):
+    embedding = torch.randn(V, H).to(DEVICE, torch.bfloat16)
+    token, drafts = torch.randint(0, V, (3,)), torch.randint(0, V, (3, k))
+    token, drafts = (t.to(DEVICE, torch.int32) for t in (token, drafts))
+    lengths, want = ints(7, 0, 31), ints(7, 0, 31)
+    expected = feed_ref(token, drafts, want, embedding)
+    assert torch.equal(feed(token, drafts, lengths, embedding), expected)
+    assert lengths.tolist() == want.tolist() == [7 + k, 0, 31 + k]
+    assert torch.equal(expected[k + 1], embedding[token[1]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drafts": torch.zeros(2, 2, dtype=torch.int32)}, "drafts: found torch.int32 .2, 2., expected int32 .3, k."),
+        ({"drafts": torch.zeros(3, 4, dtype=torch.int32)[:, ::2]}, "expected int32 .3, k., contiguous"),
+        ({"token": torch.zeros(3)}, "token: found torch.float32 .3., expected int32 .3."),
+        ({"lengths": torch.zeros(1, dtype=torch.int32)}, "lengths: found torch.int32 .1."),
+        ({"embedding": torch.zeros(8)}, "embedding: found .8., expected .V, H."),
+    ],
+)
+def test_what_cannot_be_fed_is_refused(change, message):
+    arguments = {"token": ints(1, 2, 3), "drafts": torch.zeros(3, 2, dtype=torch.int32, device=DEVICE)}
+    arguments |= {"lengths": ints(5, 5, 5), "embedding": torch.zeros(V, 8, device=DEVICE)}
+    arguments |= {name: t.to(DEVICE) for name, t in change.items()}
+    with pytest.raises(ValueError, match=message):
+        feed(**arguments)
 
 
 @pytest.mark.parametrize("k", range(9))
@@ -112,6 +143,9 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def test_opcheck():
+    embedding = torch.randn(V, 8).to(DEVICE, torch.bfloat16)
+    drafts = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
+    torch.library.opcheck(torch.ops.rooflama.feed.default, (ints(1, 2), drafts, ints(5, 0), embedding))
     value, ids, drafts, state = make(2)
     order = ("token", "ring", "cursor", "done", "flag", "lengths", "limit", "stop_ids", "history", "tally")
     torch.library.opcheck(torch.ops.rooflama.accept.default, (value, ids, drafts, *(state[name] for name in order)))
