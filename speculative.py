@@ -41,6 +41,7 @@ class Drafter:
 
     name = "none"
     bytes_per_row = 0  # of a cache of its own, that one token takes
+    reads_first: Weight | None = None  # of its weights, where it has any
 
     def bind(self, target: Session, history: torch.Tensor) -> None:
         """Makes the buffers to draft for a session's sequences. history [B, S] int32 has the token of each position, the last
@@ -73,6 +74,7 @@ class ModelDrafter(Drafter):
     def __init__(self, model: Transformer, name: str = "draft model"):
         self.model, self.name = model, name
         self.bytes_per_row = bytes_per_row(model.config, model.norm.weight.dtype)
+        self.reads_first = model.layers[0].attention.wqkv
 
     def bind(self, target, history):
         super().bind(target, history)
@@ -228,7 +230,7 @@ class Speculator:
         kernels.accept(
             best, choice, drafts, token=session.token, ring=session.ring, cursor=session.cursor, done=session.done,
             flag=session.nan, lengths=lengths, limit=session.limit, stop_ids=session.stop_ids, history=self.history,
-            tally=self.tally,
+            tally=self.tally, ahead=self.drafter.reads_first or self.model.layers[0].attention.wqkv,
         )  # fmt: skip
         if logprobs:
             note_logprobs(session, logits, slice(None), slots % RING)

@@ -30,6 +30,8 @@ NVIDIA = tl.constexpr(torch.version.hip is None and not INTERPRET)
 
 _pdl_enabled = True
 
+AHEAD_BYTES = 16 << 20  # what memory can deliver until the next step's first kernel has started, and more
+
 
 @triton.jit
 def pdl_trigger(PDL: tl.constexpr):
@@ -75,6 +77,34 @@ def to_cache(values, cache_ptr):
             wide = values * (2.0**20 + 1)
             values = tl.where(tl.abs(values) < 2.0**-6, (values + 24576.0) - 24576.0, wide - (wide - values))
     return values.to(cache_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _prefetch_l2(address, num_bytes, LANES: tl.constexpr):
+    """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred own; .reg .u32 thread;
+        mov.u32 thread, %tid.x;
+        setp.lt.u32 own, thread, $3;
+        @own cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r,n",
+        [address.to(tl.int64), num_bytes, LANES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_share(ahead_ptr, ahead_bytes, helper, helpers, PDL: tl.constexpr):
+    """Brings this helper's share of the `ahead_bytes` at ahead_ptr into L2. Changes no result."""
+    if PDL and ahead_ptr is not None:
+        share = ahead_bytes // helpers // 128 * 128
+        if share > 0:
+            _prefetch_l2(ahead_ptr.to(tl.int64) + helper.to(tl.int64) * share, share, 1)
 
 
 @triton.jit
@@ -158,3 +188,10 @@ def zeroed_workspace(device: torch.device, name: str, size: int, dtype=torch.int
 def num_sms(index: int = 0) -> int:
     """Multiprocessors of CUDA device `index`; 132 (an H100 or H200) where there is none, so that tile choices can be tested."""
     return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 132
+
+
+def plan_prefetch(ahead: torch.Tensor | None) -> tuple[int, int]:
+    """Of the weight that the next step reads first: (programs that help, bytes that they bring into L2)."""
+    if ahead is None:
+        return 0, 0
+    return num_sms(ahead.device.index or 0), min(AHEAD_BYTES, ahead.numel() * ahead.element_size())

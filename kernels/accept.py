@@ -16,7 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import best_of, launch_options, pdl_trigger, pdl_wait, runs_kernels
+from kernels._common import best_of, launch_options, pdl_trigger, pdl_wait, plan_prefetch, prefetch_share, runs_kernels
+from kernels.formats import Weight
 
 # ---------------------------------------------------------------- reference
 
@@ -89,17 +90,23 @@ def _feed_kernel(
         tl.store(x_ptr + row * H + h0 + h, tl.load(embedding_ptr + token.to(tl.int64) * H + h0 + h, mask=mask), mask=mask)
 
 
-@triton.jit
-def _choose_kernel(max_ptr, id_ptr, best_ptr, choice_ptr, partials, PARTIALS: tl.constexpr, PDL: tl.constexpr):
-    """The best candidate of row program_id."""
+@triton.jit(do_not_specialize=["M"])
+def _choose_kernel(
+    max_ptr, id_ptr, best_ptr, choice_ptr, ahead_ptr, M, partials, ahead_bytes, PARTIALS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    """The best candidate of row program_id. Memory idles now: the programs behind the rows' bring into L2 what the next round
+    reads first."""
     pdl_trigger(PDL)
     row, p = tl.program_id(0), tl.arange(0, PARTIALS)
     pdl_wait(PDL)
-    value = tl.load(max_ptr + row * partials + p, mask=p < partials, other=float("-inf"))
-    ids = tl.load(id_ptr + row * partials + p, mask=p < partials, other=0x7FFFFFFF)
-    best, choice = best_of(value, ids)
-    tl.store(best_ptr + row, best)
-    tl.store(choice_ptr + row, choice)
+    if row < M:
+        value = tl.load(max_ptr + row * partials + p, mask=p < partials, other=float("-inf"))
+        ids = tl.load(id_ptr + row * partials + p, mask=p < partials, other=0x7FFFFFFF)
+        best, choice = best_of(value, ids)
+        tl.store(best_ptr + row, best)
+        tl.store(choice_ptr + row, choice)
+    else:
+        prefetch_share(ahead_ptr, ahead_bytes, row - M, tl.num_programs(0) - M, PDL)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -225,6 +232,7 @@ def _accept(
     stop_ids: torch.Tensor,
     history: torch.Tensor,
     tally: torch.Tensor,
+    ahead: torch.Tensor | None,
 ) -> None:
     state = (token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally)
     _check(partial_max, partial_id, drafts, *state)
@@ -234,8 +242,10 @@ def _accept(
     (M, P), T = partial_max.shape, drafts.shape[1] + 1
     best, choice = partial_max.new_empty(M), partial_id.new_empty(M)
     options = launch_options(partial_max)
-    _choose_kernel[(M,)](
-        partial_max, partial_id, best, choice, P, PARTIALS=triton.next_power_of_2(P), num_warps=8, **options
+    helpers, ahead_bytes = plan_prefetch(ahead)
+    _choose_kernel[(M + helpers,)](
+        partial_max, partial_id, best, choice, ahead, M, P, ahead_bytes, PARTIALS=triton.next_power_of_2(P), num_warps=8,
+        **options,
     )  # fmt: skip
     _accept_kernel[(token.numel(),)](
         best, choice, drafts, *state, T, ring.shape[1], stop_ids.shape[1], history.shape[1], tally.shape[2],
@@ -245,7 +255,7 @@ def _accept(
 
 
 @_accept.register_fake
-def _(partial_max, partial_id, drafts, token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally):
+def _(partial_max, partial_id, drafts, token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally, ahead):
     _check(partial_max, partial_id, drafts, token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally)
 
 
@@ -264,6 +274,7 @@ def accept(
     stop_ids: torch.Tensor,
     history: torch.Tensor,
     tally: torch.Tensor,
+    ahead: Weight | None = None,
 ) -> None:
     """Ends a round that fed each sequence its last token and drafts [B, k] int32; the last kernels of a round.
 
@@ -276,8 +287,10 @@ def accept(
     length above limit, is done there: what the round chose behind it is dropped, and its length becomes 0. Where a logit is NaN
     or infinite, flag becomes 1, nothing is emitted from there on and the sequence is done.
     tally [B, 2, above k] counts: entry [b, 0, i] rounds with at least i drafts, [b, 1, i] those that kept at least i of them.
+    `ahead` is the weight that the next round reads first: as for `advance`.
     ValueError: a shape or dtype that does not fit.
     """
     torch.ops.rooflama.accept(
-        partial_max, partial_id, drafts, token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally
-    )
+        partial_max, partial_id, drafts, token, ring, cursor, done, flag, lengths, limit, stop_ids, history, tally,
+        None if ahead is None else ahead.weight,
+    )  # fmt: skip

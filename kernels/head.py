@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import best_of, launch_options, num_sms, pdl_trigger, pdl_wait
+from kernels._common import best_of, launch_options, num_sms, pdl_trigger, pdl_wait, plan_prefetch, prefetch_share
 from kernels._matmul import (
     FoldedNorm,
     Operand,
@@ -35,7 +35,6 @@ from kernels._packed import multiply_packed, preload_packed, unit_starts
 from kernels._random import gumbel_ref, gumbel_tile, token_positions
 from kernels.formats import Weight
 
-AHEAD_BYTES = 16 << 20  # what memory can deliver until the next step's first kernel has started, and more
 PARTIALS = 4096  # candidates a row, whatever the tile: a program that has no candidate left to give fills up with -inf
 
 
@@ -194,25 +193,6 @@ def _partial_argmax_kernel(logits_ptr, max_ptr, id_ptr, V, BLOCK: tl.constexpr, 
 
 
 @triton.jit
-def _prefetch_l2(address, num_bytes, LANES: tl.constexpr):
-    """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred own; .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.lt.u32 own, thread, $3;
-        @own cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r,n",
-        [address.to(tl.int64), num_bytes, LANES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def _advance_kernel(
     max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
     embedding_ptr, x_ptr, ahead_ptr, sequences, partials, ring_size, stops, K, ahead_bytes,
@@ -230,10 +210,7 @@ def _advance_kernel(
         )  # fmt: skip
     else:
         pdl_wait(PDL)
-        if PDL and ahead_ptr is not None:
-            share = ahead_bytes // (tl.num_programs(0) - sequences) // 128 * 128
-            if share > 0:
-                _prefetch_l2(ahead_ptr.to(tl.int64) + (b - sequences).to(tl.int64) * share, share, 1)
+        prefetch_share(ahead_ptr, ahead_bytes, b - sequences, tl.num_programs(0) - sequences, PDL)
 
 
 @triton.jit
@@ -440,12 +417,11 @@ def _advance(
     if not uses_kernel(x):
         advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
         return
-    helpers = 0 if ahead is None else num_sms(x.device.index or 0)
+    helpers, ahead_bytes = plan_prefetch(ahead)
     _advance_kernel[(token.numel() + helpers,)](
         partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x, ahead,
         token.numel(), partial_max.shape[1], ring.shape[1], stop_ids.shape[1], x.shape[1],
-        0 if ahead is None else min(AHEAD_BYTES, ahead.numel() * ahead.element_size()),
-        PARTIALS=triton.next_power_of_2(partial_max.shape[1]), STOPS=triton.next_power_of_2(stop_ids.shape[1]),
+        ahead_bytes, PARTIALS=triton.next_power_of_2(partial_max.shape[1]), STOPS=triton.next_power_of_2(stop_ids.shape[1]),
         BLOCK=min(4096, triton.next_power_of_2(x.shape[1])), num_warps=8, **launch_options(x),
     )  # fmt: skip
 

@@ -63,7 +63,8 @@ MEASURED = {
     (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=4),
     (132, "bf16", 16, "linear", 2048, 8192): Tile(128, 128, 8, preload=3, dot=True, split=8, stages=3),
     (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
-    # 24 and 32 rows: 956.3 and 974.8 as the rule has them, through cuBLAS 1049.9 and 1071.7; at 64 cuBLAS is ahead
+    # 24 and 32 rows: 956.3 and 974.8 as the rule has them, through cuBLAS 1049.9 and 1071.7; 64 rows: 1104.2 and 1120.3
+    (132, "bf16", 64, "linear", 2048, 8192): Tile(64, 128, 4, preload=1, dot=True, split=4, stages=5),
     (132, "bf16", 32, "qkv", 3072, 2048): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
     (132, "bf16", 32, "linear", 2048, 2048): Tile(64, 128, 4, preload=1, dot=True, split=4, stages=5),
     (132, "bf16", 32, "silu_mul", 16384, 2048): Tile(128, 64, 8, preload=2, dot=True, stages=5),
@@ -90,13 +91,13 @@ MEASURED = {
     # 2 rows: 4059.3 by the rule, 4010.3
     (132, "bf16", 2, "linear", 4096, 4096): Tile(1, 512, 1, preload=2, registers=96),
     (132, "bf16", 2, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
-    # 24, 32, 48 and 64 rows: 4376, 4412, 4798 and 4889 as the rule has them; through cuBLAS 4645, 4728, 4877 and 4989
+    # 24 and 32 rows: 4376 and 4412 as the rule has them, through cuBLAS 4645 and 4728; 64 rows: 4687, all by the kernels 4800, all
+    # through cuBLAS 4917
     (132, "bf16", 32, "qkv", 6144, 4096): Tile(128, 64, 8, preload=2, dot=True, split=2, stages=5),
     (132, "bf16", 32, "linear", 4096, 4096): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
     (132, "bf16", 32, "silu_mul", 28672, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
     (132, "bf16", 32, "linear", 4096, 14336): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
     (132, "bf16", 32, "head", 128256, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
-    (132, "bf16", 64, "qkv", 6144, 4096): Tile(128, 64, 8, preload=2, dot=True, split=2, stages=5),
     (132, "bf16", 64, "linear", 4096, 4096): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
     (132, "bf16", 64, "silu_mul", 28672, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
     (132, "bf16", 64, "linear", 4096, 14336): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),

@@ -19,6 +19,7 @@ from kernels.tiles import (
     batch_invariant,
     candidate_tiles,
     choose_tile,
+    kernel_is_faster,
     override_tiles,
 )
 
@@ -361,6 +362,21 @@ def test_candidates_fit(op, N, K, rows):
         assert tile.dot or rows <= FMA_MOST_ROWS
         assert not tile.dot or (tile.rows + max(16, rows)) * tile.chunk * 2 * tile.preload <= SHARED_BYTES
         assert tile.dot or tile.preload * tile.chunk >= K or not tile.grid
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "faster"),
+    [
+        (16, (3072, 3072), True),  # any shape
+        (17, (3072, 3072), False),  # never measured there
+        (17, (6144, 4096), True),
+        (33, (6144, 4096), False),
+        (64, (28672, 4096), True),
+    ],
+)
+def test_beyond_16_rows_the_kernels_need_measured_tiles(rows, shape, faster):
+    assert kernel_is_faster(rows, *shape, 132) == faster
+    assert not kernel_is_faster(max(rows, 17), *shape, 108), "on another card"
 
 
 def test_override_goes_back():
