@@ -91,7 +91,7 @@ MEASURED = {
     # 2 rows: 4059.3 by the rule, 4010.3
     (132, "bf16", 2, "linear", 4096, 4096): Tile(1, 512, 1, preload=2, registers=96),
     (132, "bf16", 2, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
-    # 24 and 32 rows: 4376 and 4412 as the rule has them, through cuBLAS 4645 and 4728; 64 rows: 4687, all by the kernels 4800, all
+    # 24 and 32 rows: 4376 and 4412 as the rule has them, through cuBLAS 4645 and 4728; 64 rows: 4687, with qkv 4800,
     # through cuBLAS 4917
     (132, "bf16", 32, "qkv", 6144, 4096): Tile(128, 64, 8, preload=2, dot=True, split=2, stages=5),
     (132, "bf16", 32, "linear", 4096, 4096): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
