@@ -508,7 +508,6 @@ def matmul_arguments(tile: Tile, x, w: Operand, norm, squares) -> tuple[dict, di
         "norm_ptr": norm if norm is None or tile.dot else norm.view(torch.int32),
         "folded_ptr": squares,
         "FOLDED": 0 if squares is None else squares.shape[1],
-        "LATE": tile.late,
         "X_SCALE": x_scale(x.dtype) if tile.dot or squares is not None else 1.0,
         "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[x.dtype],
     }

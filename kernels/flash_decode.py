@@ -530,7 +530,7 @@ def _measured_shape(pairs: int, columns: int, capacity: int, sms: int) -> _Shape
             return _Shape(64, stages=2 if pairs < sms // 2 else 3)
         return _Shape(0, stages=5, programs=sms)
     if pairs >= sms // 2:
-        return _Shape(128, row_groups=4) if capacity < 1024 else _Shape(0, block_rows=32, warps=1, programs=4 * sms)
+        return _Shape(128, 128, row_groups=4) if capacity < 1024 else _Shape(0, block_rows=32, warps=1, programs=4 * sms)
     if capacity <= 64 or capacity > 4096:
         return _Shape(64, row_groups=4)
     return _Shape(128, row_groups=4) if capacity <= 1024 else _Shape(128, stages=2)

@@ -103,11 +103,10 @@ def _head_kernel(
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, LOOPS: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Logits and best candidate of tile program_id, and of each num_programs-th tile after it where LOOPS."""
-    if not LATE:
-        pdl_trigger(PDL)
+    pdl_trigger(PDL)
     pid, programs = tl.program_id(0), tl.num_programs(0)
     m, r = tl.arange(0, MP), tl.arange(0, R)
     rows = pid * R + r
@@ -142,8 +141,6 @@ def _head_kernel(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
             CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
-    if LATE:
-        pdl_trigger(PDL)
     factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
     logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)
     best, best_id = _candidates(logits, rows, pid * R, temperature, seed, sample, position, R, MP)

@@ -173,12 +173,11 @@ def _linear_kernel(
     GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
     STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y[m, tile] = activation(rmsnorm(x[m]) @ W[tile].T + bias) + residual; with a gain, y's FoldedNorm. `columns` is K in
     units of w_ptr and x_ptr."""
-    if not LATE:
-        pdl_trigger(PDL)
+    pdl_trigger(PDL)
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
     k0 = part * (CHUNKS * CHUNK)
     m = tl.arange(0, MP)
@@ -212,8 +211,6 @@ def _linear_kernel(
             tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
             CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
-    if LATE:
-        pdl_trigger(PDL)
     if ADD:
         residual = None
     if SPLIT > 1:
@@ -328,12 +325,11 @@ def _qkv_kernel(
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, X_SCALE: tl.constexpr,
     FORMAT: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr, PARTS: tl.constexpr, BLOCKS: tl.constexpr,
-    LATE: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One tile of pairs of one head. TILES tiles of a head and SPLIT parts of K form a group that its last arrival merges:
     TILES is 1, or with qk-norm, which needs the whole head, D / R."""
-    if not LATE:
-        pdl_trigger(PDL)
+    pdl_trigger(PDL)
     HALF: tl.constexpr = D // 2
     NORM: tl.constexpr = norm_ptr is not None
     tile, part = tl.program_id(0) // SPLIT, tl.program_id(0) % SPLIT
@@ -371,8 +367,6 @@ def _qkv_kernel(
             tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
             CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, False, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
-    if LATE:
-        pdl_trigger(PDL)
     if TILES * SPLIT > 1:
         group = tile // TILES
         member = tile % TILES * SPLIT + part

@@ -150,7 +150,7 @@ class StepTimer:
 def neighbours(tile: Tile, op: str) -> list[Tile]:
     """Moves that change how a tile's loads overlap with other kernels, not its shape."""
     change = lambda **fields: dataclasses.replace(tile, **fields)
-    moves = [change(stream=not tile.stream), change(late=not tile.late)]
+    moves = [change(stream=not tile.stream)]
     moves += [change(registers=r) for r in (None, 64, 96, 128, 168)]
     return [m for m in dict.fromkeys(moves) if m != tile]
 
@@ -195,7 +195,7 @@ def tune(shape: str, args, pool) -> None:
         jobs = []
         for key in best:  # shapes
             tiles = candidate_tiles(key[0], rows, *key[1:], formats[key])
-            keep = ("stream", "late", "registers")
+            keep = ("stream", "registers")
             tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
             rng.shuffle(tiles)
             tiles.sort(key=lambda t: t.warps > 2 and not t.dot)  # small programs won most often
