@@ -276,30 +276,29 @@ def dot(
     xs = ()
     for c in tl.static_range(PRELOAD):  # all in flight at once: no load may pass the barriers that a dot brings
         xs = xs + (_load_rows(x_ptr, k0 + c * CHUNK + tl.arange(0, CHUNK), M, K, MP, MASK_K),)
+    # What is preloaded comes first; of many rows it comes last, so that the loop's loads are not behind it.
     if MP <= 16:
         for c in tl.static_range(PRELOAD):
-            x = xs[c]
-            if NORM:
-                squares += _sum_squares(x, MP, SQUARES)
-                x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
-            sums = _dot(tiles[c], x, sums)
+            sums, squares = _add_chunk(tiles[c], xs[c], norms[c] if NORM else None, sums, squares, X_SCALE)
     for c in tl.range(PRELOAD, CHUNKS, num_stages=STAGES):
         k = k0 + c * CHUNK + tl.arange(0, CHUNK)
         tile = load_weights(w_ptr, rows, k, N, K, MASK_N, MASK_K, STREAM)
         x = _load_rows(x_ptr, k, M, K, MP, MASK_K)
-        if NORM:
-            norm = load_vector(norm_ptr, k, K, MASK_K)
-            squares += _sum_squares(x, MP, SQUARES)
-            x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
-        sums = _dot(tile, x, sums)
+        norm = load_vector(norm_ptr, k, K, MASK_K) if NORM else None
+        sums, squares = _add_chunk(tile, x, norm, sums, squares, X_SCALE)
     if MP > 16:
         for c in tl.static_range(PRELOAD):
-            x = hold(xs[c])
-            if NORM:
-                squares += _sum_squares(x, MP, SQUARES)
-                x = (x.to(tl.float32) * (norms[c].to(tl.float32) * X_SCALE)).to(x.dtype)
-            sums = _dot(tiles[c], x, sums)
+            sums, squares = _add_chunk(tiles[c], hold(xs[c]), norms[c] if NORM else None, sums, squares, X_SCALE)
     return sums, tl.sum(squares, 1)[None, :]
+
+
+@triton.jit
+def _add_chunk(w, x, norm, sums, squares, X_SCALE: tl.constexpr):
+    """Adds a chunk's w [R, CHUNK] @ (x [MP, CHUNK] * norm * X_SCALE).T to sums, and of a norm x^2 to squares."""
+    if norm is not None:
+        squares += _sum_squares(x, squares.shape[0], squares.shape[1])
+        x = (x.to(tl.float32) * (norm.to(tl.float32) * X_SCALE)).to(x.dtype)
+    return _dot(w, x, sums), squares
 
 
 @triton.jit

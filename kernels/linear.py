@@ -144,7 +144,7 @@ def _linear_epilogue(
     if SILU_MUL:
         y = y / (1.0 + tl.exp(-y)) * _add_bias(sums[1] * factor, bias_ptr, rows[1], N, MASK_N)
     if residual is not None:
-        if y.shape[1] >= 16:
+        if y.shape[1] >= 16:  # else its way through shared memory to y's layout comes first, and x's loads behind it
             residual = hold(residual)
         y += residual.to(tl.float32)
     y = y.to(y_ptr.dtype.element_ty)
@@ -219,23 +219,9 @@ def _linear_kernel(
             all_sums, all_squares = merge(partial_ptr, squares_ptr, tile, SETS, 1, SPLIT, R // SETS, MP, NORM)
             factor = norm_factor(all_squares, folded, K, eps, NORM, FOLDED, X_SCALE)
             _linear_epilogue(
-                all_sums,
-                factor,
-                bias_ptr,
-                residual,
-                y_ptr,
-                gain,
-                scaled_ptr,
-                sum_ptr,
-                rows,
-                m,
-                M,
-                N,
-                F,
-                SILU_MUL,
-                MASK_N,
-                BLOCK,
-            )
+                all_sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F,
+                SILU_MUL, MASK_N, BLOCK,
+            )  # fmt: skip
     else:
         factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
         _linear_epilogue(
