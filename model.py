@@ -361,10 +361,11 @@ class Reader(NamedTuple):
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
     """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
     that the kernels read."""
-    few = kernels.runs_kernels(x) and x.shape[0] <= kernels.MAX_ROWS and x.dtype != torch.float32 and x.shape[1] % 64 == 0
+    if not kernels.runs_kernels(x) or x.shape[0] > kernels.MAX_ROWS or x.dtype == torch.float32 or x.shape[1] % 64:
+        return False
     packed = any(weight.packed for weight in weights)  # cuBLAS would have them unpacked first
     ours = packed or kernels.is_batch_invariant() or all(kernels.beats_cublas(x, weight) for weight in weights)
-    return few and ours and all(weight.in_kernels for weight in weights)
+    return ours and all(weight.in_kernels for weight in weights)
 
 
 def many(x: torch.Tensor) -> bool:
