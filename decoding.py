@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import kernels
+from kernels.formats import Weight
 from kv_cache import KVCache
 from model import DecodeStep, Norm, Transformer, fused
 from prefill import download, upload
@@ -307,9 +308,9 @@ class Decoder:
 
     def in_kernels(self, rows: int) -> bool:
         """Whether every linear of a step of so many rows is one of our kernels."""
-        weights = self.model.head, *(layer.attention.wqkv for layer in self.model.layers)
+        weights = [module for module in self.model.layers.modules() if isinstance(module, Weight)]
         with kernels.batch_invariant(self.session.batch_invariant):
-            return fused(self.session.x[:rows], *weights)
+            return fused(self.session.x[:rows], *weights, self.model.head)
 
     def serves(self, batch_size: int) -> bool:
         """Whether so many sequences can run in this session, at their own cost."""

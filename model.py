@@ -20,7 +20,6 @@ from kernels.formats import PackedFormat, Weight, saturated
 from kv_cache import KVCache
 
 WORLD_SIZE = 1  # devices that share one model's weights
-PLAIN_ROWS = 16  # of x: beyond, cuBLAS multiplies some of the plain weights
 
 # ---------------------------------------------------------------- configuration
 
@@ -340,8 +339,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 # ---------------------------------------------------------------- operations on rows
-# Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products. No GPU: plain
-# PyTorch, for Inductor.
+# Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products. 17 to 64 rows:
+# what is faster for each layer. No GPU: plain PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 #
 # An RMSNorm is no layer of its own here: it is done by the linear that reads it. So hidden states x travel with a `norm`: the
@@ -370,7 +369,7 @@ def fused(x: torch.Tensor, *weights: Weight) -> bool:
 
 def many(x: torch.Tensor) -> bool:
     """True where cuBLAS may multiply the rows of x [N, K], with kernels between its products."""
-    return kernels.runs_kernels(x) and x.shape[0] > PLAIN_ROWS
+    return kernels.runs_kernels(x) and x.shape[0] > kernels.PLAIN_ROWS
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -540,7 +539,7 @@ class Attention(nn.Module):
                 page_size=k_cache.shape[2], num_heads=c.num_heads, num_kv_heads=c.num_kv_heads, head_dim=c.head_dim,
             )  # fmt: skip
             k = v = None
-        elif kernels.runs_kernels(x) and not isinstance(step, PrefillStep):  # many rows: cuBLAS, then one kernel
+        elif kernels.runs_kernels(x) and not isinstance(step, PrefillStep):  # many rows, or a prompt's: one more kernel
             qkv = linear(x, self.wqkv, norm=norm, eps=c.norm_eps)
             (position, slot), (k_cache, v_cache) = step.place(), step.cache.layer(self.layer)
             q, k = kernels.rope_append(

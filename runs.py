@@ -25,7 +25,7 @@ LAUNCHES_AHEAD = 2  # launches in flight before the host reads the oldest one's 
 CHUNK = 2048  # prompt tokens between two launches of steps, about, where others wait for theirs
 STEPS_WHILE_WAITING = 2  # of a launch while prompts wait: a row that met a stop idles until the host reads of it
 # Steps left that are worth a new graph of fewer rows. Capturing took 0.15 to 1.4 s for the 1B on an H200, and 16 rows for 1
-# cost it 0.28 ms a step (benchmarks/h200_decode.jsonl).
+# cost it 0.18 ms a step (benchmarks/h200_decode.jsonl).
 STEPS_WORTH_CAPTURE = 1024
 
 # ---------------------------------------------------------------- what goes in and comes out

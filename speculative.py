@@ -222,6 +222,7 @@ class Speculator:
     def verify(self, drafts: torch.Tensor, kind: str, logprobs: bool) -> None:
         """The target's choices behind the last token and each of drafts [B, k], and all that follows from them."""
         session, k = self.session, drafts.shape[1]
+        reads_first = self.drafter.reads_first if k else None  # the next plain step drafts nothing
         lengths = session.cache.lengths
         x = kernels.feed(session.token, drafts, lengths, self.model.tok_embeddings.weight)
         hidden, norm = self.model.run(x, DecodeStep(session.cache, k + 1))
@@ -230,7 +231,7 @@ class Speculator:
         kernels.accept(
             best, choice, drafts, token=session.token, ring=session.ring, cursor=session.cursor, done=session.done,
             flag=session.nan, lengths=lengths, limit=session.limit, stop_ids=session.stop_ids, history=self.history,
-            tally=self.tally, ahead=self.drafter.reads_first or self.model.layers[0].attention.wqkv,
+            tally=self.tally, ahead=reads_first or self.model.layers[0].attention.wqkv,
         )  # fmt: skip
         if logprobs:
             note_logprobs(session, logits, slice(None), slots % RING)
@@ -326,8 +327,9 @@ class Speculator:
         """Learns from the oldest launch that has not been looked at; the caller knows that it is over."""
         k, tally = self.pending.popleft()
         new, self.seen = tally - self.seen, tally
-        tried = new[0, 1] + new[1, 1:k].sum()  # a draft is tried where the one before it stood; the first always
-        self.acceptance.add(int(new[1, 1:].sum()), int(tried))
+        drafted, kept = new
+        tried = drafted[1] + kept[1:k].sum()  # a draft is tried where the one before it stood; the first always
+        self.acceptance.add(int(kept[1:].sum()), int(tried))
 
     def statistics(self, timing: Timing, steps_without: int) -> dict:
         """What the rounds of this run came to. Times are of the rounds as they were timed once, with empty caches; so is the

@@ -14,11 +14,12 @@ from kernels.head import advance, head, partial_argmax
 from kernels.linear import MAX_ROWS, linear, linear_folding, qkv_rope_append
 from kernels.lookup import lookup
 from kernels.rows import rms_norm, rope_append, silu_mul
-from kernels.tiles import batch_invariant, folds_norm, is_batch_invariant
+from kernels.tiles import PLAIN_ROWS, batch_invariant, folds_norm, is_batch_invariant
 
 __all__ = [
     "HEAD_SIZES",
     "MAX_ROWS",
+    "PLAIN_ROWS",
     "FoldedNorm",
     "accept",
     "advance",

@@ -4,8 +4,9 @@ Owns the one guarded place where NVIDIA-only calls stand (griddepcontrol, throug
 
 Programmatic dependent launch (PDL, Hopper and later): a kernel may start while the one before it still runs. It loads what
 no running kernel writes (its weights), then `pdl_wait`s for everything before it. Two rules keep this exact:
-every kernel of the chain waits before it reads anything that an earlier kernel of the step writes, and the last kernel of a
-step never triggers early, so that what a step's end writes (lengths, tokens, cache rows) is final for the next step's start.
+every kernel of the chain waits before it reads anything that an earlier kernel of the step writes; and a kernel that writes
+what a later one reads before its wait (lengths, tokens, cache rows) never triggers early: a step's last one, and the first of a
+speculative round.
 """
 
 import concurrent.futures
@@ -59,8 +60,8 @@ def pdl_wait(PDL: tl.constexpr):
 
 @triton.jit
 def hold(x):
-    """Keeps `x`, loaded 8- or 16-bit values, in registers up to here. Triton puts the store of a dot's operand to shared memory
-    right behind its load; the asynchronous loads of a loop in between would not be issued until `x` has arrived."""
+    """Keeps `x`, loaded 8- or 16-bit values, in registers up to here. Triton sends a dot's operand, or what changes its layout,
+    through shared memory right behind its load; other loads in between would not be issued until `x` has arrived."""
     if NVIDIA:
         x = tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=32 // x.dtype.primitive_bitwidth
@@ -80,18 +81,18 @@ def to_cache(values, cache_ptr):
 
 
 @triton.jit
-def _prefetch_l2(address, num_bytes, LANES: tl.constexpr):
-    """Brings `num_bytes` (a multiple of 16) at each of LANES addresses into L2. A hint: NVIDIA, Hopper and later only."""
+def _prefetch_l2(address, num_bytes):
+    """Brings `num_bytes` (a multiple of 16) at an address into L2. A hint: NVIDIA, Hopper and later only."""
     tl.inline_asm_elementwise(
         """{
         .reg .pred own; .reg .u32 thread;
         mov.u32 thread, %tid.x;
-        setp.lt.u32 own, thread, $3;
+        setp.eq.u32 own, thread, 0;
         @own cp.async.bulk.prefetch.L2.global [$1], $2;
         mov.u32 $0, 0;
         }""",
-        "=r,l,r,n",
-        [address.to(tl.int64), num_bytes, LANES],
+        "=r,l,r",
+        [address.to(tl.int64), num_bytes],
         dtype=tl.int32,
         is_pure=False,
         pack=1,
@@ -104,7 +105,7 @@ def prefetch_share(ahead_ptr, ahead_bytes, helper, helpers, PDL: tl.constexpr):
     if PDL and ahead_ptr is not None:
         share = ahead_bytes // helpers // 128 * 128
         if share > 0:
-            _prefetch_l2(ahead_ptr.to(tl.int64) + helper.to(tl.int64) * share, share, 1)
+            _prefetch_l2(ahead_ptr.to(tl.int64) + helper.to(tl.int64) * share, share)
 
 
 @triton.jit

@@ -21,9 +21,8 @@ import triton.language as tl
 
 from kernels._common import INTERPRETED, hold, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
-from kernels.tiles import Tile, kernel_is_faster, packed_shape, tile_for
+from kernels.tiles import MAX_ROWS, Tile, kernel_rows, packed_shape, tile_for
 
-MAX_ROWS = 64  # above, a matmul is no longer bound by the weights' bytes: plain PyTorch
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
 
 # ---------------------------------------------------------------- loading
@@ -435,9 +434,14 @@ def apply_norm_ref(x, norm, squares, eps):
     return (x.to(torch.promote_types(x.dtype, torch.float32)) * factor).to(x.dtype)
 
 
+@torch.compiler.assume_constant_result
+def _kernel_rows(N: int, K: int, device: int) -> int:
+    return kernel_rows(N, K, num_sms(device))
+
+
 def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:
-    """Whether the kernels multiply x [M, K] by a plain weight faster than cuBLAS does; M at most MAX_ROWS."""
-    return kernel_is_faster(x.shape[0], weight.out_features, x.shape[1], num_sms(x.device.index or 0))
+    """Whether the kernels multiply x [M, K] by a plain weight faster than cuBLAS does."""
+    return x.shape[0] <= _kernel_rows(weight.out_features, weight.in_features, x.device.index or 0)
 
 
 def tile_of(op: str, x: torch.Tensor, w: Operand) -> Tile:

@@ -144,7 +144,7 @@ def _linear_epilogue(
     if SILU_MUL:
         y = y / (1.0 + tl.exp(-y)) * _add_bias(sums[1] * factor, bias_ptr, rows[1], N, MASK_N)
     if residual is not None:
-        if y.shape[1] >= 16:  # else its way through shared memory to y's layout comes first, and x's loads behind it
+        if y.shape[1] >= 16:  # else it changes to y's layout as soon as it has arrived, and x's loads wait behind that
             residual = hold(residual)
         y += residual.to(tl.float32)
     y = y.to(y_ptr.dtype.element_ty)

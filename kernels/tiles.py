@@ -15,6 +15,8 @@ OPS = ("linear", "silu_mul", "qkv", "head")
 LEAST_ROWS = {"linear": 1, "silu_mul": 2, "qkv": 2, "head": 4}  # pairs; four random words at a time
 FMA_MOST_ROWS = 4  # of x: beyond, the products take more instructions than the bytes give time for
 FMA_RULE_ROWS = 2  # of x: up to here the rule takes FMA
+PLAIN_ROWS = 16  # of x: beyond, cuBLAS multiplies plain weights, but for KERNEL_ROWS
+MAX_ROWS = 64  # of x: beyond, a matmul is no longer bound by the weights' bytes, and no kernel takes it
 SHARED_BYTES = 227 * 1024  # shared memory a program may have (Hopper)
 
 
@@ -62,13 +64,6 @@ MEASURED = {
     (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=4),
     (132, "bf16", 16, "linear", 2048, 8192): Tile(128, 128, 8, preload=3, dot=True, split=8, stages=3),
     (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
-    # 24 and 32 rows: 956.3 and 974.8 as the rule has them, through cuBLAS 1049.9 and 1071.7; 64 rows: 1104.2 and 1120.3
-    (132, "bf16", 64, "linear", 2048, 8192): Tile(64, 128, 4, preload=1, dot=True, split=4, stages=5),
-    (132, "bf16", 32, "qkv", 3072, 2048): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
-    (132, "bf16", 32, "linear", 2048, 2048): Tile(64, 128, 4, preload=1, dot=True, split=4, stages=5),
-    (132, "bf16", 32, "silu_mul", 16384, 2048): Tile(128, 64, 8, preload=2, dot=True, stages=5),
-    (132, "bf16", 32, "linear", 2048, 8192): Tile(64, 128, 4, preload=1, dot=True, split=4, stages=5),
-    (132, "bf16", 32, "head", 128256, 2048): Tile(256, 64, 8, preload=1, dot=True, stages=4),
     # Llama-3.2-3B: 1700.1
     (132, "bf16", 1, "qkv", 5120, 3072): Tile(4, 256, 1, preload=3),
     (132, "bf16", 1, "linear", 3072, 3072): Tile(2, 512, 1, preload=3, registers=96),
@@ -87,20 +82,9 @@ MEASURED = {
     (132, "bf16", 16, "silu_mul", 28672, 4096): Tile(128, 128, 8, preload=2, dot=True, stages=3),
     (132, "bf16", 16, "linear", 4096, 14336): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
     (132, "bf16", 16, "head", 128256, 4096): Tile(128, 128, 8, preload=1, dot=True, stages=4),
-    # 2 rows: 4059.3 by the rule, 4010.3
+    # 2 rows: 4059.3 by the rule, so 4010.3
     (132, "bf16", 2, "linear", 4096, 4096): Tile(1, 512, 1, preload=2, registers=96),
     (132, "bf16", 2, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
-    # 24 and 32 rows: 4376 and 4412 as the rule has them, through cuBLAS 4645 and 4728; 64 rows: 4687, with qkv 4800,
-    # through cuBLAS 4917
-    (132, "bf16", 32, "qkv", 6144, 4096): Tile(128, 64, 8, preload=2, dot=True, split=2, stages=5),
-    (132, "bf16", 32, "linear", 4096, 4096): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
-    (132, "bf16", 32, "silu_mul", 28672, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
-    (132, "bf16", 32, "linear", 4096, 14336): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
-    (132, "bf16", 32, "head", 128256, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
-    (132, "bf16", 64, "linear", 4096, 4096): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
-    (132, "bf16", 64, "silu_mul", 28672, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
-    (132, "bf16", 64, "linear", 4096, 14336): Tile(64, 128, 4, preload=1, dot=True, split=2, stages=5),
-    (132, "bf16", 64, "head", 128256, 4096): Tile(256, 64, 8, preload=1, dot=True, stages=4),
     # packed, Llama-3.1-8B, 1 row: int8 2374.8 by the rule of old, 2148.8 so; fp8 2339.8 and 2190.8; int4 1619.5 and 1481.5
     (132, "int8", 1, "qkv", 6144, 4096): Tile(16, 256, 4, preload=8, dot=True),
     (132, "int8", 1, "linear", 4096, 4096): Tile(16, 512, 8, preload=8, dot=True, registers=96),
@@ -140,6 +124,14 @@ MEASURED = {
 }
 
 
+# By (SMs, N, K): up to so many rows of x the kernels, with tiles by the rule, multiply plain weights faster than cuBLAS.
+# Measured in whole steps, us (cuBLAS): at 32 rows the 1B 974.8 (1071.7), the 8B 4412 (4728); at 64, mixed so, 1104 (1120) and
+# 4687 (4917). At 64 rows the kernels took longer for the 3B, 3164 (2617), Qwen2.5-7B, 6030 (4583), and Qwen3-8B, 5172 (4961).
+KERNEL_ROWS = {
+    **dict.fromkeys([(132, 3072, 2048), (132, 2048, 2048), (132, 16384, 2048), (132, 128256, 2048), (132, 6144, 4096)], 32),
+    **dict.fromkeys([(132, 2048, 8192), (132, 4096, 4096), (132, 28672, 4096), (132, 4096, 14336), (132, 128256, 4096)], 64),
+}
+
 # ---------------------------------------------------------------- choosing
 
 
@@ -156,11 +148,11 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
     return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
 
 
-def kernel_is_faster(rows: int, N: int, K: int, sms: int) -> bool:
-    """Whether plain weights [N, K] and so many rows of x are for the kernels, or for cuBLAS: beyond 16 rows where tiles were
-    measured. By the rule cuBLAS was ahead at half of the shapes that were tried (a step of the 3B on an H200: at 32 rows 2.47
-    ms against 2.68; at 64 rows 2.62 against 3.16)."""
-    return rows <= 16 or any((sms, "bf16", padded_rows(rows), op, N, K) in MEASURED for op in OPS)
+def kernel_rows(N: int, K: int, sms: int) -> int:
+    """Rows of x up to which plain weights [N, K] are for the kernels; beyond, for cuBLAS. An overridden tile is to be used."""
+    if any(key[1:] == (N, K) for key in _overrides if isinstance(key, tuple)):
+        return MAX_ROWS
+    return KERNEL_ROWS.get((sms, N, K), PLAIN_ROWS)
 
 
 def folds_norm(*formats) -> bool:
@@ -205,8 +197,8 @@ def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """128 weight rows a program, because every program reads x again; K split until nearly every SM has a program. Where that
     leaves a program few columns, 64 rows, and all of them before the wait."""
-    if rows > 16:
-        return _many_rows_rule(op, rows, N, K, sms)
+    if rows > PLAIN_ROWS:
+        return _many_rows_rule(op, N, K, sms)
     chunk = power_divisor(K, 128)
     for height in (128, 64):
         split = 1
@@ -221,9 +213,9 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
     return Tile(height, chunk, 4, preload=1, dot=True, split=split, stages=4)
 
 
-def _many_rows_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """17 rows of x and more weigh as much as the weights: the tallest tile that still makes programs enough, K split in two
-    rather than halving it."""
+def _many_rows_rule(op: str, N: int, K: int, sms: int) -> Tile:
+    """Rows of x that weigh as much as the weights, and that every program reads again: the tallest tile that gives 70% of the
+    multiprocessors a program, if need be by splitting K (tiles and share as measured for the 8B)."""
     tall = power_divisor(K, 64)
     tiles = (
         Tile(256, tall, 8, preload=1, dot=True, stages=4),
@@ -315,7 +307,7 @@ def _dot_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
     if M == 1:
         return []
     tiles = []
-    for (rows, warps), split in itertools.product(((64, 4), (64, 8), (128, 8)), (1, 2, 4, 7, 8)):
+    for (rows, warps), split in itertools.product(((64, 4), (64, 8), (128, 8), (256, 8)), (1, 2, 4, 7, 8)):
         if K % (64 * split) or (split > 1 and (op == "head" or N // rows * split > 1024)):
             continue
         strip = K // split

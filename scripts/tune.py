@@ -5,7 +5,8 @@
 
 A kernel alone prefers other tiles than a chain of kernels that load their weights beside each other, so every candidate is
 timed as part of whole steps, replayed from a CUDA graph; one operator changes at a time, and a better tile is kept at once.
-Prints the entries to put into kernels/tiles.py (MEASURED), and writes every measurement to --output as JSON lines.
+Prints the entries to put into kernels/tiles.py (MEASURED; beyond 16 rows, where they beat cuBLAS, KERNEL_ROWS too), and writes
+every measurement to --output as JSON lines.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import kernels
 from decoding import decode_one_token
 from generate import Engine, add_flag
 from kernels.formats import Weight
-from kernels.tiles import Tile, candidate_tiles, fold_block, override_tiles, padded_rows, tile_for
+from kernels.tiles import PLAIN_ROWS, Tile, candidate_tiles, fold_block, override_tiles, padded_rows, tile_for
 from model import SHAPES
 from quantize import MODES, make_recipe
 from timing import floor_ms
@@ -167,6 +168,8 @@ def tune(shape: str, args, pool) -> None:
     best_us = timer.us_per_step(best)
     floor = floor_ms(timer.engine, rows, args.context, 4.44e12) * 1e3
     print(f"{name}: {best_us:.1f} us a step with the present tiles; bytes at 4.44 TB/s: {floor:.1f}", flush=True)
+    if rows > PLAIN_ROWS and "bf16" in formats.values():
+        print(f"{name}: {timer.us_per_step({}):.1f} us with cuBLAS where kernels.tiles.KERNEL_ROWS has it", flush=True)
     failed: dict[tuple, str] = {}
 
     def try_all(jobs: list[tuple], seconds: float) -> None:

@@ -277,7 +277,7 @@ def test_choose_and_advance(launches):
     best, ids = empty(2, 4096, dtype=torch.float32), empty(2, 4096, dtype=torch.int32)
     kernels.advance(
         best, ids, ring=empty(2, 256, dtype=torch.int32), stop_ids=empty(2, 16, dtype=torch.int32), embedding=empty(9, 256),
-        x=empty(2, 256), ahead=Weight(64, 256), **integers,
+        x=empty(2, 256), ahead=Weight(256, 256), **integers,
     )  # fmt: skip
     floats = {n: empty(2, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
     kernels.choose(
@@ -285,7 +285,8 @@ def test_choose_and_advance(launches):
         lengths=integers["lengths"], top_k=integers["cursor"], **floats,
     )  # fmt: skip
     kernels.partial_argmax(empty(100, 128256, dtype=torch.float32))
-    check(launches, 3)
+    advance, *_ = check(launches, 3)
+    assert "griddepcontrol.launch_dependents" not in advance.asm["ptx"], "the next step reads lengths before it waits"
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 64])
@@ -311,9 +312,12 @@ def test_accept_and_lookup(launches):
         best, ids = empty(2 * (k + 1), 4096, dtype=torch.float32), empty(2 * (k + 1), 4096, dtype=torch.int32)
         kernels.accept(
             best, ids, empty(2, k, dtype=torch.int32), ring=empty(2, 256, dtype=torch.int32),
-            stop_ids=empty(2, 16, dtype=torch.int32), history=histories, tally=empty(2, 2, 16, dtype=torch.int32), **integers,
+            stop_ids=empty(2, 16, dtype=torch.int32), history=histories, tally=empty(2, 2, 16, dtype=torch.int32),
+            ahead=Weight(256, 256), **integers,
         )  # fmt: skip
         kernels.lookup(histories, integers["lengths"], max(k, 1))
         kernels.feed(integers["token"], empty(2, k, dtype=torch.int32), integers["lengths"], empty(64, 4096))
-    for compiled in check(launches, 16)[3::4]:
-        assert "griddepcontrol.launch_dependents" not in compiled.asm["ptx"], "the next kernel reads lengths before it waits"
+    first, *compiled = check(launches, 16)
+    assert "cp.async.bulk.prefetch.L2" in first.asm["ptx"]
+    for last in compiled[0::4] + compiled[2::4]:  # accept's second kernel, and feed
+        assert "griddepcontrol.launch_dependents" not in last.asm["ptx"], "the next kernel reads lengths before it waits"

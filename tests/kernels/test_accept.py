@@ -55,7 +55,8 @@ def test_feed_equals_its_reference(k, H):
     expected = feed_ref(token, drafts, want, embedding)
     assert torch.equal(feed(token, drafts, lengths, embedding), expected)
     assert lengths.tolist() == want.tolist() == [7 + k, 0, 31 + k]
-    assert torch.equal(expected[k + 1], embedding[token[1]])
+    assert torch.equal(expected.view(3, k + 1, H)[:, 0], embedding[token])
+    assert torch.equal(expected.view(3, k + 1, H)[:, 1:], embedding[drafts])
 
 
 @pytest.mark.parametrize(
@@ -81,7 +82,7 @@ def test_accept_equals_its_reference(k):
     value, ids, drafts, state = make(k)
     want = {name: t.clone() for name, t in state.items()}
     accept_ref(value, ids, drafts, **want)
-    accept(value, ids, drafts, **state, ahead=Weight(64, 64, device=DEVICE))
+    accept(value, ids, drafts, **state, ahead=Weight(256, 256, device=DEVICE))
     for name, t in state.items():
         assert torch.equal(t, want[name]), name
 

@@ -125,6 +125,7 @@ CASES = {
     "64 query rows": Case([530], tokens=16, head_dim=128, dtype=torch.float16),
     "three query tiles": Case([140], tokens=11, num_heads=16, num_kv_heads=1),
     "pages of 64": Case([600, 64, 65, 0], pages=16, page_size=64),
+    "many pairs, pages of 64": Case([300] * 35 + [299], pages=5, page_size=64),
     "pages of 256": Case([1000, 257], pages=4, page_size=256, tokens=3),
     "window in one page": Case([900, 50, 0], window=130),
     "window over pages": Case([900, 300], window=100, tokens=4, pages=8, page_size=128),
@@ -201,9 +202,9 @@ def test_the_result_is_the_same_each_time():
 # --------------------------------------------------------------------------------------------------------------------------
 
 POINTS = [
-    {"batch": B, "tokens": T, "num_heads": Hkv * G, "num_kv_heads": Hkv, "head_dim": D, "capacity": S}
-    for B, T, (Hkv, G), D, S in itertools.product(
-        (1, 3, 64, 300), (1, 5, 16), ((8, 4), (2, 7), (1, 16)), (64, 96, 128), (64, 500, 4096, 131072)
+    {"batch": B, "tokens": T, "num_heads": Hkv * G, "num_kv_heads": Hkv, "head_dim": D, "capacity": S, "page_size": page_size}
+    for B, T, (Hkv, G), D, S, page_size in itertools.product(
+        (1, 3, 16, 64, 300), (1, 5, 16), ((8, 4), (2, 7), (1, 16)), (64, 96, 128), (64, 500, 4096, 131072), (None, 64, 128, 192)
     )
 ]
 
@@ -218,6 +219,7 @@ def test_launch_covers_the_work():
         assert launch.query_rows >= 16, "the least that tensor cores take"
         assert launch.min_rows % max(launch.chunk_rows, launch.block_rows) == 0
         assert launch.chunk_rows % launch.block_rows == 0
+        assert point["page_size"] is None or point["page_size"] % launch.block_rows == 0, "a block is never in two pages"
         assert launch.block_rows // launch.row_groups >= 16, "the least that tensor cores take as the inner dimension"
         assert launch.row_groups in (1, launch.warps)
 

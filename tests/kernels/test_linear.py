@@ -19,7 +19,7 @@ from kernels.tiles import (
     batch_invariant,
     candidate_tiles,
     choose_tile,
-    kernel_is_faster,
+    kernel_rows,
     override_tiles,
 )
 
@@ -364,19 +364,11 @@ def test_candidates_fit(op, N, K, rows):
         assert tile.dot or tile.preload * tile.chunk >= K or not tile.grid
 
 
-@pytest.mark.parametrize(
-    ("rows", "shape", "faster"),
-    [
-        (16, (3072, 3072), True),  # any shape
-        (17, (3072, 3072), False),  # never measured there
-        (17, (6144, 4096), True),
-        (33, (6144, 4096), False),
-        (64, (28672, 4096), True),
-    ],
-)
-def test_beyond_16_rows_the_kernels_need_measured_tiles(rows, shape, faster):
-    assert kernel_is_faster(rows, *shape, 132) == faster
-    assert not kernel_is_faster(max(rows, 17), *shape, 108), "on another card"
+def test_which_rows_are_for_the_kernels():
+    assert [kernel_rows(*shape, 132) for shape in ((3072, 3072), (6144, 4096), (28672, 4096))] == [16, 32, 64]
+    assert kernel_rows(28672, 4096, 108) == 16, "another card was not measured"
+    with override_tiles({("qkv", 6144, 4096): Tile(64, 64, 4, dot=True)}):  # a tuner's: it must not time cuBLAS
+        assert [kernel_rows(*shape, 132) for shape in ((6144, 4096), (3072, 3072))] == [64, 16]
 
 
 def test_override_goes_back():

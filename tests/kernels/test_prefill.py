@@ -1,10 +1,12 @@
 """Packs through the kernels, padded as a graph's are: what the padding must not touch, and what the prompts' rows must be."""
 
 import dataclasses
+import sys
 
 import pytest
 import torch
 
+import kernels
 from kv_cache import KVCache
 from model import SHAPES, DecodeStep, PackStep, Transformer
 from prefill import Piece, Prefiller
@@ -78,8 +80,13 @@ def test_padding_goes_nowhere(model):
         close(model, a.nan_to_num(), b.nan_to_num())
 
 
-def test_a_step_of_many_rows_equals_prefill(model):
-    """Decode beyond PLAIN_ROWS: 20 sequences, some absent, through cuBLAS' place and the kernels between the products."""
+@pytest.mark.parametrize("ours", [(), ("qkv", "down"), ("wo", "gate/up"), ("qkv", "wo", "gate/up", "down")], ids=str)
+def test_a_step_of_many_rows_equals_prefill(model, monkeypatch, ours):
+    """Decode beyond PLAIN_ROWS: 20 sequences, some absent, through cuBLAS' place and the kernels between the products, or
+    through the fused kernels: each layer as it is faster."""
+    shapes = {"qkv": (512, 128), "wo": (128, 256), "gate/up": (384, 128), "down": (128, 192)}
+    rows = {shapes[name]: kernels.MAX_ROWS for name in ours}
+    monkeypatch.setattr(sys.modules["kernels._matmul"], "kernel_rows", lambda N, K, sms: rows.get((N, K), kernels.PLAIN_ROWS))
     tokens = torch.arange(20, device=DEVICE) % 300
     cache = KVCache(model.config, 20, 16, DEVICE, model.config.dtype)
     Prefiller(model, cache).run([Piece(slot, [int(t) + 1]) for slot, t in enumerate(tokens)])
