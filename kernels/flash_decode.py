@@ -521,20 +521,29 @@ def _measured_shape(pairs: int, columns: int, capacity: int, sms: int) -> _Shape
     the 1B with 16 sequences: 831 to 820 us). A softmax for each warp's rows (row_groups) needs no
     exchange between warps, but takes registers that only head size 64 has.
     """
+    few = pairs < sms // 2
     if pairs > 2 * sms:  # a program each; where sequences may differ by much, spare ones that long ones are split over
         spread = max(4 * sms, pairs) if capacity <= 4096 else pairs + 2 * sms
-        one_warp = columns == 64 or capacity <= 1024
-        stages = 4 if columns == 128 and one_warp and pairs <= 8 * sms else 3
-        return _Shape(0, block_rows=32, warps=1 if one_warp else 4, stages=stages, programs=spread)
+        if columns == 64:
+            return _Shape(0, block_rows=32, warps=1, stages=3, programs=spread)
+        if capacity > 1024:
+            return _Shape(0, block_rows=32, warps=4, stages=3, programs=spread)
+        return _Shape(0, block_rows=32, warps=1, stages=4 if pairs <= 8 * sms else 3, programs=spread)
     if columns == 128:
-        if pairs < sms // 2 or capacity < 1024:
-            return _Shape(64, stages=2 if pairs < sms // 2 else 3)
+        if few:
+            return _Shape(64, stages=2)
+        if capacity < 1024:
+            return _Shape(64)
         return _Shape(0, stages=5, programs=sms)
-    if pairs >= sms // 2:
-        return _Shape(128, 128, row_groups=4) if capacity < 1024 else _Shape(0, block_rows=32, warps=1, programs=4 * sms)
+    if not few:
+        if capacity < 1024:
+            return _Shape(128, block_rows=128, row_groups=4)
+        return _Shape(0, block_rows=32, warps=1, programs=4 * sms)
     if capacity <= 64 or capacity > 4096:
         return _Shape(64, row_groups=4)
-    return _Shape(128, row_groups=4) if capacity <= 1024 else _Shape(128, stages=2)
+    if capacity <= 1024:
+        return _Shape(128, row_groups=4)
+    return _Shape(128, stages=2)
 
 
 @functools.cache

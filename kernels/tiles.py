@@ -243,12 +243,20 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
         return packed_tile(fmt, 128, 1, 4, 1, K, split)
     if rows > 8 and op != "head" and 128 * sms <= N:
         return packed_tile(fmt, 128, 4, 8, 2, K)
-    height = 64 if op == "head" and N > 32 * 4096 else 32 if 32 * sms <= N else 16
-    many, few = N // height >= 4 * sms, rows <= 8 and N // height < 2 * sms  # programs
-    if few and units >= 64:  # long rows: all of a multiprocessor's registers for one program, or half where two shall run
-        warps, preload = 16, 8 if N // height <= sms else 1 if fmt == "int4" else 2
+    if op == "head" and N > 32 * 4096:
+        height = 64
     else:
-        warps, preload = 4 if many or units < 16 else 8, 8 if few else 2 if fmt == "int4" or rows > 8 else 4
+        height = 32 if 32 * sms <= N else 16
+    programs = N // height
+    few, many = rows <= 8 and programs < 2 * sms, programs >= 4 * sms
+    if few and units >= 64:  # long rows: all of a multiprocessor's registers for one program, or half where two shall run
+        alone = programs <= sms
+        return packed_tile(fmt, height, 16, 16, 8 if alone else 1 if fmt == "int4" else 2, K)
+    warps = 4 if many or units < 16 else 8
+    if few:
+        preload = 8
+    else:
+        preload = 2 if fmt == "int4" or rows > 8 else 4
     registers = 128 if many and rows == 1 and op != "head" else None  # four programs a multiprocessor
     return packed_tile(fmt, height, warps, warps, preload, K, registers=registers)
 
