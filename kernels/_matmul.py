@@ -89,10 +89,10 @@ def widen(words, DTYPE: tl.constexpr):
 @triton.jit
 def fma(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, addend,
-    M: tl.constexpr, MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, ADD: tl.constexpr,
+    M: tl.constexpr, MP: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr,
     NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Multiplies W[rows, k0 : k0 + CHUNKS * CHUNK] by the M rows of x; `tiles` and `norms` are preloaded. ADD: plus `addend`.
+    """Multiplies W[rows, k0 : k0 + CHUNKS * CHUNK] by the M rows of x; `tiles` and `norms` are preloaded. Plus `addend`.
 
     Returns the sums [R, MP], the sums of x^2 [1, MP], and the widened x * norm of every chunk and row, for `fma_again`.
     Reducing both sums at once would save barriers, but it shuffles the squares once for each row: 658.8 us a step of the 1B
@@ -119,11 +119,11 @@ def fma(
                 norm_even, norm_odd = widen(norms[c], DTYPE)
                 x_even *= norm_even
                 x_odd *= norm_odd
-            widened = widened + (x_even, x_odd)
+            widened = widened + ((x_even, x_odd),)
         if NORM:
             squares = next_squares
         sums = _add_products(sums, tiles[c], widened, c, M, DTYPE)
-    if ADD:
+    if addend is not None:
         sums = (sums[0] + tl.where((tl.arange(0, CHUNK) == 0)[None, :], addend, 0.0),)
     return _columns(sums, M, MP), _columns(squares, M, MP), widened
 
@@ -158,7 +158,8 @@ def _add_products(sums, tile, widened, c: tl.constexpr, M: tl.constexpr, DTYPE: 
     w_even, w_odd = widen(tile, DTYPE)
     added = ()
     for m in tl.static_range(M):
-        added = added + (sums[m] + w_even * widened[2 * (c * M + m)] + w_odd * widened[2 * (c * M + m) + 1],)
+        x_even, x_odd = widened[c * M + m]
+        added = added + (sums[m] + w_even * x_even + w_odd * x_odd,)
     return added
 
 
@@ -345,13 +346,13 @@ def members(sums, PAIRS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr):
 def multiply(
     tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, M, addend,
     PAIRS: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, ADD: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr, STREAM: tl.constexpr,
     X_SCALE: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """By tl.dot or by FMA: the sums as `members` gives them; the sums of x^2 [1, MP]; x for `fma_again`.
 
-    ADD (FMA, M = 1): the sums include `addend` [R, 1].
+    addend [R, 1] (FMA, M = 1), or None: what the sums begin with.
     """
     if DOT:
         sums, squares = dot(
@@ -362,7 +363,7 @@ def multiply(
     else:
         sums, squares, widened = fma(
             tiles, norms, x_ptr, w_ptr, norm_ptr, rows, k0, N, K, addend,
-            M_FMA, MP, CHUNK, CHUNKS, PRELOAD, ADD, NORM, MASK_N, MASK_K, STREAM, DTYPE,
+            M_FMA, MP, CHUNK, CHUNKS, PRELOAD, NORM, MASK_N, MASK_K, STREAM, DTYPE,
         )  # fmt: skip
     return members(sums, PAIRS, R, MP), squares, widened
 

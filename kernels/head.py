@@ -138,8 +138,8 @@ def _head_kernel(
         )  # fmt: skip
     else:
         sums, squares, widened = multiply(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, 0.0, False, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+            tiles, norms, x_ptr, w_ptr, norm_ptr, rows, 0, N, columns, M, None, False, DOT, M_FMA, MP, R,
+            CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
     logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)

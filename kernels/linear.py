@@ -167,7 +167,7 @@ def _linear_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, folded_ptr, bias_ptr, residual_ptr, y_ptr, gain_ptr, scaled_ptr, sum_ptr,
     partial_ptr, squares_ptr, counter_ptr,
     M, N, F, K, columns, eps,
-    SILU_MUL: tl.constexpr, BLOCK: tl.constexpr, FOLDED: tl.constexpr,
+    SILU_MUL: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, FOLDED: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
@@ -197,9 +197,6 @@ def _linear_kernel(
 
     folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
     residual = _linear_residual(residual_ptr, rows[0], m, M, F)
-    # Added to a thread's products, the residual is loaded beside x; else ptxas loads it after the products, and waits again.
-    # With more than two chunks, though, ptxas then takes the registers from x, and loads x in two turns.
-    ADD: tl.constexpr = residual_ptr is not None and MP == 1 and not (NORM or SILU_MUL or DOT) and SPLIT == 1 and CHUNKS <= 2
     if PACKED:
         sums, squares = multiply_packed(
             tiles, x_ptr, w_ptr, norm_ptr, scale_ptr, zero_ptr, starts, left, rows, k0, N, K, M,
@@ -208,8 +205,8 @@ def _linear_kernel(
         )  # fmt: skip
     else:
         sums, squares, widened = multiply(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual, SILU_MUL, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, ADD, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
+            tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, residual if ADD else None, SILU_MUL, DOT, M_FMA,
+            MP, R, CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     if ADD:
         residual = None
@@ -350,8 +347,8 @@ def _qkv_kernel(
         )  # fmt: skip
     else:
         sums, squares, _ = multiply(
-            tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, 0.0, True, DOT, M_FMA, MP, R,
-            CHUNK, CHUNKS, PRELOAD, STAGES, False, NORM, False, MASK_K, STREAM, X_SCALE, DTYPE,
+            tiles, norms, x_ptr, w_ptr, norm_ptr, loaded, k0, N, columns, M, None, True, DOT, M_FMA, MP, R,
+            CHUNK, CHUNKS, PRELOAD, STAGES, NORM, False, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     if TILES * SPLIT > 1:
         group = tile // TILES
@@ -393,6 +390,13 @@ def _linear_output(x, w: Operand, bias, norm, squares, activation, residual):
     return y
 
 
+def _adds_residual_first(x, tile: Tile, norm, activation: str) -> bool:
+    """Whether the residual is the first of a thread's products, and so loaded beside x: else ptxas loads it after the products,
+    and waits again. With more than two chunks, though, ptxas then takes the registers from x, and loads x in two turns."""
+    alone = len(x) == 1 and not tile.dot and tile.split == 1
+    return alone and norm is None and activation == "none" and x.shape[1] <= 2 * tile.chunk
+
+
 def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual, y, gain=None, folded=None, block=0):
     """_linear_kernel, which fills y, and of a `gain` the FoldedNorm `folded` of y."""
     tile = tile_of(activation if activation == "silu_mul" else "linear", x, w)
@@ -413,6 +417,7 @@ def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual
         F=y.shape[1],
         eps=eps,
         SILU_MUL=activation == "silu_mul",
+        ADD=_adds_residual_first(x, tile, norm, activation),
         BLOCK=block,
         GRID=tile.grid,
         SPLIT=tile.split,
