@@ -6,7 +6,7 @@ split over programs, each keeps a running softmax (fp32, base 2), and the last p
 
 The grid is fixed by the cache's capacity, so that a CUDA graph can hold it; what each program does follows the lengths on the
 device: 100 tokens in a 128k cache cost what 100 tokens cost. Work is counted in *items*: one part of the rows of one
-(sequence, KV head). K and V are read once for all query heads of a KV head and all query tokens (the M dimension of the dots).
+(sequence, KV head); a *unit* is such a part for every KV head. K and V are read once for all query heads of a KV head and all query tokens (the M dimension of the dots).
 
 Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G = Hq/Hkv, D head size, P pages a sequence,
 M query rows (G * T, padded) and N cache rows of a tile.
@@ -90,28 +90,22 @@ def _first_row(length, window, T: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWE
         return length * 0
 
 
+# How the work is split, `split`: (lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2), as the kernel has them.
+
+
 @triton.jit
-def _load_rows(
-    lengths_ptr, batch, window, T: tl.constexpr, SEQUENCES: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr
-):
+def _load_rows(split, T: tl.constexpr, SEQUENCES: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr):
     """How many cache rows each sequence reads: [SEQUENCES], 0 past the batch."""
+    lengths_ptr, batch, window, _, _, _ = split
     sequence = tl.arange(0, SEQUENCES)
     lengths = tl.load(lengths_ptr + sequence, mask=sequence < batch, other=0)
     return lengths - _first_row(lengths, window, T, ALIGNMENT, WINDOWED)
 
 
 @triton.jit
-def _count_parts(
-    rows,
-    all_rows,
-    max_parts,
-    spare_programs,
-    min_rows_log2,
-    HKV: tl.constexpr,
-    SEQUENCES: tl.constexpr,
-    SPLIT_ROWS: tl.constexpr,
-):
+def _count_parts(rows, all_rows, split, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr):
     """Parts of a sequence that reads `rows`, at least one. all_rows: of the batch, each sequence's rounded up to 16."""
+    _, _, _, max_parts, spare_programs, min_rows_log2 = split
     if SPLIT_ROWS > 0:
         parts = tl.cdiv(rows, SPLIT_ROWS)
     else:
@@ -131,34 +125,30 @@ def _sum_rows(rows):
 
 @triton.jit
 def _all_parts(
-    lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
-    T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
+    split, T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Parts of every sequence, [SEQUENCES]."""
-    rows = _load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED)
-    return _count_parts(rows, _sum_rows(rows), max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
+    rows = _load_rows(split, T, SEQUENCES, ALIGNMENT, WINDOWED)
+    return _count_parts(rows, _sum_rows(rows), split, HKV, SEQUENCES, SPLIT_ROWS)
 
 
 @triton.jit
 def _find_part(
-    unit, lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
-    T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    WINDOWED: tl.constexpr,
+    unit, split, T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr,
+    ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """(sequence, part of it) of a unit of items. The sequence is past the batch where there is nothing to do.
 
     With 2, 1 and 3 parts, units 0 to 2 are part 0 of each sequence; unit 3 is part 1 of the first, 4 and 5 are parts 1 and 2 of
     the last. So part 0 finds its sequence without a look at the others.
     """
+    batch = split[1]
     b, part = unit, unit * 0
     if SEQUENCES == 1:
         b, part = unit * 0, unit
     elif unit >= batch:
-        parts = _all_parts(
-            lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
-            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
-        )  # fmt: skip
+        parts = _all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
         ends = tl.cumsum(parts - 1, 0)
         before = ends <= unit - batch
         b = tl.sum(before.to(tl.int32), 0)
@@ -362,32 +352,27 @@ def _flash_decode_kernel(
     pdl_trigger(PDL)
     tile, num_tiles = tl.program_id(1), tl.num_programs(1)
     ALIGNMENT: tl.constexpr = CHUNK if CHUNK > 0 else N
+    split = (lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2)
 
     # Items go by units, each one for every KV head. A program does one; with splits of a fixed size, where the lengths decide
     # how many there are, as many as come.
     item_begin = tl.program_id(0)
     item_end, item_step = item_begin + 1, 1
     if SPLIT_ROWS > 0:
-        all_parts = _all_parts(
-            lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
-            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
-        )  # fmt: skip
+        all_parts = _all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
         item_end = tl.maximum(item_end, (batch + tl.sum(all_parts - 1, 0)) * HKV)
         item_step = tl.num_programs(0)
     for item in tl.range(item_begin, item_end, item_step, num_stages=1):
         unit, head = item // HKV, item % HKV
-        b, part = _find_part(
-            unit, lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
-            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
-        )  # fmt: skip
+        b, part = _find_part(unit, split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
         length = tl.load(lengths_ptr + b, mask=b < batch, other=0)
         page = tl.load(table_ptr + b * table_width, mask=b < batch, other=0)
         first_row = _first_row(length, window, T, ALIGNMENT, WINDOWED)
         rows, batch_rows = length - first_row, length * 0
         if SPLIT_ROWS == 0 and SEQUENCES > 1:
             if rows >> min_rows_log2 > 1:  # else it is one part whatever the others read
-                batch_rows = _sum_rows(_load_rows(lengths_ptr, batch, window, T, SEQUENCES, ALIGNMENT, WINDOWED))
-        parts = _count_parts(rows, batch_rows, max_parts, spare_programs, min_rows_log2, HKV, SEQUENCES, SPLIT_ROWS)
+                batch_rows = _sum_rows(_load_rows(split, T, SEQUENCES, ALIGNMENT, WINDOWED))
+        parts = _count_parts(rows, batch_rows, split, HKV, SEQUENCES, SPLIT_ROWS)
         if part >= parts:
             pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
         else:
@@ -463,10 +448,7 @@ def _flash_decode_kernel(
                     merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
                     next_unit = 1  # of part 1
                     if SEQUENCES > 1:
-                        all_parts = _all_parts(
-                            lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2,
-                            T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED,
-                        )  # fmt: skip
+                        all_parts = _all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
                         next_unit = batch + tl.sum(tl.where(tl.arange(0, SEQUENCES) < b, all_parts - 1, 0), 0)
                     merged_acc, merged_total = _merge(
                         partial_ptr, stats_ptr, b, next_unit, head, tile, num_tiles, parts, merged_mask, HKV, D, MERGED
