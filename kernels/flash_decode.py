@@ -6,7 +6,8 @@ split over programs, each keeps a running softmax (fp32, base 2), and the last p
 
 The grid is fixed by the cache's capacity, so that a CUDA graph can hold it; what each program does follows the lengths on the
 device: 100 tokens in a 128k cache cost what 100 tokens cost. Work is counted in *items*: one part of the rows of one
-(sequence, KV head); a *unit* is such a part for every KV head. K and V are read once for all query heads of a KV head and all query tokens (the M dimension of the dots).
+(sequence, KV head); a *unit* is such a part for every KV head. K and V are read once for all query heads of a KV head and all
+query tokens (the M dimension of the dots).
 
 Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G = Hq/Hkv, D head size, P pages a sequence,
 M query rows (G * T, padded) and N cache rows of a tile.
@@ -90,7 +91,7 @@ def _first_row(length, window, T: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWE
         return length * 0
 
 
-# How the work is split, `split`: (lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2), as the kernel has them.
+# `split`, how the work is: (lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2), as the kernel has them.
 
 
 @triton.jit
