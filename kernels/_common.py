@@ -81,31 +81,25 @@ def to_cache(values, cache_ptr):
 
 
 @triton.jit
-def _prefetch_l2(address, num_bytes):
-    """Brings `num_bytes` (a multiple of 16) at an address into L2. A hint: NVIDIA, Hopper and later only."""
-    tl.inline_asm_elementwise(
-        """{
-        .reg .pred own; .reg .u32 thread;
-        mov.u32 thread, %tid.x;
-        setp.eq.u32 own, thread, 0;
-        @own cp.async.bulk.prefetch.L2.global [$1], $2;
-        mov.u32 $0, 0;
-        }""",
-        "=r,l,r",
-        [address.to(tl.int64), num_bytes],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def prefetch_share(ahead_ptr, ahead_bytes, helper, helpers, PDL: tl.constexpr):
-    """Brings this helper's share of the `ahead_bytes` at ahead_ptr into L2. Changes no result."""
+    """Brings this helper's share of the `ahead_bytes` at ahead_ptr into L2. A hint, which changes no result."""
     if PDL and ahead_ptr is not None:
         share = ahead_bytes // helpers // 128 * 128
         if share > 0:
-            _prefetch_l2(ahead_ptr.to(tl.int64) + helper.to(tl.int64) * share, share)
+            tl.inline_asm_elementwise(
+                """{
+                .reg .pred own; .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.eq.u32 own, thread, 0;
+                @own cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.u32 $0, 0;
+                }""",
+                "=r,l,r",
+                [ahead_ptr.to(tl.int64) + helper.to(tl.int64) * share, share],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
 
 
 @triton.jit
@@ -114,6 +108,31 @@ def best_of(value, ids):
     value = tl.where(value == value, value, float("inf"))
     top = tl.max(value, 0, keep_dims=True)
     return tl.max(value, 0), tl.min(tl.where(value == top, ids, 0x7FFFFFFF), 0)
+
+
+@triton.jit
+def best_candidate(max_ptr, id_ptr, row, partials, PARTIALS: tl.constexpr):
+    """(value, id) of the best of a row's `partials` candidates."""
+    p = tl.arange(0, PARTIALS)
+    value = tl.load(max_ptr + row * partials + p, mask=p < partials, other=float("-inf"))
+    ids = tl.load(id_ptr + row * partials + p, mask=p < partials, other=0x7FFFFFFF)
+    return best_of(value, ids)
+
+
+@triton.jit
+def copy_row(source_ptr, target_ptr, K, BLOCK: tl.constexpr):
+    """K values, BLOCK at a time."""
+    k = tl.arange(0, BLOCK)
+    for k0 in tl.range(0, K, BLOCK):
+        row = tl.load(source_ptr + k0 + k, mask=k0 + k < K)
+        tl.store(target_ptr + k0 + k, row, mask=k0 + k < K)
+
+
+def check_int32(size: int, **tensors: torch.Tensor) -> None:
+    """ValueError: one that is not int32 [size]."""
+    for name, t in tensors.items():
+        if t.shape != (size,) or t.dtype != torch.int32:
+            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{size}]")
 
 
 def runs_kernels(x: torch.Tensor) -> bool:

@@ -16,7 +16,17 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import best_of, launch_options, pdl_trigger, pdl_wait, plan_prefetch, prefetch_share, runs_kernels
+from kernels._common import (
+    best_candidate,
+    check_int32,
+    copy_row,
+    launch_options,
+    pdl_trigger,
+    pdl_wait,
+    plan_prefetch,
+    prefetch_share,
+    runs_kernels,
+)
 from kernels.formats import Weight
 
 # ---------------------------------------------------------------- reference
@@ -84,10 +94,7 @@ def _feed_kernel(
         tl.store(lengths_ptr + b, length + tl.where(length > 0, T - 1, 0))
     else:
         token = tl.load(drafts_ptr + b * (T - 1) + t - 1)
-    h = tl.arange(0, BLOCK)
-    for h0 in tl.range(0, H, BLOCK):
-        mask = h0 + h < H
-        tl.store(x_ptr + row * H + h0 + h, tl.load(embedding_ptr + token.to(tl.int64) * H + h0 + h, mask=mask), mask=mask)
+    copy_row(embedding_ptr + token.to(tl.int64) * H, x_ptr + row * H, H, BLOCK)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -97,12 +104,10 @@ def _choose_kernel(
     """The best candidate of row program_id. Memory idles now: the programs behind the rows' bring into L2 what the next round
     reads first."""
     pdl_trigger(PDL)
-    row, p = tl.program_id(0), tl.arange(0, PARTIALS)
+    row = tl.program_id(0)
     pdl_wait(PDL)
     if row < M:
-        value = tl.load(max_ptr + row * partials + p, mask=p < partials, other=float("-inf"))
-        ids = tl.load(id_ptr + row * partials + p, mask=p < partials, other=0x7FFFFFFF)
-        best, choice = best_of(value, ids)
+        best, choice = best_candidate(max_ptr, id_ptr, row, partials, PARTIALS)
         tl.store(best_ptr + row, best)
         tl.store(choice_ptr + row, choice)
     else:
@@ -169,9 +174,7 @@ def _fed(token, drafts, lengths, embedding):
     """x [M, H], not filled."""
     B = token.numel()
     _check_drafts(drafts, B)
-    for name, t in (("token", token), ("lengths", lengths)):
-        if t.shape != (B,) or t.dtype != torch.int32:
-            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}]")
+    check_int32(B, token=token, lengths=lengths)
     if embedding.dim() != 2 or not embedding.is_contiguous():
         raise ValueError(f"embedding: found {list(embedding.shape)}, expected [V, H], contiguous")
     return embedding.new_empty(B * (drafts.shape[1] + 1), embedding.shape[1])
@@ -204,10 +207,7 @@ def _check(partial_max, partial_id, drafts, token, ring, cursor, done, flag, len
     M = B * (drafts.shape[1] + 1)
     if partial_max.dim() != 2 or partial_max.shape[0] != M or partial_id.shape != partial_max.shape:
         raise ValueError(f"partial_max: found {list(partial_max.shape)}, {list(partial_id.shape)}, expected two of [{M}, P]")
-    states = {"token": token, "cursor": cursor, "done": done, "flag": flag, "lengths": lengths, "limit": limit}
-    for name, t in states.items():
-        if t.shape != (B,) or t.dtype != torch.int32:
-            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}]")
+    check_int32(B, token=token, cursor=cursor, done=done, flag=flag, lengths=lengths, limit=limit)
     for name, t in (("ring", ring), ("stop_ids", stop_ids), ("history", history)):
         if t.dim() != 2 or t.shape[0] != B or t.shape[1] < 1 or t.dtype != torch.int32:
             raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}, at least 1]")

@@ -15,7 +15,18 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import best_of, launch_options, num_sms, pdl_trigger, pdl_wait, plan_prefetch, prefetch_share
+from kernels._common import (
+    best_candidate,
+    best_of,
+    check_int32,
+    copy_row,
+    launch_options,
+    num_sms,
+    pdl_trigger,
+    pdl_wait,
+    plan_prefetch,
+    prefetch_share,
+)
 from kernels._matmul import (
     FoldedNorm,
     Operand,
@@ -223,18 +234,12 @@ def _advance_sequence(
     stop = tl.load(stop_ptr + b * stops + s, mask=s < stops, other=-1)
     pdl_wait(PDL)
 
-    p = tl.arange(0, PARTIALS)
-    value = tl.load(max_ptr + b * partials + p, mask=p < partials, other=float("-inf"))
-    ids = tl.load(id_ptr + b * partials + p, mask=p < partials, other=0x7FFFFFFF)
-    best, chosen = best_of(value, ids)  # whoever made the candidates
+    best, chosen = best_candidate(max_ptr, id_ptr, b, partials, PARTIALS)
     active = (done == 0) & (length > 0)
     broken = active & ((best == float("inf")) | (best == float("-inf")))
     emits = active & (broken == 0)
     token = tl.where(emits, chosen, before)
-    k = tl.arange(0, BLOCK)
-    for k0 in tl.range(0, K, BLOCK):
-        row = tl.load(embedding_ptr + token.to(tl.int64) * K + k0 + k, mask=k0 + k < K)
-        tl.store(x_ptr + b * K + k0 + k, row, mask=k0 + k < K)
+    copy_row(embedding_ptr + token.to(tl.int64) * K, x_ptr + b * K, K, BLOCK)
     stops_here = (length + 1 > limit) | (tl.max((stop == token).to(tl.int32), 0) > 0)
     stopped = broken | (emits & stops_here)
     tl.store(token_ptr + b, token)
@@ -383,10 +388,7 @@ def _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, len
     B = token.numel()
     if partial_max.dim() != 2 or partial_max.shape[0] != B or partial_id.shape != partial_max.shape:
         raise ValueError(f"partial_max: found {list(partial_max.shape)}, {list(partial_id.shape)}, expected two of [{B}, P]")
-    states = {"token": token, "cursor": cursor, "done": done, "flag": flag, "lengths": lengths, "limit": limit}
-    for name, t in states.items():
-        if t.shape != (B,) or t.dtype != torch.int32:
-            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}]")
+    check_int32(B, token=token, cursor=cursor, done=done, flag=flag, lengths=lengths, limit=limit)
     for name, t in (("ring", ring), ("stop_ids", stop_ids)):
         if t.dim() != 2 or t.shape[0] != B or t.shape[1] < 1 or t.dtype != torch.int32:
             raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}, at least 1]")

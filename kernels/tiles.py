@@ -194,6 +194,14 @@ def _fma_rule(op: str, N: int, K: int, sms: int) -> Tile:
     return Tile(rows, chunk, warps, preload=max(1, 4096 * warps // (rows * chunk)))
 
 
+def _split(op: str, programs: int, wanted: float, most: int, shares: int) -> int:
+    """How many programs share a tile's K, so that there are `wanted` of them: a power of two up to `most` and to `shares`."""
+    split = 1
+    while op != "head" and split < most and programs * split < wanted and shares >= 2 * split:
+        split *= 2
+    return split
+
+
 def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
     """128 weight rows a program, because every program reads x again; K split until nearly every SM has a program. Where that
     leaves a program few columns, 64 rows, and all of them before the wait."""
@@ -201,9 +209,7 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
         return _many_rows_rule(op, N, K, sms)
     chunk = power_divisor(K, 128)
     for height in (128, 64):
-        split = 1
-        while op != "head" and split < 8 and -(-N // height) * split < 0.9 * sms and K // (2 * split) >= 2 * chunk:
-            split *= 2
+        split = _split(op, -(-N // height), 0.9 * sms, 8, K // (2 * chunk))
         strip = K // split  # columns of one program
         if height == 128 and strip >= 1024:
             preload, stages = (1, 4) if split == 1 else (3, 3)
@@ -223,9 +229,8 @@ def _many_rows_rule(op: str, N: int, K: int, sms: int) -> Tile:
         Tile(64, power_divisor(K, 128), 4, preload=1, dot=True, split=8, stages=5),
     )
     for tile in tiles:
-        programs, split = -(-N // tile.rows), 1
-        while op != "head" and split < tile.split and programs * split < 0.7 * sms and K // (2 * split) >= 2 * tile.chunk:
-            split *= 2
+        programs = -(-N // tile.rows)
+        split = _split(op, programs, 0.7 * sms, tile.split, K // (2 * tile.chunk))
         if programs * split >= 0.7 * sms:
             break
     return dataclasses.replace(tile, split=split)
@@ -237,9 +242,7 @@ def _packed_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile
     unit = UNIT_COLUMNS[fmt]
     units = -(-K // unit)
     if rows > 16:
-        split = 1
-        while op != "head" and split < 4 and -(-N // 128) * split < sms and units >= 8 * split:
-            split *= 2
+        split = _split(op, -(-N // 128), sms, 4, units // 4)
         return packed_tile(fmt, 128, 1, 4, 1, K, split)
     if rows > 8 and op != "head" and 128 * sms <= N:
         return packed_tile(fmt, 128, 4, 8, 2, K)

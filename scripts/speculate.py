@@ -14,7 +14,6 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -160,13 +159,13 @@ def count_compilations() -> list[str]:
     return names
 
 
-def verify_times(engine: Engine, context: int, tokens: Sequence[int], repeats: int) -> dict[int, float]:
-    """ms of the target's forward of each number of `tokens`, choice and bookkeeping included, `context` tokens cached."""
-    engine.speculate(NgramDrafter(), max(tokens) - 1, adaptive=False)
+def verify_times(engine: Engine, context: int, most: int, repeats: int) -> dict[int, float]:
+    """ms of the target's forward of 1 to `most` tokens, choice and bookkeeping included, `context` tokens cached."""
+    engine.speculate(NgramDrafter(), most - 1, adaptive=False)
     engine.prepare(1, engine.context)
     session, speculator = engine.session, engine.speculator
     times = {}
-    for T in tokens:
+    for T in range(1, most + 1):
         session.retire()
         drafts = torch.zeros(1, T - 1, dtype=torch.int32, device=engine.device)
         work = speculator.ready(lambda drafts=drafts: speculator.verify(drafts, "greedy", False))
@@ -205,7 +204,7 @@ def oracle(args: argparse.Namespace) -> dict:
     print(f"plain {plain_ms:.3f} ms a token, draft {draft_ms:.3f}", flush=True)
     result = {"plain_ms": plain_ms, "draft_ms": draft_ms, "rows": []}
 
-    result["verify_ms"] = verify = verify_times(engine, args.prompt_len + n // 2, range(1, max(args.k) + 2), repeats=10)
+    result["verify_ms"] = verify = verify_times(engine, args.prompt_len + n // 2, max(args.k) + 1, repeats=10)
     print("verify ms (of plain) by tokens: " + ", ".join(f"{T}: {ms:.3f} ({ms / plain_ms:.2f})" for T, ms in verify.items()))
 
     compiled, drafter = count_compilations(), OracleDrafter(draft, "oracle")
