@@ -44,7 +44,7 @@ def pdl_trigger(PDL: tl.constexpr):
             tl.inline_asm_elementwise(
                 "nanosleep.u32 $1; mov.u32 $0, 0;",
                 "=r,r",
-                [tl.full([], DELAY_NS, tl.int32)],
+                [tl.program_id(0) * 0 + DELAY_NS],  # not tl.full, which Gluon gives a layout
                 dtype=tl.int32,
                 is_pure=False,
                 pack=1,
@@ -141,13 +141,19 @@ def runs_kernels(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _device_has_pdl(index: int) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(index) >= (9, 0)
+def _capability(index: int) -> tuple[int, int]:
+    """Compute capability of an NVIDIA card; (0, 0) of any other."""
+    return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
+
+
+def has_wgmma(x: torch.Tensor) -> bool:
+    """True on a Hopper card: the products that read shared memory by themselves (wgmma) went with it."""
+    return x.is_cuda and not INTERPRET and _capability(x.device.index or 0) == (9, 0)
 
 
 def pdl_supported(x: torch.Tensor) -> bool:
     """True where kernels on `x`'s device are launched with programmatic dependent launch."""
-    return _pdl_enabled and x.is_cuda and not INTERPRET and _device_has_pdl(x.device.index or 0)
+    return _pdl_enabled and x.is_cuda and not INTERPRET and _capability(x.device.index or 0) >= (9, 0)
 
 
 def launch_options(x: torch.Tensor) -> dict:
@@ -173,6 +179,8 @@ def fix_cache_keys(package: str) -> None:
     there already (Triton 3.6 and 3.7, DependenciesFinder._update_hash). Left to the order of launches, a process that begins
     with another kernel would compile again what the cache has. All of them take 40 ms.
     """
+    if INTERPRET:
+        return
     for name in sorted(name for name in sys.modules if name.startswith(f"{package}.")):
         for function in vars(sys.modules[name]).values():
             if isinstance(function, JITFunction):

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRETED, hold, launch_options, num_sms, runs_kernels, zeroed_workspace
+from kernels._common import INTERPRETED, has_wgmma, hold, launch_options, num_sms, runs_kernels, zeroed_workspace
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
 from kernels.tiles import MAX_ROWS, Tile, kernel_rows, packed_shape, tile_for
 
@@ -445,9 +445,10 @@ def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:
     return x.shape[0] <= _kernel_rows(weight.out_features, weight.in_features, x.device.index or 0)
 
 
-def tile_of(op: str, x: torch.Tensor, w: Operand) -> Tile:
+def tile_of(op: str, x: torch.Tensor, w: Operand, rings: bool = False) -> Tile:
+    """The tile of x @ weight.T; with a ring only if `rings`, and on the one kind of card that has what it takes."""
     (M, K), sms = x.shape, num_sms(x.device.index or 0)
-    return tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms)
+    return tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms, rings and has_wgmma(x))
 
 
 def rms_norm_ref(x, weight, eps):

@@ -46,6 +46,7 @@ from kernels._matmul import (
     x_scale,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
+from kernels._ring import launch_ring
 from kernels.formats import Weight
 from kernels.tiles import Tile, fold_block
 
@@ -399,7 +400,11 @@ def _adds_residual_first(x, tile: Tile, norm, activation: str) -> bool:
 
 def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual, y, gain=None, folded=None, block=0):
     """_linear_kernel, which fills y, and of a `gain` the FoldedNorm `folded` of y."""
-    tile = tile_of(activation if activation == "silu_mul" else "linear", x, w)
+    op, plain = activation if activation == "silu_mul" else "linear", bias is None and gain is None
+    tile = tile_of(op, x, w, rings=plain)
+    if tile.ring:
+        launch_ring(x, w, norm, eps, op == "silu_mul", residual, y, tile)
+        return
     if gain is not None and (tile.rows % block or tile.grid):
         raise ValueError(f"Tile.rows: found {tile.rows}, expected a multiple of {block} (and no grid) where a norm is folded")
     arguments, options = matmul_arguments(tile, x, w, norm, squares)

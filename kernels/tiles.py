@@ -18,6 +18,7 @@ FMA_RULE_ROWS = 2  # of x: up to here the rule takes FMA
 PLAIN_ROWS = 16  # of x: beyond, cuBLAS multiplies plain weights, but for KERNEL_ROWS
 MAX_ROWS = 64  # of x: beyond, a matmul is no longer bound by the weights' bytes, and no kernel takes it
 SHARED_BYTES = 227 * 1024  # shared memory a program may have (Hopper)
+RING_ROWS = 128  # weight rows of a program whose weights go through a ring (_ring.py)
 
 
 def floor_power_of_two(n: int) -> int:
@@ -39,17 +40,23 @@ class Tile:
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
     padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
+    ring: bool = False  # plain weights through a ring of `stages` chunks in shared memory (_ring.py): RING_ROWS rows, 4 warps
 
     def __post_init__(self):
         for name in ("rows", "chunk", "warps"):
             value = getattr(self, name)
             assert value == floor_power_of_two(value), f"Tile.{name}: found {value}, expected a power of two"
         assert not (self.grid and (self.dot or self.split > 1)), "Tile.grid: a persistent grid takes neither dot nor split"
+        assert not self.ring or (self.rows, self.warps) == (RING_ROWS, 4), "Tile.ring: has its rows and warps"
+
+
+def ring_tile(chunk: int, stages: int, split: int = 1) -> Tile:
+    return Tile(RING_ROWS, chunk, 4, preload=stages, dot=True, split=split, stages=stages, ring=True)
 
 
 # ---------------------------------------------------------------- the measured table
 
-# By (SMs, format, rows of x as `padded_rows` has them, op, N, K). One H200 (132 SMs), by scripts/tune.py: inside whole decode
+# By (SMs, format, rows of x as `measured_rows` has them, op, N, K). One H200 (132 SMs), by scripts/tune.py: inside whole decode
 # steps, because a kernel alone chooses larger tiles than a chain of kernels that preload beside each other.
 MEASURED = {
     # Llama-3.2-1B, 1 row: 634.9 us a step
@@ -58,11 +65,14 @@ MEASURED = {
     (132, "bf16", 1, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),
     (132, "bf16", 1, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),
     (132, "bf16", 1, "head", 128256, 2048): Tile(4, 256, 1, preload=4, stream=True),
-    # 16 rows: 817.4; tiles of half as many weight rows read x twice as often: 880 to 888
+    # 8 and 16 rows: wo, gate/up and down of a layer took 31.9 us without a ring, 26.3 and 27.3 with (their bytes 24.6)
+    (132, "bf16", 8, "linear", 2048, 2048): ring_tile(128, 5, 4),
+    (132, "bf16", 8, "silu_mul", 16384, 2048): ring_tile(64, 12),
+    (132, "bf16", 8, "linear", 2048, 8192): ring_tile(128, 6, 8),
     (132, "bf16", 16, "qkv", 3072, 2048): Tile(64, 512, 4, preload=1, dot=True, split=4),
-    (132, "bf16", 16, "linear", 2048, 2048): Tile(64, 256, 4, preload=2, dot=True, split=4),
-    (132, "bf16", 16, "silu_mul", 16384, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=4),
-    (132, "bf16", 16, "linear", 2048, 8192): Tile(128, 128, 8, preload=3, dot=True, split=8, stages=3),
+    (132, "bf16", 16, "linear", 2048, 2048): ring_tile(128, 4, 4),
+    (132, "bf16", 16, "silu_mul", 16384, 2048): ring_tile(64, 12),
+    (132, "bf16", 16, "linear", 2048, 8192): ring_tile(64, 8, 8),
     (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
     # Llama-3.2-3B: 1700.1
     (132, "bf16", 1, "qkv", 5120, 3072): Tile(4, 256, 1, preload=3),
@@ -76,15 +86,19 @@ MEASURED = {
     (132, "bf16", 1, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
     (132, "bf16", 1, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),
     (132, "bf16", 1, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),
-    # 16 rows: 4172.5, through cuBLAS 4760.9
+    # 8 rows, 16, 32 and 64
+    (132, "bf16", 8, "linear", 4096, 4096): ring_tile(64, 8, 4),
+    (132, "bf16", 8, "silu_mul", 28672, 4096): ring_tile(128, 4),
+    (132, "bf16", 8, "linear", 4096, 14336): ring_tile(128, 5, 4),
     (132, "bf16", 16, "qkv", 6144, 4096): Tile(128, 128, 8, preload=1, dot=True, split=2, stages=4),
-    (132, "bf16", 16, "linear", 4096, 4096): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
-    (132, "bf16", 16, "silu_mul", 28672, 4096): Tile(128, 128, 8, preload=2, dot=True, stages=3),
-    (132, "bf16", 16, "linear", 4096, 14336): Tile(128, 128, 8, preload=3, dot=True, split=4, stages=3),
+    (132, "bf16", 16, "linear", 4096, 4096): ring_tile(64, 12, 4),
+    (132, "bf16", 16, "silu_mul", 28672, 4096): ring_tile(128, 4),
+    (132, "bf16", 16, "linear", 4096, 14336): ring_tile(128, 5, 4),
     (132, "bf16", 16, "head", 128256, 4096): Tile(128, 128, 8, preload=1, dot=True, stages=4),
-    # 2 rows: 4059.3 by the rule, so 4010.3
-    (132, "bf16", 2, "linear", 4096, 4096): Tile(1, 512, 1, preload=2, registers=96),
-    (132, "bf16", 2, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
+    (132, "bf16", 32, "linear", 4096, 4096): ring_tile(64, 8, 4),
+    (132, "bf16", 32, "silu_mul", 28672, 4096): ring_tile(128, 4),
+    (132, "bf16", 32, "linear", 4096, 14336): ring_tile(128, 4, 4),
+    (132, "bf16", 64, "silu_mul", 28672, 4096): ring_tile(128, 4),
     # packed, Llama-3.1-8B, 1 row: int8 2374.8 by the rule of old, 2148.8 so; fp8 2339.8 and 2190.8; int4 1619.5 and 1481.5
     (132, "int8", 1, "qkv", 6144, 4096): Tile(16, 256, 4, preload=8, dot=True),
     (132, "int8", 1, "linear", 4096, 4096): Tile(16, 512, 8, preload=8, dot=True, registers=96),
@@ -135,13 +149,13 @@ KERNEL_ROWS = {
 # ---------------------------------------------------------------- choosing
 
 
-def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """The tile for `rows` rows of x: the measured one where there is one, else the rule. Pure."""
+def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: bool = False) -> Tile:
+    """The tile for `rows` rows of x: the measured one where there is one, else the rule; with a ring only if `rings`. Pure."""
     assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
     alike = {"fp16": "bf16", "int8": "fp8"}  # the same bytes in the same order
-    for name in (fmt, alike.get(fmt)):
-        measured = MEASURED.get((sms, name, padded_rows(rows), op, N, K))
-        if measured is not None:
+    for name, padded in itertools.product((fmt, alike.get(fmt)), measured_rows(rows)):
+        measured = MEASURED.get((sms, name, padded, op, N, K))
+        if measured is not None and (rings or not measured.ring):
             return measured
     if fmt in UNIT_COLUMNS:
         return _packed_rule(op, fmt, rows, N, K, sms)
@@ -170,9 +184,17 @@ def fold_block(rows: int, fmt) -> int:
     return 16 if fmt is not None and rows <= 16 and not _batch_invariant else 64
 
 
-def padded_rows(rows: int) -> int:
-    """Rows of x that a kernel works on: what FMA takes as they are, else a power of two of at least 16."""
-    return rows if rows <= FMA_RULE_ROWS else max(16, 1 << (rows - 1).bit_length())
+def measured_rows(rows: int) -> tuple[int, ...]:
+    """The rows under which a tile for `rows` rows of x may stand in the table, the nearest first: a tile for up to 16 rows
+    serves 3 as well."""
+    if rows <= FMA_RULE_ROWS:
+        return (rows, 8)[:rows]
+    return (8, 16) if rows <= 8 else (1 << (rows - 1).bit_length(),)
+
+
+def ring_padded(rows: int) -> int:
+    """Rows of x that a ring's kernel multiplies: a power of two from 8 on."""
+    return max(8, 1 << (rows - 1).bit_length())
 
 
 def invariant_tile(op: str, fmt: str, N: int, K: int, sms: int) -> Tile:
@@ -282,11 +304,33 @@ def candidate_tiles(op: str, rows: int, N: int, K: int, fmt: str = "bf16") -> li
     """The tiles worth measuring for one shape inside the whole step."""
     packed = fmt if fmt in UNIT_COLUMNS else None
     tiles = (
-        _packed_candidates(op, fmt, rows, N, K) if packed else _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K)
+        _packed_candidates(op, fmt, rows, N, K)
+        if packed
+        else _ring_candidates(op, rows, N, K) + _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K)
     )
     if op == "linear" and folds_norm(packed):
         tiles = [t for t in tiles if t.rows % fold_block(rows, packed) == 0]
     return tiles
+
+
+def ring_bytes(tile: Tile, op: str, M: int) -> int:
+    """Shared memory of a ring's program: weights and x, where there is a norm its gain, and x times the gain twice."""
+    norm, MP = int(op == "silu_mul"), ring_padded(M)
+    return 2 * tile.chunk * (tile.stages * (RING_ROWS + MP + norm) + 2 * MP * norm)
+
+
+def _ring_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
+    if M == 1 or op not in ("linear", "silu_mul") or N % RING_ROWS:
+        return []
+    tiles = [
+        ring_tile(chunk, stages, split)
+        for (chunk, stages), split in itertools.product(
+            ((64, 8), (64, 10), (64, 12), (128, 4), (128, 5), (128, 6), (256, 2), (256, 3)),
+            (1,) if op == "silu_mul" else (1, 2, 4, 8),
+        )
+        if K % (chunk * split) == 0
+    ]
+    return [tile for tile in tiles if ring_bytes(tile, op, M) <= SHARED_BYTES - 1024]  # barriers, and the compiler's own
 
 
 def _fma_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
@@ -398,9 +442,9 @@ def batch_invariant(enabled: bool = True):
         _batch_invariant = before
 
 
-def tile_for(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile:
-    """What a kernel asks: the override, the batch-invariant tile, or the choice."""
+def tile_for(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: bool = False) -> Tile:
+    """What a kernel asks: the override, the batch-invariant tile, or the choice; with a ring only if `rings`."""
     tile = _overrides.get((op, N, K), _overrides.get(op))
     if tile is not None:
         return tile
-    return invariant_tile(op, fmt, N, K, sms) if _batch_invariant else choose_tile(op, fmt, rows, N, K, sms)
+    return invariant_tile(op, fmt, N, K, sms) if _batch_invariant else choose_tile(op, fmt, rows, N, K, sms, rings)

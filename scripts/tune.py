@@ -30,8 +30,9 @@ sys.path.insert(0, str(ROOT))
 import kernels
 from decoding import decode_one_token
 from generate import Engine, add_flag
+from kernels._common import has_wgmma
 from kernels.formats import Weight
-from kernels.tiles import PLAIN_ROWS, Tile, candidate_tiles, fold_block, override_tiles, padded_rows, tile_for
+from kernels.tiles import PLAIN_ROWS, Tile, candidate_tiles, fold_block, measured_rows, override_tiles, tile_for
 from model import SHAPES
 from quantize import MODES, make_recipe
 from timing import floor_ms
@@ -150,6 +151,8 @@ class StepTimer:
 
 def neighbours(tile: Tile, op: str) -> list[Tile]:
     """Moves that change how a tile's loads overlap with other kernels, not its shape."""
+    if tile.ring:
+        return []
     change = lambda **fields: dataclasses.replace(tile, **fields)
     moves = [change(stream=not tile.stream)]
     moves += [change(registers=r) for r in (None, 64, 96, 128, 168)]
@@ -164,7 +167,8 @@ def tune(shape: str, args, pool) -> None:
     timer = StepTimer(shape, mode, rows, args.context)
     ops = operators(config)
     formats = {key: packed.format if (packed := packed_of(config, key[0])) else "bf16" for key in ops}
-    best = {key: tile_for(key[0], formats[key], rows, *key[1:], sms) for key in ops}
+    rings = has_wgmma(timer.engine.session.cache.lengths)
+    best = {key: tile_for(key[0], formats[key], rows, *key[1:], sms, rings) for key in ops}
     best_us = timer.us_per_step(best)
     floor = floor_ms(timer.engine, rows, args.context, 4.44e12) * 1e3
     print(f"{name}: {best_us:.1f} us a step with the present tiles; bytes at 4.44 TB/s: {floor:.1f}", flush=True)
@@ -214,7 +218,7 @@ def tune(shape: str, args, pool) -> None:
         print(f"    {error}", flush=True)
     for (op, N, K), tile in best.items():
         changed = [f"{f.name}={v!r}" for f in dataclasses.fields(tile) if (v := getattr(tile, f.name)) != f.default]
-        key = f'{sms}, "{formats[op, N, K]}", {padded_rows(rows)}, "{op}", {N}, {K}'
+        key = f'{sms}, "{formats[op, N, K]}", {measured_rows(rows)[0]}, "{op}", {N}, {K}'
         print(f"    ({key}): Tile({', '.join(changed)}),", flush=True)
 
 

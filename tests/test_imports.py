@@ -15,6 +15,7 @@ LAYERS = [
         "kernels._matmul",
         "kernels._packed",
         "kernels._random",
+        "kernels._ring",
         "kernels._shared",
         "kernels.tiles",
     },

@@ -12,7 +12,9 @@ import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.runtime.jit import create_function_from_signature
 
 import kernels
 from kernels import _common
@@ -21,13 +23,8 @@ from kernels.tiles import MEASURED, SHARED_BYTES, Tile, fold_block, override_til
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
-TYPES = {
-    torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64",
-    torch.float8_e4m3fn: "*fp8e4nv", torch.uint8: "*u8", torch.int16: "*i16",
-}  # fmt: skip
 INT4 = [PackedFormat("int4", g, s, torch.bfloat16) for g, s in ((128, True), (128, False), (64, True), (32, False))]
 ROOT = Path(__file__).resolve().parent.parent
-OPTIONS = ("num_warps", "num_stages", "launch_pdl", "maxnreg")
 
 
 @pytest.fixture
@@ -42,29 +39,20 @@ def launches(monkeypatch):
     monkeypatch.setattr(_common, "INTERPRET", True)  # runs_kernels: on any device
     monkeypatch.setattr(_common, "pdl_supported", lambda x: True)
     monkeypatch.setattr(sys.modules["kernels.flash_decode"], "pdl_supported", lambda x: True)
+    monkeypatch.setattr(sys.modules["kernels._matmul"], "has_wgmma", lambda x: True)
     return taken
 
 
 def compile_for_hopper(kernel, args, kwargs):
-    """Compiles one recorded launch with the types, constants and divisibilities that Triton would find."""
-    options = {k: kwargs.pop(k) for k in OPTIONS if kwargs.get(k) is not None}
-    kwargs.pop("maxnreg", None)
-    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(kernel.params):
-        value = values[parameter.name]
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[i,] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:
-            signature[parameter.name] = "i32"
-            if value % 16 == 0 and not parameter.do_not_specialize:
-                attributes[i,] = [["tt.divisibility", 16]]
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    """Compiles one recorded launch with the types, constants and divisibilities that Triton finds in its arguments."""
+    target = GPUTarget("cuda", 90, 32)
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    kwargs = {k: v for k, v in kwargs.items() if v is not None or k in kernel.arg_names} | {"debug": False}
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
 
 
 @pytest.mark.parametrize("first", ["linear._linear_kernel", "linear._qkv_kernel", "choose._choose_kernel"])
@@ -127,11 +115,12 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torc
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(("fmt", "M", "op", "N", "K"), [key[1:] for key in MEASURED], ids=str)
-def test_measured_tiles(launches, fmt, M, op, N, K):
+@pytest.mark.parametrize(("sms", "fmt", "M", "op", "N", "K"), MEASURED, ids=str)
+def test_measured_tiles(launches, sms, fmt, M, op, N, K):
     packed = {"bf16": None, "int4": INT4[0], "fp8": PackedFormat("fp8"), "int8": PackedFormat("int8")}[fmt]
     call(op, N, K, M, head_dim=64 if K == 2048 else 128, packed=packed, fold=packed is not None)
     check(launches, 1)
+    assert (launches[0][0].__name__ == "_ring_kernel") == MEASURED[sms, fmt, M, op, N, K].ring
 
 
 @pytest.mark.parametrize(("op", "M"), [("linear", 1), ("silu_mul", 16), ("qkv", 1), ("head", 16)])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from tolerance import assert_within
 
-from kernels._common import INTERPRET
-from kernels._matmul import Operand
+from kernels._common import INTERPRET, has_wgmma
+from kernels._matmul import Operand, tile_of
 from kernels.formats import Weight
 from kernels.linear import MAX_ROWS, linear, linear_ref, qkv_rope_append, qkv_rope_append_ref
 from kernels.tiles import (
@@ -21,6 +21,8 @@ from kernels.tiles import (
     choose_tile,
     kernel_rows,
     override_tiles,
+    ring_tile,
+    tile_for,
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -92,6 +94,35 @@ def test_linear_fma_tiles(tile, few_sms):
 def test_linear_dot_tiles(tile):
     check_linear(1, 48, 448, torch.float16, tile=tile, bias=True, residual=True)
     check_linear(20, 112, 192, tile=tile, activation="silu_mul", bias=True, residual=True)
+
+
+@pytest.mark.skipif(not has_wgmma(torch.empty(0, device=DEVICE)), reason="rings of shared memory need a Hopper card")
+@pytest.mark.parametrize("tile", [ring_tile(64, 2), ring_tile(64, 4, 2), ring_tile(128, 3, 3)], ids=str)
+def test_linear_rings(tile):
+    """Rows behind x that nobody may read, few and many chunks, every padding; the same bits every time."""
+    for M, dtype in itertools.product((1, 2, 5, 8, 16, 40, 64), (torch.bfloat16, torch.float16)):
+        check_linear(M, 384, 768, dtype, norm=False, residual=True, tile=tile)
+        if tile.split == 1:
+            check_linear(M, 256, 128, dtype, tile=tile)
+            check_linear(M, 256, 1024, dtype, activation="silu_mul", tile=tile)
+            check_linear(M, 256, 512, dtype, norm=False, activation="silu_mul", residual=True, tile=tile)
+        room = torch.full((M + 64, 768), float("nan"), dtype=dtype, device=DEVICE)
+        room[:M] = randn(M, 768, dtype=dtype)
+        weight = make_weight(128, 768, dtype)
+        with override_tiles({"linear": tile}):
+            first = linear(room[:M], weight)
+            assert first.isfinite().all()
+            assert all(torch.equal(linear(room[:M], weight), first) for _ in range(20))
+
+
+def test_what_a_ring_cannot_do_goes_to_a_tile():
+    """Bias and folded norms; other cards."""
+    x, w = torch.empty(8, 4096, dtype=torch.bfloat16), Operand(torch.empty(0), None, None, "plain", 4096)
+    assert not tile_of("linear", x, w, rings=True).ring, "x is not on a Hopper card"
+    assert choose_tile("linear", "bf16", 8, 4096, 4096, 132, rings=True).ring
+    assert not choose_tile("linear", "bf16", 8, 4096, 4096, 132).ring
+    with batch_invariant():
+        assert not tile_for("linear", "bf16", 8, 4096, 4096, 132, rings=True).ring
 
 
 def test_float32_takes_the_reference():
@@ -360,7 +391,7 @@ def test_candidates_fit(op, N, K, rows):
     for tile in tiles:
         assert tile.rows >= LEAST_ROWS[op]
         assert tile.dot or rows <= FMA_MOST_ROWS
-        assert not tile.dot or (tile.rows + max(16, rows)) * tile.chunk * 2 * tile.preload <= SHARED_BYTES
+        assert tile.ring or not tile.dot or (tile.rows + max(16, rows)) * tile.chunk * 2 * tile.preload <= SHARED_BYTES
         assert tile.dot or tile.preload * tile.chunk >= K or not tile.grid
 
 
