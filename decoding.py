@@ -183,11 +183,11 @@ class Session(nn.Module):
 
 
 def candidates(
-    model: Transformer, session: Session, hidden, rows: slice, kind: str, norm: Norm | None = None
+    model: Transformer, session: Session, hidden, rows: slice, kind: str, norm: Norm | None = None, **hints
 ) -> tuple[torch.Tensor, ...]:
     """Hidden states [B * T, H] of the last T tokens of the sequences in `rows` -> logits [B * T, V], and the candidates (value,
     id), [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` and `norm` as for
-    choose_token."""
+    choose_token; `hints` of what is read next, as kernels.choose takes them."""
     lengths = session.cache.lengths[rows]
     settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
@@ -198,7 +198,7 @@ def candidates(
             hidden, model.head, norm=norm, eps=eps, vocab_size=model.vocab_limit, lengths=lengths, **draw
         )
         if kind == "truncate":
-            best, token = kernels.choose(logits, best, lengths=lengths, **settings)
+            best, token = kernels.choose(logits, best, lengths=lengths, **hints, **settings)
         elif kind == "penalize":
             best, token = choose_in_kernels(penalize(logits, **history), settings | {"lengths": lengths})
     else:
@@ -227,14 +227,15 @@ def choose_token(
     the most general among the sequences; `logprobs`: note them beside the ring; `norm`: the final norm where `Transformer.run`
     gave it along with these hidden states. Returns the logits [B, V].
     """
-    logits, best, token = candidates(model, session, hidden, rows, kind, norm)
+    first, embedding = model.layers[0].attention, model.tok_embeddings.weight
+    logits, best, token = candidates(model, session, hidden, rows, kind, norm, ahead=first.wo, embedding=embedding)
     lengths = session.cache.lengths[rows]
     slots = session.cursor[rows, None] % RING if logprobs else None  # where `advance` puts the token
     kernels.advance(
-        best, token, embedding=model.tok_embeddings.weight, lengths=lengths, x=session.x[rows],
+        best, token, embedding=embedding, lengths=lengths, x=session.x[rows],
         token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
         flag=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
-        ahead=model.layers[0].attention.wqkv,
+        ahead=first.wqkv,
     )  # fmt: skip
     if kind == "penalize":
         session.sampling.seen[rows].scatter_(1, session.token[rows, None].long(), True)

@@ -81,6 +81,14 @@ def to_cache(values, cache_ptr):
 
 
 @triton.jit
+def prefetch(pointers, PDL: tl.constexpr):
+    """Brings what they point to into L2. A hint, which changes no result."""
+    if PDL:
+        asm: tl.constexpr = "prefetch.global.L2 [$1]; mov.u32 $0, 0;"
+        tl.inline_asm_elementwise(asm, "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def prefetch_share(ahead_ptr, ahead_bytes, helper, helpers, PDL: tl.constexpr):
     """Brings this helper's share of the `ahead_bytes` at ahead_ptr into L2. A hint, which changes no result."""
     if PDL and ahead_ptr is not None:

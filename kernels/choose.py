@@ -42,11 +42,15 @@ from kernels._common import (
     num_sms,
     pdl_trigger,
     pdl_wait,
+    plan_prefetch,
+    prefetch,
+    prefetch_share,
     runs_kernels,
     zeroed_workspace,
 )
 from kernels._random import gumbel_ids, gumbel_ref, gumbel_tile, token_positions
 from kernels._shared import BINS, add_to_bins, append, open_bins, open_list, read_bins, read_length
+from kernels.formats import Weight
 
 UNIT = tl.constexpr(1 << 20)  # units in a distance of 1.0
 LIMIT = tl.constexpr((64 << 20) - 1)  # units; farther is as far
@@ -58,7 +62,12 @@ NEVER = tl.constexpr(0x7FFFFFFF)
 LOWEST = tl.constexpr(-(1 << 63))
 NEAR = tl.constexpr(8192)  # tokens of a row that a program may list before it draws for them
 PART = tl.constexpr(5)  # numbers that a program leaves: see the end of the second pass
+WARPS = 16
 TILE = 2048  # listed tokens that are held in registers
+# Of few tokens, a program is to start while some of head's still run on its multiprocessor: it takes few registers, though more
+# than half, so that none gets two programs and another none, and few KiB of shared memory (Triton 3.6 takes 8 bytes a listed
+# token). 1.6 to 2.6 us a step of the 1B. With more than four tokens a thread the limit costs spills.
+LEAN_TOKENS, LEAN_TILE, LEAN_REGISTERS = 4 * 32 * WARPS, 512, 72
 
 
 # ---------------------------------------------------------------- reference
@@ -370,7 +379,8 @@ def _noise(seed, sample, position, first_id, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def _choose_kernel(
     logits_ptr, max_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, whole_ptr, arrived_ptr, part_ptr, lists_ptr, near_ptr, value_ptr, id_ptr, T, V, P,
+    count_ptr, whole_ptr, arrived_ptr, part_ptr, lists_ptr, near_ptr, value_ptr, id_ptr, ahead_ptr, embedding_ptr,
+    T, V, P, ahead_bytes, K,
     P_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
     PASSES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -398,6 +408,7 @@ def _choose_kernel(
     if TILES == 1:
         logits = _load_tile(logits_ptr, first_id + tl.arange(0, BLOCK), V)
         tl.debug_barrier()  # ptxas else moves this load behind the maximum
+    prefetch_share(ahead_ptr, ahead_bytes, row * programs + g, tl.num_programs(1) * programs, PDL)
     largest = _largest(max_ptr, row, P, P_BLOCK)
     draws = _draws(temperature, largest)
     cuts = draws & ((top_k > 0) | (top_p < 1))
@@ -493,6 +504,9 @@ def _choose_kernel(
             )  # fmt: skip
             tl.store(value_ptr + row, value)
             tl.store(id_ptr + row, chosen)
+            if embedding_ptr is not None:  # `advance` reads it next
+                sector = tl.minimum(tl.arange(0, 512) * 16, K - 1)  # the first 8192 columns
+                prefetch(embedding_ptr + chosen.to(tl.int64) * K + sector, PDL)
 
 
 # ---------------------------------------------------------------- operator
@@ -536,6 +550,8 @@ def _choose(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
+    ahead: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     value, index = _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p)
     if not runs_kernels(logits):
@@ -544,6 +560,8 @@ def _choose(
         return value, index
     (M, V), P = logits.shape, maxima.shape[1]
     block, tiles, programs = launch_shape(M, V, num_sms(logits.device.index or 0))
+    _, ahead_bytes = plan_prefetch(ahead)
+    lean = block * tiles <= LEAN_TOKENS
     capacity = max(64, triton.next_power_of_2(M))
     counts = zeroed_workspace(logits.device, f"counts of choose, {capacity} rows", capacity * BINS.value)
     whole = zeroed_workspace(logits.device, f"masses of choose, {capacity} rows", capacity, torch.int64)
@@ -553,16 +571,17 @@ def _choose(
     for passes in (1, 2) if INTERPRET and programs > 1 else (0,):
         _choose_kernel[(programs, M)](
             logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p,
-            counts, whole, arrived, parts, lists, near, value, index, M // lengths.numel(), V, P,
+            counts, whole, arrived, parts, lists, near, value, index, ahead, embedding,
+            M // lengths.numel(), V, P, ahead_bytes, 1 if embedding is None else embedding.shape[1],
             P_BLOCK=triton.next_power_of_2(P), BLOCK=block, TILES=tiles, PROGRAMS=triton.next_power_of_2(programs),
-            COLUMNS=max(1, TILE // triton.next_power_of_2(programs)), PASSES=passes,
-            num_warps=min(16, block // 128), **launch_options(logits),
+            COLUMNS=max(1, (LEAN_TILE if lean else TILE) // triton.next_power_of_2(programs)), PASSES=passes,
+            num_warps=WARPS, maxnreg=LEAN_REGISTERS if lean else None, **launch_options(logits),
         )  # fmt: skip
     return value, index
 
 
 @_choose.register_fake
-def _(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p):
+def _(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p, ahead=None, embedding=None):
     return _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p)
 
 
@@ -577,12 +596,16 @@ def choose(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
+    ahead: Weight | None = None,
+    embedding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's candidate (value [M, 1] float32, id [M, 1] int32), drawn from what top-k, top-p and min-p keep.
 
     logits [M, V] float32; maxima [M, any number], the largest of which is the row's largest logit, or infinite where a logit is
     NaN: what `head` returns beside its logits without a temperature. For each sequence [B]: temperature float32 (0 = greedy),
     seed int64, sample int32, lengths int32; top_k int32 (0 = off), top_p float32 (1 = off), min_p float32 (0 = off).
-    The draw is the one that `head` makes with the same key, among fewer tokens. ValueError: a shape or dtype that does not fit.
+    The draw is the one that `head` makes with the same key, among fewer tokens. `ahead`: as for `advance`;
+    `embedding` [V, K], whose row of the candidate will be read next, too. ValueError: a shape or dtype that does not fit.
     """
-    return torch.ops.rooflama.choose(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p)
+    ahead = None if ahead is None else ahead.weight
+    return torch.ops.rooflama.choose(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p, ahead, embedding)

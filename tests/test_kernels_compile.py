@@ -271,10 +271,11 @@ def test_choose_and_advance(launches):
     floats = {n: empty(2, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
     kernels.choose(
         empty(2, 128256, dtype=torch.float32), best, seed=empty(2, dtype=torch.int64), sample=integers["token"],
-        lengths=integers["lengths"], top_k=integers["cursor"], **floats,
+        lengths=integers["lengths"], top_k=integers["cursor"], ahead=Weight(256, 256), embedding=empty(9, 256), **floats,
     )  # fmt: skip
     kernels.partial_argmax(empty(100, 128256, dtype=torch.float32))
-    advance, *_ = check(launches, 3)
+    advance, choose, _ = check(launches, 3)
+    assert all("cp.async.bulk.prefetch.L2" in kernel.asm["ptx"] for kernel in (advance, choose))
     assert "griddepcontrol.launch_dependents" not in advance.asm["ptx"], "the next step reads lengths before it waits"
 
 
