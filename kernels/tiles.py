@@ -18,6 +18,7 @@ FMA_RULE_ROWS = 2  # of x: up to here the rule takes FMA
 PLAIN_ROWS = 16  # of x: beyond, cuBLAS multiplies plain weights, but for KERNEL_ROWS
 MAX_ROWS = 64  # of x: beyond, a matmul is no longer bound by the weights' bytes, and no kernel takes it
 SHARED_BYTES = 227 * 1024  # shared memory a program may have (Hopper)
+RING_BYTES = SHARED_BYTES - 1024  # less barriers, and what the compiler needs
 RING_ROWS = 128  # weight rows of a program whose weights go through a ring (_ring.py)
 
 
@@ -159,7 +160,9 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: b
             return measured
     if fmt in UNIT_COLUMNS:
         return _packed_rule(op, fmt, rows, N, K, sms)
-    return _dot_rule(op, rows, N, K, sms) if rows > FMA_RULE_ROWS else _fma_rule(op, N, K, sms)
+    if rows <= FMA_RULE_ROWS:
+        return _fma_rule(op, N, K, sms)
+    return (rings and rows <= PLAIN_ROWS and _ring_rule(op, rows, N, K, sms)) or _dot_rule(op, rows, N, K, sms)
 
 
 def kernel_rows(N: int, K: int, sms: int) -> int:
@@ -239,6 +242,21 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
     if strip <= 512 and strip == floor_power_of_two(strip):
         return Tile(height, strip, 4, preload=1, dot=True, split=split)
     return Tile(height, chunk, 4, preload=1, dot=True, split=split, stages=4)
+
+
+def _ring_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile | None:
+    """All of shared memory for one program a multiprocessor, if need be by splitting K; some 150 KB where a multiprocessor takes
+    one program after another, so that the next one's shared memory is free earlier."""
+    if op not in ("linear", "silu_mul") or N % RING_ROWS:
+        return None
+    splits = (1,) if op == "silu_mul" else (8, 4, 2, 1)
+    for split, stages in itertools.product(splits, (6, 5, 4)):
+        tile, programs = ring_tile(128, stages, split), N // RING_ROWS * split
+        alone = programs <= sms and (split == 1 or K >= 512 * split)
+        fits = K % (128 * split) == 0 and ring_bytes(tile, op, rows) <= RING_BYTES
+        if fits and (alone or (split == 1 and stages == 4)):
+            return tile
+    return None
 
 
 def _many_rows_rule(op: str, N: int, K: int, sms: int) -> Tile:
@@ -330,7 +348,7 @@ def _ring_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
         )
         if K % (chunk * split) == 0
     ]
-    return [tile for tile in tiles if ring_bytes(tile, op, M) <= SHARED_BYTES - 1024]  # barriers, and the compiler's own
+    return [tile for tile in tiles if ring_bytes(tile, op, M) <= RING_BYTES]
 
 
 def _fma_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:

@@ -348,6 +348,7 @@ print(" ".join(sorted(got)))
         ("llama-3.2-1b", 1, "greedy"),
         ("llama-3.2-1b", 5, "draw"),
         ("llama-3.1-8b", 1, "greedy"),
+        ("llama-3.1-8b", 16, "truncate"),
         ("qwen3-8b", 1, "truncate"),
         ("qwen2.5-7b", 3, "truncate"),
     ],
