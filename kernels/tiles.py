@@ -245,14 +245,14 @@ def _dot_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile:
 
 
 def _ring_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile | None:
-    """All of shared memory for one program a multiprocessor, if need be by splitting K; some 150 KB where a multiprocessor takes
+    """All of shared memory for one program a multiprocessor, if need be by splitting K; 150 KB where a multiprocessor takes
     one program after another, so that the next one's shared memory is free earlier."""
     if op not in ("linear", "silu_mul") or N % RING_ROWS:
         return None
     splits = (1,) if op == "silu_mul" else (8, 4, 2, 1)
     for split, stages in itertools.product(splits, (6, 5, 4)):
         tile, programs = ring_tile(128, stages, split), N // RING_ROWS * split
-        alone = programs <= sms and (split == 1 or K >= 512 * split)
+        alone = programs <= sms and (split == 1 or 512 * split <= K)
         fits = K % (128 * split) == 0 and ring_bytes(tile, op, rows) <= RING_BYTES
         if fits and (alone or (split == 1 and stages == 4)):
             return tile

@@ -9,6 +9,7 @@
     ncu --profile-from-start off python scripts/benchmark_kernels.py attention --use_ncu --batch_size 1 --seq_n 4096
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python scripts/benchmark_kernels.py sanitize
     python scripts/benchmark_kernels.py choose --output choose.jsonl           # what top-k and top-p add to the greedy choice
+    python scripts/benchmark_kernels.py choose --in_step llama-3.2-1b --batch_size 1       # and to a step of this model
 
 Bandwidth of attention is that of K and V alone, in GB/s (1e9), and as a share of what reading 4 GiB with a plain sum reaches.
 """
@@ -518,6 +519,7 @@ LOGITS = {  # V -> one row's logits
     "peaked": lambda V: (2 * torch.randn(V)).index_fill_(0, torch.tensor([V // 2]), 25.0),
     "zipf": lambda V: -1.1 * torch.log(1.0 + torch.randperm(V)) + 0.1 * torch.randn(V),  # natural text's
 }
+PEAKED_STD = 6.0  # of logits: then a few tokens have nearly all of the mass
 CANDIDATES = 4096  # of a row, as the head gives them
 
 
@@ -569,6 +571,8 @@ def check_choice(name: str, chosen: dict, draws: int, device: str = "cuda") -> N
 
 def choose_cost(args) -> None:
     """The end of a step, greedy and with cuts: us from graphs with PDL, in which every draw has a position of its own."""
+    if args.in_step:
+        return choose_in_step(args)
     versions = stamp()
     for B, kind in itertools.product(args.batch_size, LOGITS):
         advanced, chosen = choice_arguments(kind, B, args.vocab_size, "cuda")
@@ -597,6 +601,40 @@ def choose_cost(args) -> None:
                 with args.output.open("a") as file:
                     file.write(json.dumps(record | {"vocab_size": args.vocab_size} | versions) + "\n")
         print(" | ".join(parts), flush=True)
+
+
+def choose_in_step(args) -> None:
+    """What cuts add to whole decode steps of a model, us: replays of graphs of greedy and of cut steps in turn, each added time
+    the median of differences within a round. Logits: flat, as random weights give them, and peaked, of PEAKED_STD."""
+    from tune import StepTimer
+
+    for B in args.batch_size:
+        timer = StepTimer(args.in_step, None, B, 96)
+        sampling, norm = timer.engine.session.sampling, timer.engine.model.norm.weight
+        (greedy, logits), (cut, _) = timer.capture("greedy"), timer.capture("truncate")
+        for kind in ("flat", "peaked"):
+            if kind == "peaked":
+                norm.data *= PEAKED_STD / logits.float().std()
+            timer.time(greedy, 1)
+            spread = logits.float().std().item()
+            rounds, added = [], {name: [] for name in CUTS}
+            for _ in range(args.rounds):
+                sampling.temperature.zero_()
+                rounds.append(timer.time(greedy, 3))
+                for name, settings in CUTS.items():
+                    sampling.temperature.fill_(0.8)
+                    sampling.top_k.fill_(settings.get("top_k", 0))
+                    sampling.top_p.fill_(settings.get("top_p", 1.0))
+                    added[name].append(timer.time(cut, 3) - rounds[-1])
+            us = {name: statistics.median(times) for name, times in added.items()}
+            parts = [f"{args.in_step} batch {B:>2}  {kind:<6} (std {spread:.2f}) greedy {statistics.median(rounds):7.2f} us"]
+            print(" | ".join([*parts, *(f"{name} +{t:5.2f} us" for name, t in us.items())]), flush=True)
+            for name, t in us.items():
+                record = {"benchmark": "choose", "in_step": args.in_step, "logits": kind, "logits_std": spread, "batch_size": B}
+                record |= {"cut": name, "greedy_us": statistics.median(rounds), "added_us": t} | stamp()
+                if args.output:
+                    with args.output.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -685,6 +723,8 @@ def main(argv=None) -> int:
     p = commands.add_parser("choose", help="top-k and top-p against the greedy choice")
     flag("batch_size", type=int, nargs="+", default=[1, 16, 64])
     flag("vocab_size", type=int, default=128256)
+    flag("in_step", metavar="MODEL", help="within this model's decode step, such as llama-3.2-1b, in place of alone")
+    flag("rounds", type=int, default=40, help="with --in_step: of measuring everything once")
     flag("output", type=Path, help="append a JSON line for each point")
     commands.add_parser("sanitize", help="small launches of every kind, checked: to run under compute-sanitizer")
     import benchmark_linear  # which takes its timing from here

@@ -120,25 +120,33 @@ class StepTimer:
         self.engine.prepare(batch_size, context + 512)
         self.context = context
 
-    def us_per_step(self, tiles: dict) -> float:
+    def rewind(self) -> None:
         session = self.engine.session
+        session.cache.lengths.fill_(self.context)
+        session.done.zero_()
+        session.limit.fill_(session.max_seq_len - 1)
 
-        def rewind():
-            session.cache.lengths.fill_(self.context)
-            session.done.zero_()
-            session.limit.fill_(session.max_seq_len - 1)
+    def capture(self, kind: str = "greedy") -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """A graph of STEPS steps, and where its last one leaves the logits. `kind`: as for decode_one_token."""
+        self.rewind()
+        decode_one_token(self.engine.model, self.engine.session, kind)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(STEPS):
+                logits = decode_one_token(self.engine.model, self.engine.session, kind)
+        return graph, logits
 
-        rewind()
+    def us_per_step(self, tiles: dict) -> float:
         with override_tiles(tiles):
-            decode_one_token(self.engine.model, session, "greedy")
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(STEPS):
-                    decode_one_token(self.engine.model, session, "greedy")
+            graph, _ = self.capture()
+        return self.time(graph)
+
+    def time(self, graph: torch.cuda.CUDAGraph, replays: int = REPLAYS) -> float:
+        """Median us of a step."""
         times = []
-        rewind()
+        self.rewind()
         graph.replay()
-        for _ in range(REPLAYS):
+        for _ in range(replays):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()

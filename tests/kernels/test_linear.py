@@ -124,7 +124,9 @@ def test_what_a_ring_cannot_do_goes_to_a_tile():
     assert choose_tile("linear", "bf16", 5, 3584, 18944, 132, rings=True) == ring_tile(128, 6, 4)
     assert choose_tile("silu_mul", "bf16", 16, 37888, 3584, 132, rings=True) == ring_tile(128, 4)
     for op, rows, N in (("linear", 8, 4160), ("linear", 24, 3584), ("linear", 2, 3584), ("head", 8, 128256)):
-        assert not choose_tile(op, "bf16", rows, N, 3584, 132, rings=True).ring, "rows of weight, of x; not an operator of rings"
+        assert not choose_tile(op, "bf16", rows, N, 3584, 132, rings=True).ring, (
+            "rows of weight, of x; not an operator of rings"
+        )
     with batch_invariant():
         assert not tile_for("linear", "bf16", 8, 4096, 4096, 132, rings=True).ring
 
