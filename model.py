@@ -392,6 +392,8 @@ def linear(x, weight, norm: Norm | None = None, eps=0.0, activation="none", resi
         x = rms_norm(x, norm, eps)
     if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
         return residual.addmm_(x, weight.dequantized().T)
+    if activation == "silu_mul" and kernels.takes_gate_up(x, weight):
+        return kernels.gate_up(x, weight.weight)
     y = F.linear(x, weight.dequantized(), weight.bias)
     if activation == "silu_mul":
         if kernels.runs_kernels(x):

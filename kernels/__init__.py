@@ -10,6 +10,7 @@ from kernels.choose import choose
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
 from kernels.flash_prefill import launched as attention_launched
+from kernels.gate_up import gate_up, takes_gate_up
 from kernels.head import advance, head, partial_argmax
 from kernels.linear import MAX_ROWS, linear, linear_folding, qkv_rope_append
 from kernels.lookup import lookup
@@ -33,6 +34,7 @@ __all__ = [
     "flash_prefill",
     "flash_runs",
     "folds_norm",
+    "gate_up",
     "gumbel",
     "head",
     "is_batch_invariant",
@@ -47,6 +49,7 @@ __all__ = [
     "rope_append",
     "runs_kernels",
     "silu_mul",
+    "takes_gate_up",
     "token_positions",
 ]
 

@@ -154,9 +154,14 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
 
 
+def wgmma_device(index: int) -> bool:
+    """True of a Hopper card: the products that read shared memory by themselves (wgmma) went with it."""
+    return not INTERPRET and _capability(index) == (9, 0)
+
+
 def has_wgmma(x: torch.Tensor) -> bool:
-    """True on a Hopper card: the products that read shared memory by themselves (wgmma) went with it."""
-    return x.is_cuda and not INTERPRET and _capability(x.device.index or 0) == (9, 0)
+    """True on a Hopper card."""
+    return x.is_cuda and wgmma_device(x.device.index or 0)
 
 
 def pdl_supported(x: torch.Tensor) -> bool:

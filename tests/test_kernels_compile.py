@@ -39,7 +39,8 @@ def launches(monkeypatch):
     monkeypatch.setattr(_common, "INTERPRET", True)  # runs_kernels: on any device
     monkeypatch.setattr(_common, "pdl_supported", lambda x: True)
     monkeypatch.setattr(sys.modules["kernels.flash_decode"], "pdl_supported", lambda x: True)
-    monkeypatch.setattr(sys.modules["kernels._matmul"], "has_wgmma", lambda x: True)
+    for module in ("kernels._matmul", "kernels.gate_up"):
+        monkeypatch.setattr(sys.modules[module], "has_wgmma", lambda x: True)
     return taken
 
 
@@ -236,6 +237,28 @@ def test_between_the_products(launches, Hq, Hkv, head_dim):
             v_cache=cache.clone(), q_norm=norm, k_norm=norm, eps=1e-6, num_heads=Hq,
         )  # fmt: skip
     check(launches, 4)
+
+
+def assembler_says(compiled) -> str:
+    """ptxas' remarks on a compiled kernel."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
+    return subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True).stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("M", [65, 256])
+def test_gate_up(launches, M, dtype):
+    """Sums stay in registers, and the products follow each other without a wait; where the ring lies is read, not assumed."""
+    kernels.gate_up(empty(M, 4096, dtype=dtype), empty(28672, 4096, dtype=dtype))
+    (compiled,) = check(launches, 1)
+    ptx, remarks = compiled.asm["ptx"], assembler_says(compiled)
+    kind = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
+    assert ptx.count(f"m64n224k16.f32.{kind}.{kind}") == (8 if M > 128 else 4)
+    assert "0 bytes spill stores" in remarks
+    assert "serialized" not in remarks
+    start, loop = ptx.index("st.shared.u32 [at], at"), ptx.index("mbarrier.init")
+    assert ptx[start:loop].count("ld.shared.b32") == 2, "one for each part of the ring"
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
