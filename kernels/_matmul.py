@@ -212,6 +212,25 @@ def norm_factor(squares, folded, K, eps, NORM: tl.constexpr, FOLDED: tl.constexp
     return factor
 
 
+# ---------------------------------------------------------------- what RoPE and the cache need
+
+
+@triton.jit
+def token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size):
+    """Position and cache page of each row of x; a position below 0 where there is nothing to append."""
+    sequence = m // T
+    position = tl.load(lengths_ptr + sequence, mask=m < M, other=0) - T + m % T
+    page = tl.load(table_ptr + sequence * P + position // page_size, mask=(m < M) & (position >= 0), other=0)
+    return position, page.to(tl.int64)
+
+
+@triton.jit
+def rope_factors(cos_ptr, sin_ptr, pair, position, HALF: tl.constexpr):
+    """cos and sin [pairs, MP]."""
+    offset = tl.maximum(position, 0)[None, :] * HALF + pair[:, None]
+    return tl.load(cos_ptr + offset), tl.load(sin_ptr + offset)
+
+
 # ---------------------------------------------------------------- programs that share a tile
 
 
@@ -446,9 +465,13 @@ def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:
 
 
 def tile_of(op: str, x: torch.Tensor, w: Operand, rings: bool = False) -> Tile:
-    """The tile of x @ weight.T; with a ring only if `rings`, and on the one kind of card that has what it takes."""
-    (M, K), sms = x.shape, num_sms(x.device.index or 0)
-    return tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms, rings and has_wgmma(x))
+    """The tile of x @ weight.T; with a ring only if `rings`, and on the one kind of card that has what it takes. ValueError: it
+    has a ring nevertheless, by an override."""
+    (M, K), sms, rings = x.shape, num_sms(x.device.index or 0), rings and not w.is_packed and has_wgmma(x)
+    tile = tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms, rings)
+    if tile.ring and not rings:
+        raise ValueError(f"Tile.ring: found one for {op}, expected none on this card or with these arguments")
+    return tile
 
 
 def rms_norm_ref(x, weight, eps):

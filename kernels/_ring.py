@@ -1,14 +1,18 @@
 # ruff: noqa: RUF005 (Triton knows no star in a tuple)
 """Linears of 2 to 64 rows on Hopper: weights stream by TMA through a ring of shared memory, and wgmma multiplies from there.
 
-Owns the kernel that `linear` launches for a tile with `ring` (tiles.py), written in Gluon, and its launch. Does not know the
-model. Needs a GPU of compute capability 9.0: there is no interpreter for it, so tests compile it anywhere and run it on a card.
-Letters: M rows of x, MP padded (wgmma's N: 8 for up to 8 rows), K input features, N weight rows, F output features, S stages.
+Owns the kernels that `linear` and `qkv_rope_append` launch for a tile with `ring` (tiles.py), written in Gluon, and their
+launch. Does not know the model. Needs a GPU of compute capability 9.0: there is no interpreter for it, so tests compile it
+anywhere and run it on a card.
+Letters: M rows of x, MP padded (wgmma's N: 8 for up to 8 rows), K input features, N weight rows, F output features, S stages;
+of qkv: T query tokens a sequence, P pages of a table, D head size, H = D / 2, PER = 64 / H heads a tile.
 
-A program owns two boxes of 64 weight rows (gate and up of the same 64 features, or 128 neighbouring rows) and K / SPLIT
-columns. A stage of its ring holds both boxes, x and the norm's gain for CHUNK columns. Weights and gain, which no kernel
-writes, are asked for before the dependency wait, x after it: up to 150 KB are on their way while the kernel before ends.
-Both boxes are one TMA load: W is described as [2, N / 2, K] for SiLU x up, else as [N / 64, 64, K].
+A program owns two boxes of 64 weight rows and K / SPLIT columns: gate and up of the same 64 features, the first and second
+halves of PER heads, or 128 neighbouring rows. What an epilogue combines is so in one thread. A stage of its ring holds both
+boxes, x and the norm's gain for CHUNK columns. Weights and gain, which no kernel writes, are asked for before the dependency
+wait, x after it: up to 150 KB are on their way while the kernel before ends.
+Both boxes are one TMA load of [2, PER, H, CHUNK]: for all of them W is described as [2, groups of H rows, H, K], where only the
+strides differ (but for qkv, PER is 1 and H 64).
 Loops over stages are not unrolled: their code would be 6 KB that every program fetches before its first load. Barriers, expects
 and loads stand in an order to which Triton need not add barriers of its own.
 """
@@ -26,11 +30,31 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait, zeroed_workspace
-from kernels._matmul import MAX_GROUPS, Operand, x_scale
+from kernels._common import launch_options, pdl_trigger, pdl_wait
+from kernels._matmul import Operand, rms_factor, rope_factors, scratch, token_positions, x_scale
 from kernels.tiles import RING_ROWS, Tile, ring_padded
 
-# ---------------------------------------------------------------- the kernel
+# ---------------------------------------------------------------- sums
+
+
+@gluon.constexpr_function
+def _sums_layout(MP):
+    """Of a program's sums [128, MP]."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MP, 16])
+
+
+@gluon.constexpr_function
+def _x_layout(MP):
+    """Of x [MP, CHUNK]: 16 bytes a thread."""
+    across = 8 if MP >= 16 else 16  # lanes along the longer side of what a warp holds
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
+
+
+@gluon.constexpr_function
+def _box_layout(MP):
+    """Of a box's sums and outputs [64, MP]."""
+    across = 8 if MP >= 16 else 16
+    return gl.BlockedLayout([64 // across, 1], [across, 32 // across], [1, 4], [0, 1])
 
 
 @gluon.jit
@@ -42,141 +66,33 @@ def _expect_weights(w_desc, gain_desc, bar, pred):
 
 
 @gluon.jit
-def _load_weights(w_desc, gain_desc, w_smem, gain_smem, bar, slot, box, k, pred):
+def _load_weights(w_desc, gain_desc, w_smem, gain_smem, bar, slot, group, k, pred):
     """Both boxes of W, and the gain, at column k into a stage."""
-    tma.async_copy_global_to_shared(w_desc, [box[0], box[1], k], bar, w_smem.index(slot), pred=pred)
+    tma.async_copy_global_to_shared(w_desc, [0, group, 0, k], bar, w_smem.index(slot), pred=pred)
     if gain_desc is not None:
         tma.async_copy_global_to_shared(gain_desc, [k], bar, gain_smem.index(slot), pred=pred)
 
 
 @gluon.jit
-def _halves(sums, MP: gl.constexpr, LAYOUT: gl.constexpr):
-    """The sums [64, MP] of the two boxes, of a program's [128, MP] in LAYOUT: in the same thread, nothing moves."""
-    a, b = gl.split(gl.permute(gl.reshape(sums, [2, 64, MP]), (1, 2, 0)))
-    return gl.convert_layout(a, LAYOUT, assert_trivial=True), gl.convert_layout(b, LAYOUT, assert_trivial=True)
+def _begin(w_desc, x_desc, gain_desc, group, k0, first, S: gl.constexpr, PDL: gl.constexpr):
+    """A ring whose first stages are on their way: weights and gain, and behind the dependency wait x. group: of W's, the first.
 
-
-@gluon.jit
-def _outputs(f0, F, M, MP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Of 64 outputs' [64, MP] that begin at f0: offsets into y [M, F], and which are there."""
-    f = f0 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
-    m = gl.arange(0, MP, gl.SliceLayout(0, LAYOUT))[None, :]
-    return m * F + f, m < M
-
-
-@gluon.jit
-def _load_residual(residual_ptr, f0, F, M, MP: gl.constexpr, LAYOUT: gl.constexpr):
-    if residual_ptr is not None:
-        offset, there = _outputs(f0, F, M, MP, LAYOUT)
-        residual = gl.load(residual_ptr + offset, mask=there, other=0.0)
-    else:
-        residual = None
-    return residual
-
-
-@gluon.jit
-def _store(y, residual, y_ptr, f0, F, M, MP: gl.constexpr, LAYOUT: gl.constexpr):
-    if residual is not None:
-        y += residual.to(gl.float32)
-    offset, there = _outputs(f0, F, M, MP, LAYOUT)
-    gl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=there)
-
-
-@gluon.jit
-def _epilogue(a, b, residual_a, residual_b, y_ptr, f0, F, M, SILU_MUL: gl.constexpr, MP: gl.constexpr, LAYOUT: gl.constexpr):
-    """Activation, residual, store."""
-    if SILU_MUL:
-        _store(a / (1.0 + gl.exp(-a)) * b, residual_a, y_ptr, f0, F, M, MP, LAYOUT)
-    else:
-        _store(a, residual_a, y_ptr, f0, F, M, MP, LAYOUT)
-        _store(b, residual_b, y_ptr, f0 + 64, F, M, MP, LAYOUT)
-
-
-@gluon.jit
-def _arrive(sums, partial_ptr, counter_ptr, tile, part, SPLIT: gl.constexpr, MP: gl.constexpr, MMA: gl.constexpr):
-    """Stores this program's sums as [m, row]; True in the program that arrives last, which also resets the counter."""
-    r = gl.arange(0, 128, gl.SliceLayout(1, MMA))[:, None]
-    m = gl.arange(0, MP, gl.SliceLayout(0, MMA))[None, :]
-    gl.store(partial_ptr + (tile * SPLIT + part) * (128 * MP) + m * 128 + r, sums)
-    tl.debug_barrier()  # every thread's part is stored before one thread's release
-    last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        gl.store(counter_ptr + tile, 0)
-    return last
-
-
-@gluon.jit
-def _load_parts(partial_ptr, tile, box: gl.constexpr, SPLIT: gl.constexpr, MP: gl.constexpr, LAYOUT: gl.constexpr):
-    """The SPLIT parts of a box's sums [64, MP]."""
-    r = box * 64 + gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))[:, None]
-    m = gl.arange(0, MP, gl.SliceLayout(0, LAYOUT))[None, :]
-    parts = ()
-    for s in gl.static_range(SPLIT):  # other multiprocessors wrote these: never from L1
-        address = partial_ptr + (tile * SPLIT + s) * (128 * MP) + m * 128 + r
-        parts = parts + (gl.load(address, cache_modifier=".cg"),)
-    return parts
-
-
-@gluon.jit
-def _add(parts):
-    """In a fixed order."""
-    total = parts[0]
-    for s in gl.static_range(1, len(parts)):
-        total += parts[s]
-    return total
-
-
-@gluon.jit
-def _merge(partial_ptr, tile, bar, phase: gl.constexpr, SPLIT: gl.constexpr, MP: gl.constexpr, LAYOUT: gl.constexpr):
-    """A tile's sums, [64, MP] of each box. `phase` of `bar` is over.
-
-    ptxas, to save registers, would load a few parts, add them, and load the next ones, a trip to L2 each time. It moves
-    nothing over a loop, though, and a wait is one: what stands before it is in flight at once, where there are registers.
+    first: stages that are filled; not a constant, for LLVM would unroll the loops over it.
     """
-    parts_a = _load_parts(partial_ptr, tile, 0, SPLIT, MP, LAYOUT)
-    parts_b = _load_parts(partial_ptr, tile, 1, SPLIT, MP, LAYOUT)
-    if MP * SPLIT <= 128:
-        mbarrier.wait(bar, phase)
-    return _add(parts_a), _add(parts_b)
-
-
-@gluon.jit(do_not_specialize=["M", "first"])
-def _ring_kernel(
-    w_desc, x_desc, gain_desc, residual_ptr, y_ptr, partial_ptr, counter_ptr, M, F, eps, first,
-    K: gl.constexpr, SILU_MUL: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr, S: gl.constexpr, MP: gl.constexpr,
-    X_SCALE: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
-):  # fmt: skip
-    """y[m, tile] = act(rmsnorm(x[m]) @ W[tile].T) + residual. A norm only where SPLIT is 1.
-
-    first: stages that are filled before the loop; not a constant, for LLVM would unroll the loops over it.
-    """
-    gl.static_assert(gain_desc is None or SPLIT == 1)
     DTYPE: gl.constexpr = w_desc.dtype
-    CHUNKS: gl.constexpr = K // SPLIT // CHUNK
-    ACROSS: gl.constexpr = 8 if MP >= 16 else 16  # lanes along the longer side of what a warp holds
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [num_warps, 1], [16, MP, 16])
-    X: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [num_warps, 1], [1, 0])  # of x: 16 bytes a thread
-    Y: gl.constexpr = gl.BlockedLayout([64 // ACROSS, 1], [ACROSS, 32 // ACROSS], [1, num_warps], [0, 1])  # of outputs
-
-    pdl_trigger(PDL)
-    tile, part = gl.program_id(0) // SPLIT, gl.program_id(0) % SPLIT
-    k0 = part * (CHUNKS * CHUNK)
-    if SILU_MUL:
-        f0 = 64 * tile
-        box = (0, f0)
-    else:
-        f0 = 128 * tile
-        box = (2 * tile, 0)
-
-    w_smem = gl.allocate_shared_memory(DTYPE, [S, 2, 64, CHUNK], w_desc.layout)
+    MP: gl.constexpr = x_desc.block_type.shape[0]
+    CHUNK: gl.constexpr = x_desc.block_type.shape[1]
+    PER: gl.constexpr = w_desc.block_type.shape[1]
+    w_smem = gl.allocate_shared_memory(DTYPE, [S, 2, PER, 64 // PER, CHUNK], w_desc.layout)
     x_smem = gl.allocate_shared_memory(DTYPE, [S, MP, CHUNK], x_desc.layout)
     w_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     x_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    scaled_smem = None
+    ring = (w_smem, x_smem, w_bars, x_bars)
     gain_smem = None
     if gain_desc is not None:
         scaled_smem = gl.allocate_shared_memory(DTYPE, [2, MP, CHUNK], x_desc.layout)
         gain_smem = gl.allocate_shared_memory(DTYPE, [S, CHUNK], gain_desc.layout)
+        ring = ring + (gain_smem, scaled_smem)
 
     for i in range(first):  # a stage after the other, so that the first load is out at once
         w_bar, x_bar = w_bars.index(i), x_bars.index(i)
@@ -186,18 +102,24 @@ def _ring_kernel(
         _expect_weights(w_desc, gain_desc, w_bar, True)
         mbarrier.expect(x_bar, x_desc.block_type.nbytes)
         tl.debug_barrier()
-        _load_weights(w_desc, gain_desc, w_smem, gain_smem, w_bar, i, box, k0 + i * CHUNK, True)
+        _load_weights(w_desc, gain_desc, w_smem, gain_smem, w_bar, i, group, k0 + i * CHUNK, True)
     pdl_wait(PDL)
     for i in range(first):
         tma.async_copy_global_to_shared(x_desc, [0, k0 + i * CHUNK], x_bars.index(i), x_smem.index(i))
-    residual_a = None
-    residual_b = None
-    if SPLIT == 1:  # behind x, and there long before the sums are
-        residual_a = _load_residual(residual_ptr, f0, F, M, MP, Y)
-        if not SILU_MUL:
-            residual_b = _load_residual(residual_ptr, f0 + 64, F, M, MP, Y)
+    return ring
 
-    sums = gl.zeros([128, MP], gl.float32, MMA)
+
+@gluon.jit
+def _multiply(ring, w_desc, x_desc, gain_desc, group, k0, CHUNKS: gl.constexpr, S: gl.constexpr, X_SCALE: gl.constexpr):
+    """Of a program's CHUNKS chunks the sums [128, MP], and where there is a gain the sums of x^2 [MP]."""
+    w_smem, x_smem, w_bars, x_bars = ring[0], ring[1], ring[2], ring[3]
+    gain_smem = None
+    if gain_desc is not None:
+        gain_smem, scaled_smem = ring[4], ring[5]
+    MP: gl.constexpr = x_desc.block_type.shape[0]
+    CHUNK: gl.constexpr = x_desc.block_type.shape[1]
+    X: gl.constexpr = _x_layout(MP)
+    sums = gl.zeros([128, MP], gl.float32, _sums_layout(MP))
     squares = gl.zeros([MP, CHUNK], gl.float32, X)
     slot = 0
     phase = 0
@@ -209,7 +131,7 @@ def _ring_kernel(
             gain = gain_smem.index(slot).load(gl.SliceLayout(0, X)).to(gl.float32)
             squares += x * x
             operand = scaled_smem.index(c & 1)  # its last reader, chunk c - 2, has been waited for
-            operand.store((x * (gain * X_SCALE)[None, :]).to(DTYPE))
+            operand.store((x * (gain * X_SCALE)[None, :]).to(w_desc.dtype))
             fence_async_shared()
             tl.debug_barrier()
         else:
@@ -224,76 +146,305 @@ def _ring_kernel(
         _expect_weights(w_desc, gain_desc, w_bar, more)
         mbarrier.expect(x_bar, x_desc.block_type.nbytes, pred=more)
         tl.debug_barrier()  # every warp has multiplied
-        _load_weights(w_desc, gain_desc, w_smem, gain_smem, w_bar, free, box, k, more)
+        _load_weights(w_desc, gain_desc, w_smem, gain_smem, w_bar, free, group, k, more)
         tma.async_copy_global_to_shared(x_desc, [0, k], x_bar, x_smem.index(free), pred=more)
         wraps = slot == S - 1
         phase = gl.where(wraps, phase ^ 1, phase)
         slot = gl.where(wraps, 0, slot + 1)
     sums = warpgroup_mma_wait(0, deps=(sums,))
     tl.debug_barrier()  # the compiler's own shared memory lies in the ring: not before every warp has multiplied
+    return sums, gl.sum(squares, 1)
 
-    if SPLIT == 1:
-        a, b = _halves(gl.convert_layout(sums, Y), MP, Y)
-        if gain_desc is not None:
-            mean = gl.convert_layout(gl.sum(squares, 1), gl.SliceLayout(0, Y)) * (1.0 / K)
-            factor = (gl.rsqrt(mean + eps) / X_SCALE)[None, :]
-            a *= factor
-            b *= factor
-        _epilogue(a, b, residual_a, residual_b, y_ptr, f0, F, M, SILU_MUL, MP, Y)
-    elif _arrive(sums, partial_ptr, counter_ptr, tile, part, SPLIT, MP, MMA):
-        late_a = _load_residual(residual_ptr, f0, F, M, MP, Y)
-        late_b = None
-        if not SILU_MUL:
-            late_b = _load_residual(residual_ptr, f0 + 64, F, M, MP, Y)
+
+@gluon.jit
+def _normed(a, b, squares, eps, K: gl.constexpr, X_SCALE: gl.constexpr):
+    """A tile's sums by the factors of their rows' norm."""
+    factor = (rms_factor(squares, K, eps) / X_SCALE)[None, :]
+    return a * factor, b * factor
+
+
+@gluon.jit
+def _own(sums, squares, eps, NORM: gl.constexpr, K: gl.constexpr, X_SCALE: gl.constexpr, MP: gl.constexpr):
+    """A tile's sums, [64, MP] of each box, in the one program that it has: both in the same thread, nothing moves."""
+    Y: gl.constexpr = _box_layout(MP)
+    a, b = gl.split(gl.permute(gl.reshape(gl.convert_layout(sums, Y), [2, 64, MP]), (1, 2, 0)))
+    a, b = gl.convert_layout(a, Y, assert_trivial=True), gl.convert_layout(b, Y, assert_trivial=True)
+    if NORM:
+        a, b = _normed(a, b, gl.convert_layout(squares, gl.SliceLayout(0, Y)), eps, K, X_SCALE)
+    return a, b
+
+
+# ---------------------------------------------------------------- programs that share a tile
+
+
+@gluon.jit
+def _arrive(
+    sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part,
+    NORM: gl.constexpr, SPLIT: gl.constexpr, MP: gl.constexpr,
+):  # fmt: skip
+    """Stores this program's sums as [m, row], and its squares; True in the program that arrives last, which also resets the
+    counter."""
+    MMA: gl.constexpr = _sums_layout(MP)
+    r = gl.arange(0, 128, gl.SliceLayout(1, MMA))[:, None]
+    m = gl.arange(0, MP, gl.SliceLayout(0, MMA))[None, :]
+    gl.store(partial_ptr + (tile * SPLIT + part) * (128 * MP) + m * 128 + r, sums)
+    if NORM:
+        gl.store(squares_ptr + (tile * SPLIT + part) * MP + gl.arange(0, MP, gl.SliceLayout(1, _x_layout(MP))), squares)
+    tl.debug_barrier()  # every thread's part is stored before one thread's release
+    last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
+    if last:
+        gl.store(counter_ptr + tile, 0)
+    return last
+
+
+@gluon.jit
+def _load_parts(pointers, step, SPLIT: gl.constexpr):
+    """What SPLIT programs have stored, `step` apart. Other multiprocessors wrote it: never from L1."""
+    parts = ()
+    for s in gl.static_range(SPLIT):
+        parts = parts + (gl.load(pointers + s * step, cache_modifier=".cg"),)
+    return parts
+
+
+@gluon.jit
+def _add(parts):
+    """In a fixed order."""
+    total = parts[0]
+    for s in gl.static_range(1, len(parts)):
+        total += parts[s]
+    return total
+
+
+@gluon.jit
+def _merge(
+    ring, partial_ptr, squares_ptr, tile, eps,
+    NORM: gl.constexpr, K: gl.constexpr, CHUNKS: gl.constexpr, S: gl.constexpr, SPLIT: gl.constexpr, MP: gl.constexpr,
+    X_SCALE: gl.constexpr,
+):  # fmt: skip
+    """A tile's sums, [64, MP] of each box, from what its programs have stored.
+
+    ptxas, to save registers, would load a few parts, add them, and load the next ones, a trip to L2 each time. It moves
+    nothing over a loop, though, and a wait is one, for a phase that is over: what stands before it is in flight at once, where
+    there are registers.
+    """
+    Y: gl.constexpr = _box_layout(MP)
+    r = gl.arange(0, 64, gl.SliceLayout(1, Y))[:, None]
+    m = gl.arange(0, MP, gl.SliceLayout(0, Y))
+    box = partial_ptr + tile * (SPLIT * 128 * MP) + m[None, :] * 128 + r
+    parts_a = _load_parts(box, 128 * MP, SPLIT)
+    parts_b = _load_parts(box + 64, 128 * MP, SPLIT)
+    if NORM:
+        parts = _load_parts(squares_ptr + tile * (SPLIT * MP) + m, MP, SPLIT)
+    if MP * SPLIT <= 128:
         FILLS: gl.constexpr = (CHUNKS + S - 1) // S  # of the first stage
-        a, b = _merge(partial_ptr, tile, x_bars.index(0), (FILLS - 1) & 1, SPLIT, MP, Y)
-        _epilogue(a, b, late_a, late_b, y_ptr, f0, F, M, SILU_MUL, MP, Y)
+        mbarrier.wait(ring[3].index(0), (FILLS - 1) & 1)
+    a, b = _add(parts_a), _add(parts_b)
+    if NORM:
+        a, b = _normed(a, b, _add(parts), eps, K, X_SCALE)
+    return a, b
+
+
+# ---------------------------------------------------------------- linear
+
+
+@gluon.jit
+def _outputs(f0, F, M, MP: gl.constexpr):
+    """Of 64 outputs' [64, MP] that begin at f0: offsets into y [M, F], and which are there."""
+    Y: gl.constexpr = _box_layout(MP)
+    f = f0 + gl.arange(0, 64, gl.SliceLayout(1, Y))[:, None]
+    m = gl.arange(0, MP, gl.SliceLayout(0, Y))[None, :]
+    return m * F + f, m < M
+
+
+@gluon.jit
+def _load_residuals(residual_ptr, f0, F, M, SILU_MUL: gl.constexpr, MP: gl.constexpr):
+    """Of the first box's outputs, and where the second one has its own of those; () without a residual."""
+    residuals = ()
+    if residual_ptr is not None:
+        offset, there = _outputs(f0, F, M, MP)
+        residuals = (gl.load(residual_ptr + offset, mask=there, other=0.0),)
+        if not SILU_MUL:
+            residuals = residuals + (gl.load(residual_ptr + offset + 64, mask=there, other=0.0),)
+    return residuals
+
+
+@gluon.jit
+def _linear_epilogue(sums, residuals, y_ptr, f0, F, M, SILU_MUL: gl.constexpr, MP: gl.constexpr):
+    """Activation, residual, store."""
+    outputs = sums
+    if SILU_MUL:
+        outputs = (sums[0] / (1.0 + gl.exp(-sums[0])) * sums[1],)
+    offset, there = _outputs(f0, F, M, MP)
+    for box in gl.static_range(len(outputs)):
+        y = outputs[box]
+        if len(residuals) > 0:
+            y += residuals[box].to(gl.float32)
+        gl.store(y_ptr + offset + 64 * box, y.to(y_ptr.dtype.element_ty), mask=there)
+
+
+@gluon.jit(do_not_specialize=["M", "first"])
+def _ring_linear_kernel(
+    w_desc, x_desc, gain_desc, residual_ptr, y_ptr, partial_ptr, squares_ptr, counter_ptr, M, F, eps, first,
+    K: gl.constexpr, SILU_MUL: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr, S: gl.constexpr, MP: gl.constexpr,
+    X_SCALE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """y[m, tile] = act(rmsnorm(x[m]) @ W[tile].T) + residual."""
+    pdl_trigger(PDL)
+    NORM: gl.constexpr = gain_desc is not None
+    CHUNKS: gl.constexpr = K // SPLIT // CHUNK
+    tile, part = gl.program_id(0) // SPLIT, gl.program_id(0) % SPLIT
+    k0 = part * (CHUNKS * CHUNK)
+    f0 = tile * (64 if SILU_MUL else 128)
+    ring = _begin(w_desc, x_desc, gain_desc, tile, k0, first, S, PDL)
+    if SPLIT == 1:  # behind x, and there long before the sums are
+        residuals = _load_residuals(residual_ptr, f0, F, M, SILU_MUL, MP)
+    sums, squares = _multiply(ring, w_desc, x_desc, gain_desc, tile, k0, CHUNKS, S, X_SCALE)
+    if SPLIT == 1:
+        _linear_epilogue(_own(sums, squares, eps, NORM, K, X_SCALE, MP), residuals, y_ptr, f0, F, M, SILU_MUL, MP)
+    elif _arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, NORM, SPLIT, MP):
+        late = _load_residuals(residual_ptr, f0, F, M, SILU_MUL, MP)
+        merged = _merge(ring, partial_ptr, squares_ptr, tile, eps, NORM, K, CHUNKS, S, SPLIT, MP, X_SCALE)
+        _linear_epilogue(merged, late, y_ptr, f0, F, M, SILU_MUL, MP)
+
+
+# ---------------------------------------------------------------- qkv
+
+
+@gluon.jit
+def _load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ: gl.constexpr, H: gl.constexpr):
+    """What the epilogue takes beside sums: cos and sin [64, MP]; both boxes' biases, and gains of qk-norm, [64] each or ()."""
+    biases = ()
+    gains = ()
+    if bias_ptr is not None:
+        bias = bias_ptr + head * (2 * H) + pair
+        biases = (gl.load(bias), gl.load(bias + H))
+    if q_norm_ptr is not None:
+        gain = gl.where(head < HQ, q_norm_ptr + pair, k_norm_ptr + pair)
+        gains = (gl.load(gain), gl.load(gain + H))
+    return rope_factors(cos_ptr, sin_ptr, pair, position, H), biases, gains
+
+
+@gluon.jit
+def _qkv_epilogue(
+    sums, of_heads, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size,
+    HQ: gl.constexpr, HKV: gl.constexpr, H: gl.constexpr,
+):  # fmt: skip
+    """Bias, qk-norm, RoPE; a query head to q, a key or value head to the row of the cache that is its position."""
+    turn, biases, gains = of_heads
+    cos, sin = turn
+    a, b = sums
+    if len(biases) > 0:
+        a += biases[0].to(gl.float32)[:, None]
+        b += biases[1].to(gl.float32)[:, None]
+    if len(gains) > 0:
+        if tile < HQ + HKV:  # which is the head, for there is but one
+            factor = rms_factor(gl.sum(a * a + b * b, 0), 2 * H, qk_eps)[None, :]
+            a *= factor * gains[0].to(gl.float32)[:, None]
+            b *= factor * gains[1].to(gl.float32)[:, None]
+    row = (page * HKV)[None, :] + ((head - HQ) % HKV)[:, None]
+    cached = (row * page_size + (position % page_size)[None, :]) * (2 * H) + pair[:, None]
+    query, turns = (head < HQ)[:, None], (head < HQ + HKV)[:, None]
+    address = gl.where(turns, k_ptr + cached, v_ptr + cached)
+    address = gl.where(query, q_ptr + (m[None, :] * HQ + head[:, None]) * (2 * H) + pair[:, None], address)
+    mask = (m < M)[None, :] & (query | (position >= 0)[None, :])
+    gl.store(address, gl.where(turns, a * cos - b * sin, a).to(q_ptr.dtype.element_ty), mask=mask)
+    gl.store(address + H, gl.where(turns, b * cos + a * sin, b).to(q_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit(do_not_specialize=["M", "T", "P", "first"])
+def _ring_qkv_kernel(
+    w_desc, x_desc, gain_desc, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, lengths_ptr, table_ptr, q_ptr, k_ptr, v_ptr,
+    partial_ptr, squares_ptr, counter_ptr, M, T, P, eps, qk_eps, page_size, first,
+    HQ: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
+    K: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr, S: gl.constexpr, MP: gl.constexpr,
+    X_SCALE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """PER heads of queries, keys or values. qk-norm only where PER is 1; the caches have x's dtype."""
+    pdl_trigger(PDL)
+    NORM: gl.constexpr = gain_desc is not None
+    CHUNKS: gl.constexpr = K // SPLIT // CHUNK
+    Y: gl.constexpr = _box_layout(MP)
+    H: gl.constexpr = D // 2
+    PER: gl.constexpr = 64 // H
+    gl.static_assert(q_norm_ptr is None or PER == 1)
+    tile, part = gl.program_id(0) // SPLIT, gl.program_id(0) % SPLIT
+    k0 = part * (CHUNKS * CHUNK)
+    ring = _begin(w_desc, x_desc, gain_desc, tile * PER, k0, first, S, PDL)
+    i, m = gl.arange(0, 64, gl.SliceLayout(1, Y)), gl.arange(0, MP, gl.SliceLayout(0, Y))
+    head, pair = tile * PER + i // H, i % H
+    position, page = token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
+    if SPLIT == 1:
+        of_heads = _load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
+    sums, squares = _multiply(ring, w_desc, x_desc, gain_desc, tile * PER, k0, CHUNKS, S, X_SCALE)
+    if SPLIT == 1:
+        own = _own(sums, squares, eps, NORM, K, X_SCALE, MP)
+        _qkv_epilogue(own, of_heads, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H)
+    elif _arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, NORM, SPLIT, MP):
+        late = _load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
+        merged = _merge(ring, partial_ptr, squares_ptr, tile, eps, NORM, K, CHUNKS, S, SPLIT, MP, X_SCALE)
+        _qkv_epilogue(merged, late, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H)
 
 
 # ---------------------------------------------------------------- the launch
 
 
-def _described(t: torch.Tensor, shape: list[int], box: list[int]) -> TensorDescriptor:
-    """A TMA descriptor of contiguous memory as a tensor of this shape, read a box at a time."""
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.insert(0, strides[0] * size)
+def _described(t: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of memory as a tensor of this shape, read a box at a time."""
     swizzle = 128 if len(shape) > 1 else 0
     layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=len(shape))
     return TensorDescriptor(t, shape, strides, box, layout)
 
 
-def launch_ring(x: torch.Tensor, w: Operand, norm, eps: float, silu_mul: bool, residual, y: torch.Tensor, tile: Tile) -> None:
-    """Fills y [M, F] with act(rmsnorm(x) @ W.T) + residual: x [M, K] and W [N, K] contiguous, 16-bit, norm [K] or None,
-    residual [M, F] or None. tile.chunk columns a stage, tile.stages of them, tile.split programs a tile."""
+def _launch(kernel, x: torch.Tensor, w: Operand, norm, boxes: tuple[int, int, int], tile: Tile, *pointers, **arguments) -> None:
+    """A kernel on x [M, K], W [N, K] and the norm's gain [K] or None, all contiguous and 16-bit: tile.chunk columns a stage,
+    tile.stages of them, tile.split programs a tile. boxes: W's rows between the two boxes, between groups, and in a group."""
     (M, K), N, chunk, split = x.shape, w.rows, tile.chunk, tile.split
-    if N % RING_ROWS or K % (split * chunk) or (norm is not None and split > 1):
+    apart, pitch, H = boxes
+    if N % RING_ROWS or K % (split * chunk):
         raise ValueError(f"weight: found {N} x {K}, expected tiles of {RING_ROWS} rows and {split} times {chunk} columns")
-    MP, programs = ring_padded(M), N // RING_ROWS * split
-    boxes = [2, N // 2, K] if silu_mul else [N // 64, 64, K]
-    partial = counter = None
-    if split > 1:
-        partial = torch.empty(programs * RING_ROWS * MP, dtype=torch.float32, device=x.device)
-        counter = zeroed_workspace(x.device, "counters of split matmuls", MAX_GROUPS)
-    _ring_kernel[(programs,)](
-        _described(w.weight, boxes, [2, 64, chunk]),
-        _described(x, [M, K], [MP, chunk]),
-        None if norm is None else _described(norm, [K], [chunk]),
-        residual,
-        y,
-        partial,
-        counter,
-        M,
-        y.shape[1],
-        eps,
-        min(tile.stages, K // split // chunk),
+    MP, tiles = ring_padded(M), N // RING_ROWS
+    kernel[(tiles * split,)](
+        _described(w.weight, [2, N // (2 * H), H, K], [apart * K, pitch * K, K, 1], [2, 64 // H, H, chunk]),
+        _described(x, [M, K], [K, 1], [MP, chunk]),
+        None if norm is None else _described(norm, [K], [1], [chunk]),
+        *pointers,
+        M=M,
+        first=min(tile.stages, K // split // chunk),
         K=K,
-        SILU_MUL=silu_mul,
         SPLIT=split,
         CHUNK=chunk,
         S=tile.stages,
         MP=MP,
         X_SCALE=x_scale(x.dtype),
-        num_warps=4,
+        num_warps=tile.warps,
+        **arguments,
+        **scratch(x, tiles * split, tile, MP, tiles),
         **launch_options(x),
     )
+
+
+def launch_ring(x: torch.Tensor, w: Operand, norm, eps: float, silu_mul: bool, residual, y: torch.Tensor, tile: Tile) -> None:
+    """Fills y [M, F] with act(rmsnorm(x) @ W.T) + residual: x [M, K], W [N, K], norm [K] or None, residual [M, F] or None."""
+    boxes = (w.rows // 2, 64, 64) if silu_mul else (64, 128, 64)
+    _launch(_ring_linear_kernel, x, w, norm, boxes, tile, residual, y, F=y.shape[1], eps=eps, SILU_MUL=silu_mul)
+
+
+def ring_serves_qkv(x: torch.Tensor, head_dim: int, squares, q_norm, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether launch_ring_qkv can do what a call asks for: no folded norm, caches of x's dtype, one head a tile or two, and
+    qk-norm, which adds up all of a tile, only of one."""
+    heads = head_dim == 128 or (head_dim == 64 and q_norm is None)
+    return heads and squares is None and k_cache.dtype == v_cache.dtype == x.dtype
+
+
+def launch_ring_qkv(
+    x: torch.Tensor, w: Operand, bias, norm, eps: float, q_norm, k_norm, qk_eps: float, cos, sin, lengths, table,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_size: int, num_kv_heads: int, tile: Tile,
+) -> None:  # fmt: skip
+    """Fills q [M, Hq, D] and appends to the caches: arguments as `qkv_rope_append` has them, where ring_serves_qkv."""
+    _, Hq, D = q.shape
+    _launch(
+        _ring_qkv_kernel, x, w, norm, (D // 2, D, D // 2), tile,
+        bias, q_norm, k_norm, cos, sin, lengths, table, q, k_cache, v_cache,
+        T=x.shape[0] // lengths.numel(), P=table.shape[1], eps=eps, qk_eps=qk_eps, page_size=page_size,
+        HQ=Hq, HKV=num_kv_heads, D=D,
+    )  # fmt: skip

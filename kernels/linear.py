@@ -38,15 +38,17 @@ from kernels._matmul import (
     preload,
     rms_factor,
     rms_norm_ref,
+    rope_factors,
     rotate_ref,
     scratch,
     split_norm,
     tile_of,
+    token_positions,
     uses_kernel,
     x_scale,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
-from kernels._ring import launch_ring
+from kernels._ring import launch_ring, launch_ring_qkv, ring_serves_qkv
 from kernels.formats import Weight
 from kernels.tiles import Tile, fold_block
 
@@ -241,22 +243,6 @@ def _linear_kernel(
 
 
 @triton.jit
-def _token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size):
-    """Position and cache page of each row of x; a position below 0 where there is nothing to append."""
-    sequence = m // T
-    position = tl.load(lengths_ptr + sequence, mask=m < M, other=0) - T + m % T
-    page = tl.load(table_ptr + sequence * P + position // page_size, mask=(m < M) & (position >= 0), other=0)
-    return position, page.to(tl.int64)
-
-
-@triton.jit
-def _rope_factors(cos_ptr, sin_ptr, pair, position, HALF: tl.constexpr):
-    """cos and sin [pairs, MP]."""
-    offset = tl.maximum(position, 0)[None, :] * HALF + pair[:, None]
-    return tl.load(cos_ptr + offset), tl.load(sin_ptr + offset)
-
-
-@triton.jit
 def _head_norm(a, b, weight_ptr, pair, eps, HALF: tl.constexpr):
     """RMSNorm over a whole head, given as the halves of its pairs."""
     factor = rms_factor(tl.sum(a * a, 0) + tl.sum(b * b, 0), 2 * HALF, eps)[None, :]
@@ -334,9 +320,9 @@ def _qkv_kernel(
     # Constant during a step: lengths, table, cos and sin. Behind a barrier, because ptxas else moves their loads, each of which
     # waits for the one before it, ahead of the weights' loads.
     tl.debug_barrier()
-    position, page = _token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
+    position, page = token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
     if TILES == 1:
-        cos, sin = _rope_factors(cos_ptr, sin_ptr, pair, position, HALF)
+        cos, sin = rope_factors(cos_ptr, sin_ptr, pair, position, HALF)
     pdl_wait(PDL)
 
     folded = load_folded(folded_ptr, M, FOLDED, 1 if M_FMA == 1 else MP)
@@ -359,7 +345,7 @@ def _qkv_kernel(
             factor = norm_factor(all_squares, folded, K, eps, NORM, FOLDED, X_SCALE)
             if TILES > 1:  # the whole head
                 all_pairs = tl.arange(0, HALF)
-                all_cos, all_sin = _rope_factors(cos_ptr, sin_ptr, all_pairs, position, HALF)
+                all_cos, all_sin = rope_factors(cos_ptr, sin_ptr, all_pairs, position, HALF)
             else:
                 all_pairs, all_cos, all_sin = pair, cos, sin
             _qkv_epilogue(
@@ -592,7 +578,13 @@ def _qkv_rope_append(
             x, w.plain(x), bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
             page_size, Hq, Hkv, D, squares,
         )  # fmt: skip
-    tile = fit_to_head(tile_of("qkv", x, w), D)
+    tile = tile_of("qkv", x, w, rings=ring_serves_qkv(x, D, squares, q_norm, k_cache, v_cache))
+    if tile.ring:
+        launch_ring_qkv(
+            x, w, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, q, k_cache, v_cache, page_size, Hkv, tile
+        )
+        return q
+    tile = fit_to_head(tile, D)
     if q_norm is not None and D & (D - 1):
         raise ValueError(f"head_dim: found {D}, expected a power of two where queries and keys are normalised")
     tiles_of_head = D // tile.rows if q_norm is not None else 1

@@ -19,7 +19,7 @@ from triton.runtime.jit import create_function_from_signature
 import kernels
 from kernels import _common
 from kernels.formats import PackedFormat, Weight
-from kernels.tiles import MEASURED, SHARED_BYTES, Tile, fold_block, override_tiles
+from kernels.tiles import MEASURED, SHARED_BYTES, Tile, fold_block, override_tiles, ring_tile
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -121,7 +121,23 @@ def test_measured_tiles(launches, sms, fmt, M, op, N, K):
     packed = {"bf16": None, "int4": INT4[0], "fp8": PackedFormat("fp8"), "int8": PackedFormat("int8")}[fmt]
     call(op, N, K, M, head_dim=64 if K == 2048 else 128, packed=packed, fold=packed is not None)
     check(launches, 1)
-    assert (launches[0][0].__name__ == "_ring_kernel") == MEASURED[sms, fmt, M, op, N, K].ring
+    assert (launches[0][0].__name__.startswith("_ring")) == MEASURED[sms, fmt, M, op, N, K].ring
+
+
+@pytest.mark.parametrize("M", [8, 40, 64])
+@pytest.mark.parametrize(("head_dim", "bias", "qk_norm"), [(64, True, False), (128, False, False), (128, True, True)])
+def test_qkv_rings(launches, head_dim, bias, qk_norm, M):
+    for tile in (ring_tile(64, 6), ring_tile(64, 6, 2)):
+        with override_tiles({"qkv": tile}):
+            call("qkv", 12 * head_dim, 2048, M, head_dim=head_dim, bias=bias, qk_norm=qk_norm)
+    check(launches, 2)
+
+
+def test_what_a_ring_cannot_do(launches):
+    """The same shape with 8-bit caches, with half heads, and with qk-norm of two heads a tile."""
+    for arguments in ({"cache_dtype": torch.float8_e4m3fn}, {"head_dim": 32}, {"head_dim": 64, "qk_norm": True}, {}):
+        call("qkv", 6144, 4096, 8, **{"head_dim": 128, **arguments})
+    assert [kernel.__name__ for kernel, *_ in launches] == 3 * ["_qkv_kernel"] + ["_ring_qkv_kernel"]
 
 
 @pytest.mark.parametrize(("op", "M"), [("linear", 1), ("silu_mul", 16), ("qkv", 1), ("head", 16)])

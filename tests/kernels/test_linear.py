@@ -9,6 +9,7 @@ from tolerance import assert_within
 
 from kernels._common import INTERPRET, has_wgmma
 from kernels._matmul import Operand, tile_of
+from kernels._ring import ring_serves_qkv
 from kernels.formats import Weight
 from kernels.linear import MAX_ROWS, linear, linear_ref, qkv_rope_append, qkv_rope_append_ref
 from kernels.tiles import (
@@ -96,16 +97,19 @@ def test_linear_dot_tiles(tile):
     check_linear(20, 112, 192, tile=tile, activation="silu_mul", bias=True, residual=True)
 
 
-@pytest.mark.skipif(not has_wgmma(torch.empty(0, device=DEVICE)), reason="rings of shared memory need a Hopper card")
+on_hopper = pytest.mark.skipif(not has_wgmma(torch.empty(0, device=DEVICE)), reason="rings of shared memory need a Hopper card")
+
+
+@on_hopper
 @pytest.mark.parametrize("tile", [ring_tile(64, 2), ring_tile(64, 4, 2), ring_tile(128, 3, 3)], ids=str)
 def test_linear_rings(tile):
     """Rows behind x that nobody may read, few and many chunks, every padding; the same bits every time."""
     for M, dtype in itertools.product((1, 2, 5, 8, 16, 40, 64), (torch.bfloat16, torch.float16)):
+        least = tile.chunk * tile.split
         check_linear(M, 384, 768, dtype, norm=False, residual=True, tile=tile)
-        if tile.split == 1:
-            check_linear(M, 256, 128, dtype, tile=tile)
-            check_linear(M, 256, 1024, dtype, activation="silu_mul", tile=tile)
-            check_linear(M, 256, 512, dtype, norm=False, activation="silu_mul", residual=True, tile=tile)
+        check_linear(M, 256, least, dtype, tile=tile)
+        check_linear(M, 256, 8 * least, dtype, activation="silu_mul", tile=tile)
+        check_linear(M, 256, 4 * least, dtype, norm=False, activation="silu_mul", residual=True, tile=tile)
         room = torch.full((M + 64, 768), float("nan"), dtype=dtype, device=DEVICE)
         room[:M] = randn(M, 768, dtype=dtype)
         weight = make_weight(128, 768, dtype)
@@ -116,7 +120,7 @@ def test_linear_rings(tile):
 
 
 def test_what_a_ring_cannot_do_goes_to_a_tile():
-    """Bias and folded norms; other cards."""
+    """Other cards; of qkv other heads and caches."""
     x, w = torch.empty(8, 4096, dtype=torch.bfloat16), Operand(torch.empty(0), None, None, "plain", 4096)
     assert not tile_of("linear", x, w, rings=True).ring, "x is not on a Hopper card"
     assert choose_tile("linear", "bf16", 8, 4096, 4096, 132, rings=True).ring
@@ -129,6 +133,21 @@ def test_what_a_ring_cannot_do_goes_to_a_tile():
         )
     with batch_invariant():
         assert not tile_for("linear", "bf16", 8, 4096, 4096, 132, rings=True).ring
+    with override_tiles({"qkv": ring_tile(64, 4)}), pytest.raises(ValueError, match="found one for qkv, expected none"):
+        tile_of("qkv", x, w, rings=True)
+    half, fp8, squares = (torch.empty(0, dtype=d) for d in (torch.float16, torch.float8_e4m3fn, torch.float32))
+    assert ring_serves_qkv(x, 128, None, x, x, x)
+    assert ring_serves_qkv(x, 64, None, None, x, x)
+    refused = [(64, None, x, x, x), (96, None, None, x, x), (128, squares, None, x, x), (64, None, None, fp8, fp8)]
+    for arguments in [*refused, (128, None, None, x, half)]:
+        assert not ring_serves_qkv(x, *arguments), arguments
+
+
+def test_rows_that_take_a_ring():
+    """2 to 8 rows pad to 8, and take its tile; where no ring serves they take the one for 16."""
+    tiles = {rows: choose_tile("qkv", "bf16", rows, 3072, 2048, 132, rings=True) for rows in (1, 2, 3, 8, 9, 16)}
+    assert [rows for rows, tile in tiles.items() if tile.ring] == [2, 3, 8]
+    assert choose_tile("qkv", "bf16", 8, 3072, 2048, 132) == tiles[16]
 
 
 def test_float32_takes_the_reference():
@@ -272,6 +291,48 @@ def test_qkv(shape, dtype):
 )
 def test_qkv_tiles(tile, qk_norm):
     check_qkv(tile, B=2, T=2, K=192, Hq=2, Hkv=1, D=32, lengths=[5, 13], dtype=torch.float16, qk_norm=qk_norm)
+
+
+def ring_qkv(B, T, D, tile, dtype, **more) -> dict:
+    """A shape for a ring: of head size 64 a tile with a key's and a value's head; sequences that are absent, that begin before
+    position 0, and that fill their pages."""
+    lengths = [(0, T - 1, 24, 9 + T)[b % 4] for b in range(B)]
+    heads = {"Hq": 2, "Hkv": 1} if D == 64 else {"Hq": 3, "Hkv": 2}
+    return {"B": B, "T": T, "K": 3 * tile.chunk * tile.split, "D": D, "lengths": lengths, "dtype": dtype, **heads, **more}
+
+
+RINGS_QKV = [ring_tile(64, 4), ring_tile(128, 2), ring_tile(64, 2, 2), ring_tile(128, 3, 4)]
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("D", "bias", "qk_norm"), [(64, False, False), (64, True, False), (128, True, False), (128, True, True)]
+)
+@pytest.mark.parametrize("tile", RINGS_QKV, ids=str)
+def test_qkv_rings(tile, D, bias, qk_norm):
+    """M of 2, 5, 8, 16, 40 and 64."""
+    shapes = [(1, 2), (2, 1), (5, 1), (8, 1), (2, 4), (16, 1), (4, 4), (10, 4), (64, 1)]
+    for (B, T), dtype in itertools.product(shapes, (torch.bfloat16, torch.float16)):
+        check_qkv(tile, **ring_qkv(B, T, D, tile, dtype, bias=bias, qk_norm=qk_norm))
+
+
+@on_hopper
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("tile", RINGS_QKV, ids=str)
+def test_qkv_rings_are_repeatable(tile, D):
+    """Rows behind x that nobody may read; the same bits every time, whichever of a tile's programs arrives last."""
+    for M in (2, 5, 8, 16, 40):
+        a = make_qkv(**ring_qkv(M, 1, D, tile, torch.bfloat16))
+        room = torch.full((M + 64, a["x"].shape[1]), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+        room[:M] = a["x"]
+        results = []
+        for _ in range(20):
+            caches = {name: a[name].clone() for name in ("k_cache", "v_cache")}
+            with override_tiles({"qkv": tile}):
+                q = qkv_rope_append(**{**a, **caches, "x": room[:M]})
+            assert q.isfinite().all()
+            results.append([t.view(torch.int16) for t in (q, *caches.values())])
+        assert all(torch.equal(first, other) for r in results for first, other in zip(results[0], r, strict=True))
 
 
 @pytest.mark.parametrize(
