@@ -234,8 +234,8 @@ def fits(M: int, N: int, K: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _measured(N: int, K: int, device: int) -> int:
-    return GATE_UP_ROWS.get((num_sms(device), N, K), 0) if wgmma_device(device) else 0
+def _measured(N: int, K: int, device: int) -> tuple[tuple[int, int], ...]:
+    return GATE_UP_ROWS.get((num_sms(device), N, K), ()) if wgmma_device(device) else ()
 
 
 def takes_gate_up(x: torch.Tensor, weight: Weight) -> bool:
@@ -244,7 +244,7 @@ def takes_gate_up(x: torch.Tensor, weight: Weight) -> bool:
     if not plain or not x.is_cuda or is_batch_invariant():
         return False
     M, N, K = x.shape[0], weight.out_features, weight.in_features
-    return fits(M, N, K) and _measured(N, K, x.device.index or 0) >= M
+    return any(least <= M <= most and fits(M, N, K) for least, most in _measured(N, K, x.device.index or 0))
 
 
 # ---------------------------------------------------------------- operator

@@ -66,8 +66,8 @@ MEASURED = {
     (132, "bf16", 1, "silu_mul", 16384, 2048): Tile(4, 1024, 2, preload=2, grid=8, stages=2),
     (132, "bf16", 1, "linear", 2048, 8192): Tile(8, 1024, 4, preload=4),
     (132, "bf16", 1, "head", 128256, 2048): Tile(4, 256, 1, preload=4, stream=True),
-    # 8 and 16 rows: wo, gate/up and down of a layer took 31.9 us without a ring, 26.3 and 27.3 with (their bytes 24.6)
-    (132, "bf16", 8, "qkv", 3072, 2048): ring_tile(128, 4, 4),
+    # 8 rows: without rings 813.4, with qkv's last 721.2; 16: 824.8, 774.1 (with qkv's 780.8)
+    (132, "bf16", 8, "qkv", 3072, 2048): ring_tile(256, 2, 4),
     (132, "bf16", 8, "linear", 2048, 2048): ring_tile(128, 5, 4),
     (132, "bf16", 8, "silu_mul", 16384, 2048): ring_tile(64, 12),
     (132, "bf16", 8, "linear", 2048, 8192): ring_tile(128, 6, 8),
@@ -88,8 +88,9 @@ MEASURED = {
     (132, "bf16", 1, "silu_mul", 28672, 4096): Tile(2, 256, 1, preload=16, stream=True),
     (132, "bf16", 1, "linear", 4096, 14336): Tile(1, 2048, 16, preload=3),
     (132, "bf16", 1, "head", 128256, 4096): Tile(8, 1024, 8, grid=2, stages=2),
-    # 8 rows, 16, 32 and 64; at 8 and 16 qkv took 1.5 us a layer less with a ring
-    (132, "bf16", 8, "qkv", 6144, 4096): ring_tile(128, 5, 2),
+    # without rings, with rings but for qkv, and with all: 8 rows 4064.1, 3942.6, 3869.1; 16 rows 4106.2, 4059.5, 3969.4;
+    # without and with: 32 rows 4404.9, 4335.2; 64 rows 4772.8, 4733.3
+    (132, "bf16", 8, "qkv", 6144, 4096): ring_tile(128, 6, 2),
     (132, "bf16", 8, "linear", 4096, 4096): ring_tile(64, 8, 4),
     (132, "bf16", 8, "silu_mul", 28672, 4096): ring_tile(128, 4),
     (132, "bf16", 8, "linear", 4096, 14336): ring_tile(128, 5, 4),
@@ -149,9 +150,10 @@ KERNEL_ROWS = {
     **dict.fromkeys([(132, 2048, 8192), (132, 4096, 4096), (132, 28672, 4096), (132, 4096, 14336), (132, 128256, 4096)], 64),
 }
 
-# By (SMs, N, K): from 65 up to so many rows of x, one kernel for gate/up and SiLU x up (gate_up.py) takes less time than cuBLAS
-# and silu_mul do. One H200, us a call: at 128 rows 62.5 (73.3), at 256 91.3 (97.2), at 512, were it to, 176.3 (167.9).
-GATE_UP_ROWS = {(132, 28672, 4096): 256}
+# By (SMs, N, K): from how many to how many rows of x one kernel for gate/up and SiLU x up (gate_up.py) takes less time than
+# cuBLAS and silu_mul do. One H200, random data, us a call: 65 rows 66.7 (65.5), 96 rows 62.2 (66.9), 128 rows 62.1 (72.1); padded to 256:
+# 136 rows 97.4 (71.2), 192 rows 83.4 (84.1), 224 rows 87.0 (92.4), 256 rows 88.3 (101.3).
+GATE_UP_ROWS = {(132, 28672, 4096): ((80, 128), (193, 256))}
 
 # ---------------------------------------------------------------- choosing
 

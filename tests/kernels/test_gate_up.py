@@ -50,19 +50,20 @@ def test_shapes_it_can_do():
 
 
 def test_measured_shapes_fit():
-    assert all(fits(rows, n, k) for (_, n, k), rows in GATE_UP_ROWS.items())
+    assert all(fits(rows, n, k) for (_, n, k), spans in GATE_UP_ROWS.items() for span in spans for rows in span)
 
 
 def test_what_is_cublas_work(monkeypatch):
     """Other cards, other numbers of rows, packed weights, a bias, float32, and where no row may change another's result."""
-    monkeypatch.setitem(GATE_UP_ROWS, (num_sms(), N, K), 100)
+    monkeypatch.setitem(GATE_UP_ROWS, (num_sms(), N, K), ((66, 80), (90, 100)))
     x, weight = torch.empty(100, K, dtype=torch.bfloat16, device=DEVICE), Weight(N, K)
     assert takes_gate_up(x, weight) == HOPPER
     assert takes_gate_up(x.half(), weight) == HOPPER
     assert not takes_gate_up(x.cpu(), weight)
     assert not takes_gate_up(x.float(), weight)
     assert not takes_gate_up(x[:64], weight)
-    assert not takes_gate_up(torch.cat([x, x[:1]]), weight), "more rows than were measured"
+    for rows in (65, 85, 101):
+        assert not takes_gate_up(torch.cat([x, x])[:rows], weight), "not where it was measured to pay"
     assert not takes_gate_up(x, Weight(N, K, bias=True))
     assert not takes_gate_up(x, Weight(N, K, packed=PackedFormat("int8")))
     assert not takes_gate_up(x, Weight(2 * N, K)), "not measured"
