@@ -151,8 +151,8 @@ KERNEL_ROWS = {
 }
 
 # By (SMs, N, K): from how many to how many rows of x one kernel for gate/up and SiLU x up (gate_up.py) takes less time than
-# cuBLAS and silu_mul do. One H200, random data, us a call: 65 rows 66.7 (65.5), 96 rows 62.2 (66.9), 128 rows 62.1 (72.1); padded to 256:
-# 136 rows 97.4 (71.2), 192 rows 83.4 (84.1), 224 rows 87.0 (92.4), 256 rows 88.3 (101.3).
+# cuBLAS and silu_mul do. One H200, random data, us a call: 65 rows 66.7 (65.5), 96 rows 62.2 (66.9), 128 rows 62.1 (72.1);
+# padded to 256: 136 rows 97.4 (71.2), 192 rows 83.4 (84.1), 224 rows 87.0 (92.4), 256 rows 88.3 (101.3).
 GATE_UP_ROWS = {(132, 28672, 4096): ((80, 128), (193, 256))}
 
 # ---------------------------------------------------------------- choosing
