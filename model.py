@@ -339,8 +339,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 
 # ---------------------------------------------------------------- operations on rows
-# Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products. 17 to 64 rows:
-# what is faster for each layer. No GPU: plain PyTorch, for Inductor.
+# Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products, or one kernel for
+# gate/up and SiLU x up. 17 to 64 rows: what is faster for each layer. No GPU: plain PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 #
 # An RMSNorm is no layer of its own here: it is done by the linear that reads it. So hidden states x travel with a `norm`: the
@@ -392,7 +392,7 @@ def linear(x, weight, norm: Norm | None = None, eps=0.0, activation="none", resi
         x = rms_norm(x, norm, eps)
     if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
         return residual.addmm_(x, weight.dequantized().T)
-    if activation == "silu_mul" and kernels.takes_gate_up(x, weight):
+    if activation == "silu_mul" and residual is None and kernels.takes_gate_up(x, weight):
         return kernels.gate_up(x, weight.weight)
     y = F.linear(x, weight.dequantized(), weight.bias)
     if activation == "silu_mul":

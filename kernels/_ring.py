@@ -10,11 +10,10 @@ of qkv: T query tokens a sequence, P pages of a table, D head size, H = D / 2, P
 A program owns two boxes of 64 weight rows and K / SPLIT columns: gate and up of the same 64 features, the first and second
 halves of PER heads, or 128 neighbouring rows. What an epilogue combines is so in one thread. A stage of its ring holds both
 boxes, x and the norm's gain for CHUNK columns. Weights and gain, which no kernel writes, are asked for before the dependency
-wait, x after it: up to 150 KB are on their way while the kernel before ends.
+wait, x after it: 150 to 200 KB are on their way while the kernel before ends.
 Both boxes are one TMA load of [2, PER, H, CHUNK]: for all of them W is described as [2, groups of H rows, H, K], where only the
 strides differ (but for qkv, PER is 1 and H 64).
-Loops over stages are not unrolled: their code would be 6 KB that every program fetches before its first load. Barriers, expects
-and loads stand in an order to which Triton need not add barriers of its own.
+Loops over stages are not unrolled: their code would be 6 KB that every program fetches before its first load.
 """
 
 import torch
@@ -427,6 +426,11 @@ def launch_ring(x: torch.Tensor, w: Operand, norm, eps: float, silu_mul: bool, r
     """Fills y [M, F] with act(rmsnorm(x) @ W.T) + residual: x [M, K], W [N, K], norm [K] or None, residual [M, F] or None."""
     boxes = (w.rows // 2, 64, 64) if silu_mul else (64, 128, 64)
     _launch(_ring_linear_kernel, x, w, norm, boxes, tile, residual, y, F=y.shape[1], eps=eps, SILU_MUL=silu_mul)
+
+
+def tma_reads(*tensors: torch.Tensor | None) -> bool:
+    """Whether descriptors can be made of these: their addresses are multiples of 16 bytes."""
+    return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
 def ring_serves_qkv(x: torch.Tensor, head_dim: int, squares, q_norm, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:

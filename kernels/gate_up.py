@@ -4,8 +4,8 @@ Owns the operator, its Gluon kernel, and the choice of its ring. Does not know t
 9.0: there is no interpreter for it, so tests compile it anywhere and run it on a card.
 Letters: M rows of x, BM of them padded (128 or 256), K input features, N weight rows, F = N / 2 output features, S stages.
 
-A program owns all rows of x and 224 of the weight: of 28,672, the 8B's, that makes 128 programs, one wave of 132 SMs, where
-tiles of 128 or 256 rows would take two. They come as 14 groups of 8 rows of gate and the 8 of up that belong to them, by a 5-D
+A program owns all rows of x and 224 of the weight: of 28,672, the 8B's, that makes 128 programs for 132 SMs, in one wave.
+Tiles of 128 rows would take two; of 256 (112 programs), a thread has no registers for the sums. They come as 14 groups of 8 rows of gate and the 8 of up that belong to them, by a 5-D
 TMA box: so both sums of an output are in one thread, which stores one number in place of two.
 Triton's tensors are of powers of two, wgmma's need not be: the products are inline PTX, which has 224 columns of sums as seven
 tensors of 32, and reads x once for all of them, where Triton's own products would for each of three pieces.
@@ -27,6 +27,7 @@ from kernels.formats import Weight
 from kernels.tiles import GATE_UP_ROWS, is_batch_invariant
 
 PROGRAM_ROWS = 224  # of the weight
+CHUNK = gl.constexpr(64)  # columns of a stage: a swizzled line of 128 bytes
 MIN_ROWS, MAX_ROWS = 65, 256  # of x
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -50,14 +51,14 @@ def _sums_layout(BM, columns):
 
 
 @gluon.constexpr_function
-def _product(BM, CHUNK, dtype):
+def _product(BM, dtype):
     """PTX that multiplies a stage: a warpgroup's wgmmas of m64n224k16, BM / 128 times CHUNK / 16 of them.
 
     Operands are a thread's numbers of 7 tensors of sums [BM, 32], one tensor after the other, then x's and w's addresses. A
-    row of 2 CHUNK bytes is a swizzled line: 64 or 128 bytes, 8 of them a pattern, the next pattern right behind.
+    row of 128 bytes is a swizzled line, 8 of them a pattern, the next pattern right behind.
     """
-    per, row_bytes, dtype = BM // 8, 2 * CHUNK, "bf16" if dtype == gl.bfloat16 else "f16"
-    descriptor = f"{(1 if CHUNK == 64 else 2) << 62 | row_bytes // 2 << 32:#x}"
+    per, row_bytes, dtype = BM // 8, 128, "bf16" if dtype == gl.bfloat16 else "f16"
+    descriptor = f"{1 << 62 | 8 * row_bytes // 16 << 32:#x}"  # swizzled lines of 128 bytes; a pattern's bytes, in 16s
     lines = [
         "{ .reg .b32 group, at; .reg .b64 x0, w0, x, w; .reg .pred yes;",
         "setp.eq.u32 yes, 0, 0; mov.u32 group, %tid.x; shr.u32 group, group, 7;",
@@ -68,7 +69,7 @@ def _product(BM, CHUNK, dtype):
     ]
     for half in range(BM // 128):
         sums = ", ".join(f"${tensor * per + half * 16 + i}" for tensor in range(7) for i in range(16))
-        for k in range(CHUNK // 16):
+        for k in range(CHUNK.value // 16):
             lines.append(f"add.u64 x, x0, {half * 8 * row_bytes + 2 * k}; add.u64 w, w0, {2 * k};")
             lines.append(f"wgmma.mma_async.sync.aligned.m64n224k16.f32.{dtype}.{dtype} {{{sums}}}, x, w, yes, 1, 1, 0, 0;")
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned; }"])
@@ -135,11 +136,10 @@ def _gate_up_kernel(
     would unroll the loops over it."""
     pdl_trigger(PDL)
     BM: gl.constexpr = x_desc.block_type.shape[0]
-    CHUNK: gl.constexpr = x_desc.block_type.shape[1]
     CHUNKS: gl.constexpr = K // CHUNK
     DTYPE: gl.constexpr = x_desc.dtype
     PIECE: gl.constexpr = _sums_layout(BM, 32)
-    PTX: gl.constexpr = _product(BM, CHUNK, DTYPE)
+    PTX: gl.constexpr = _product(BM, DTYPE)
     OPERANDS: gl.constexpr = _product_operands(BM)
     tile = gl.program_id(0)
 
@@ -214,23 +214,22 @@ def _gate_up_kernel(
 @dataclass(frozen=True)
 class Ring:
     rows: int  # of x, padded: 128 or 256
-    chunk: int  # columns of a stage, 32 or 64
-    stages: int
+    stages: int  # of 64 columns
 
     @property
     def num_bytes(self) -> int:
         """Shared memory, but for barriers: the weight's 14 groups of 16 rows lie in room for 16."""
-        return 2 * self.stages * self.chunk * (self.rows + 256)
+        return 2 * self.stages * CHUNK.value * (self.rows + 256)
 
 
 def choose_ring(M: int) -> Ring:
     """For M rows of x: what fits into shared memory."""
-    return Ring(128, 64, 4) if M <= 128 else Ring(256, 64, 3)
+    return Ring(128, 4) if M <= 128 else Ring(256, 3)
 
 
 def fits(M: int, N: int, K: int) -> bool:
     """Whether the kernel can multiply x [M, K] by a weight [N, K]."""
-    return MIN_ROWS <= M <= MAX_ROWS and N % PROGRAM_ROWS == 0 and K % 64 == 0
+    return MIN_ROWS <= M <= MAX_ROWS and N % PROGRAM_ROWS == 0 and K % CHUNK.value == 0
 
 
 @torch.compiler.assume_constant_result
@@ -271,13 +270,15 @@ def _gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     y = _output(x, weight)
     if not has_wgmma(x) or x.dtype not in DTYPES:
         return gate_up_ref(x, weight)
+    if x.data_ptr() % 16 or weight.data_ptr() % 16:
+        raise ValueError("x and weight: found an address that is no multiple of 16 bytes, expected one, for TMA")
     (M, F), K, ring = y.shape, x.shape[1], choose_ring(len(x))
-    groups, boxes = [F // 112, 14, 2, 8, K], [1, 16, 2, 8, ring.chunk]  # gate, up; 8 rows each
+    groups, boxes = [F // 112, 14, 2, 8, K], [1, 16, 2, 8, CHUNK.value]  # gate, up; 8 rows each
     _gate_up_kernel[(F // 112,)](
         _described(weight, groups, [112 * K, 8 * K, F * K, K, 1], boxes),
-        _described(x, [M, K], [K, 1], [ring.rows, ring.chunk]),
+        _described(x, [M, K], [K, 1], [ring.rows, CHUNK.value]),
         *(_described(y, [M, F], [F, 1], [ring.rows, columns]) for columns in (64, 32, 16)),
-        min(ring.stages, K // ring.chunk),
+        min(ring.stages, K // CHUNK.value),
         K=K,
         S=ring.stages,
         num_warps=8,

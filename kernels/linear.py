@@ -48,7 +48,7 @@ from kernels._matmul import (
     x_scale,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
-from kernels._ring import launch_ring, launch_ring_qkv, ring_serves_qkv
+from kernels._ring import launch_ring, launch_ring_qkv, ring_serves_qkv, tma_reads
 from kernels.formats import Weight
 from kernels.tiles import Tile, fold_block
 
@@ -386,8 +386,8 @@ def _adds_residual_first(x, tile: Tile, norm, activation: str) -> bool:
 
 def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual, y, gain=None, folded=None, block=0):
     """_linear_kernel, which fills y, and of a `gain` the FoldedNorm `folded` of y."""
-    op, plain = activation if activation == "silu_mul" else "linear", bias is None and gain is None
-    tile = tile_of(op, x, w, rings=plain)
+    op = activation if activation == "silu_mul" else "linear"
+    tile = tile_of(op, x, w, rings=bias is gain is squares is None and tma_reads(x, w.weight, norm))
     if tile.ring:
         launch_ring(x, w, norm, eps, op == "silu_mul", residual, y, tile)
         return
@@ -578,7 +578,7 @@ def _qkv_rope_append(
             x, w.plain(x), bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
             page_size, Hq, Hkv, D, squares,
         )  # fmt: skip
-    tile = tile_of("qkv", x, w, rings=ring_serves_qkv(x, D, squares, q_norm, k_cache, v_cache))
+    tile = tile_of("qkv", x, w, rings=ring_serves_qkv(x, D, squares, q_norm, k_cache, v_cache) and tma_reads(x, w.weight, norm))
     if tile.ring:
         launch_ring_qkv(
             x, w, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, q, k_cache, v_cache, page_size, Hkv, tile

@@ -48,7 +48,9 @@ class Tile:
             value = getattr(self, name)
             assert value == floor_power_of_two(value), f"Tile.{name}: found {value}, expected a power of two"
         assert not (self.grid and (self.dot or self.split > 1)), "Tile.grid: a persistent grid takes neither dot nor split"
-        assert not self.ring or (self.rows, self.warps) == (RING_ROWS, 4), "Tile.ring: has its rows and warps"
+        assert not self.ring or ((self.rows, self.warps) == (RING_ROWS, 4) and self.stages >= 2), (
+            "Tile.ring: found other fields"
+        )
 
 
 def ring_tile(chunk: int, stages: int, split: int = 1) -> Tile:
@@ -142,9 +144,9 @@ MEASURED = {
 }
 
 
-# By (SMs, N, K): up to so many rows of x the kernels, with tiles by the rule, multiply plain weights faster than cuBLAS.
-# Measured in whole steps, us (cuBLAS): at 32 rows the 1B 974.8 (1071.7), the 8B 4412 (4728); at 64, mixed so, 1104 (1120) and
-# 4687 (4917). At 64 rows the kernels took longer for the 3B, 3164 (2617), Qwen2.5-7B, 6030 (4583), and Qwen3-8B, 5172 (4961).
+# By (SMs, N, K): up to so many rows of x the kernels multiply plain weights faster than cuBLAS. Measured in whole steps before
+# there were rings, us (cuBLAS): at 32 rows the 1B 974.8 (1071.7), the 8B 4412 (4728); at 64, mixed so, 1104 (1120) and 4687
+# (4917). At 64 rows the kernels took longer for the 3B, 3164 (2617), Qwen2.5-7B, 6030 (4583), and Qwen3-8B, 5172 (4961).
 KERNEL_ROWS = {
     **dict.fromkeys([(132, 3072, 2048), (132, 2048, 2048), (132, 16384, 2048), (132, 128256, 2048), (132, 6144, 4096)], 32),
     **dict.fromkeys([(132, 2048, 8192), (132, 4096, 4096), (132, 28672, 4096), (132, 4096, 14336), (132, 128256, 4096)], 64),
@@ -261,7 +263,7 @@ def _ring_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile | None:
     for split, stages in itertools.product(splits, (6, 5, 4)):
         tile, programs = ring_tile(128, stages, split), N // RING_ROWS * split
         alone = programs <= sms and (split == 1 or 512 * split <= K)
-        fits = K % (128 * split) == 0 and ring_bytes(tile, op, rows) <= RING_BYTES
+        fits = K % (128 * split) == 0 and ring_bytes(tile, rows) <= RING_BYTES
         if fits and (alone or (split == 1 and stages == 4)):
             return tile
     return None
@@ -339,10 +341,10 @@ def candidate_tiles(op: str, rows: int, N: int, K: int, fmt: str = "bf16") -> li
     return tiles
 
 
-def ring_bytes(tile: Tile, op: str, M: int) -> int:
-    """Shared memory of a ring's program: weights and x, where there is a norm its gain, and x times the gain twice."""
-    norm, MP = int(op != "linear"), ring_padded(M)
-    return 2 * tile.chunk * (tile.stages * (RING_ROWS + MP + norm) + 2 * MP * norm)
+def ring_bytes(tile: Tile, M: int) -> int:
+    """Shared memory of a ring's program: weights, x and a norm's gain, and x times the gain twice."""
+    MP = ring_padded(M)
+    return 2 * tile.chunk * (tile.stages * (RING_ROWS + MP + 1) + 2 * MP)
 
 
 def _ring_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
@@ -356,7 +358,7 @@ def _ring_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:
         )
         if K % (chunk * split) == 0
     ]
-    return [tile for tile in tiles if ring_bytes(tile, op, M) <= RING_BYTES]
+    return [tile for tile in tiles if ring_bytes(tile, M) <= RING_BYTES]
 
 
 def _fma_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:

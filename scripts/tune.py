@@ -210,8 +210,8 @@ def tune(shape: str, args, pool) -> None:
         jobs = []
         for key in best:  # shapes
             tiles = candidate_tiles(key[0], rows, *key[1:], formats[key])
-            keep = ("stream", "registers")
-            tiles = [dataclasses.replace(t, **{k: getattr(best[key], k) for k in keep}) for t in tiles]
+            keep = {k: getattr(best[key], k) for k in ("stream", "registers")}
+            tiles = [t if t.ring else dataclasses.replace(t, **keep) for t in tiles if rings or not t.ring]
             rng.shuffle(tiles)
             tiles.sort(key=lambda t: t.warps > 2 and not t.dot)  # small programs won most often
             jobs += [(i, key, t) for i, t in enumerate(tiles[: args.candidates])]

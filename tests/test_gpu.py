@@ -349,6 +349,8 @@ print(" ".join(sorted(got)))
         ("llama-3.2-1b", 5, "draw"),
         ("llama-3.1-8b", 1, "greedy"),
         ("llama-3.1-8b", 16, "truncate"),
+        ("llama-3.1-8b", 40, "greedy"),  # rings of 64 rows beside cuBLAS
+        ("llama-3.1-8b", 128, "greedy"),  # gate_up
         ("qwen3-8b", 1, "truncate"),
         ("qwen2.5-7b", 3, "truncate"),
     ],

@@ -19,7 +19,7 @@ from triton.runtime.jit import create_function_from_signature
 import kernels
 from kernels import _common
 from kernels.formats import PackedFormat, Weight
-from kernels.tiles import MEASURED, SHARED_BYTES, Tile, fold_block, override_tiles, ring_tile
+from kernels.tiles import MEASURED, SHARED_BYTES, Tile, choose_tile, fold_block, override_tiles, ring_bytes, ring_tile
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -124,6 +124,15 @@ def test_measured_tiles(launches, sms, fmt, M, op, N, K):
     assert (launches[0][0].__name__.startswith("_ring")) == MEASURED[sms, fmt, M, op, N, K].ring
 
 
+@pytest.mark.parametrize(("N", "K"), [(6144, 4096), (3072, 2048), (5120, 3072), (4608, 3584)])
+def test_a_short_prompt(launches, N, K):
+    """Its qkv is a linear with a norm, of 16 rows: no tile but one that can have both a norm and split K."""
+    kernels.linear(empty(16, K), Weight(N, K), norm=empty(K), eps=1e-5)
+    (compiled,) = check(launches, 1)
+    assert launches[0][0].__name__ == "_ring_linear_kernel"
+    assert compiled.metadata.shared <= ring_bytes(choose_tile("linear", "bf16", 16, N, K, 132, rings=True), 16) + 1024
+
+
 @pytest.mark.parametrize("M", [8, 40, 64])
 @pytest.mark.parametrize(("head_dim", "bias", "qk_norm"), [(64, True, False), (128, False, False), (128, True, True)])
 def test_qkv_rings(launches, head_dim, bias, qk_norm, M):
@@ -134,7 +143,14 @@ def test_qkv_rings(launches, head_dim, bias, qk_norm, M):
 
 
 def test_what_a_ring_cannot_do(launches):
-    """The same shape with 8-bit caches, with half heads, and with qk-norm of two heads a tile."""
+    """The same shape with a bias, a folded norm, an odd address; with 8-bit caches, half heads, qk-norm of two heads a tile."""
+    x, odd, weight = empty(5, 4096), empty(5 * 4096 + 1)[1:].view(5, 4096), Weight(4096, 4096)
+    kernels.linear(x, Weight(4096, 4096, bias=True))
+    kernels.linear(x, weight, norm=kernels.FoldedNorm(x, empty(5, 64, dtype=torch.float32)))
+    kernels.linear(odd, weight)
+    kernels.linear(x, weight)
+    assert [kernel.__name__ for kernel, *_ in launches] == 3 * ["_linear_kernel"] + ["_ring_linear_kernel"]
+    launches.clear()
     for arguments in ({"cache_dtype": torch.float8_e4m3fn}, {"head_dim": 32}, {"head_dim": 64, "qk_norm": True}, {}):
         call("qkv", 6144, 4096, 8, **{"head_dim": 128, **arguments})
     assert [kernel.__name__ for kernel, *_ in launches] == 3 * ["_qkv_kernel"] + ["_ring_qkv_kernel"]

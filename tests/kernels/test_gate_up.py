@@ -53,12 +53,13 @@ def test_measured_shapes_fit():
     assert all(fits(rows, n, k) for (_, n, k), spans in GATE_UP_ROWS.items() for span in spans for rows in span)
 
 
+@on_hopper
 def test_what_is_cublas_work(monkeypatch):
     """Other cards, other numbers of rows, packed weights, a bias, float32, and where no row may change another's result."""
     monkeypatch.setitem(GATE_UP_ROWS, (num_sms(), N, K), ((66, 80), (90, 100)))
     x, weight = torch.empty(100, K, dtype=torch.bfloat16, device=DEVICE), Weight(N, K)
-    assert takes_gate_up(x, weight) == HOPPER
-    assert takes_gate_up(x.half(), weight) == HOPPER
+    assert takes_gate_up(x, weight)
+    assert takes_gate_up(x.half(), weight)
     assert not takes_gate_up(x.cpu(), weight)
     assert not takes_gate_up(x.float(), weight)
     assert not takes_gate_up(x[:64], weight)

@@ -22,6 +22,7 @@ from kernels.tiles import (
     choose_tile,
     kernel_rows,
     override_tiles,
+    ring_bytes,
     ring_tile,
     tile_for,
 )
@@ -101,7 +102,7 @@ on_hopper = pytest.mark.skipif(not has_wgmma(torch.empty(0, device=DEVICE)), rea
 
 
 @on_hopper
-@pytest.mark.parametrize("tile", [ring_tile(64, 2), ring_tile(64, 4, 2), ring_tile(128, 3, 3)], ids=str)
+@pytest.mark.parametrize("tile", [ring_tile(64, 2), ring_tile(64, 4, 2), ring_tile(128, 3, 3), ring_tile(128, 4)], ids=str)
 def test_linear_rings(tile):
     """Rows behind x that nobody may read, few and many chunks, every padding; the same bits every time."""
     for M, dtype in itertools.product((1, 2, 5, 8, 16, 40, 64), (torch.bfloat16, torch.float16)):
@@ -458,6 +459,7 @@ def test_candidates_fit(op, N, K, rows):
     for tile in tiles:
         assert tile.rows >= LEAST_ROWS[op]
         assert tile.dot or rows <= FMA_MOST_ROWS
+        assert not tile.ring or ring_bytes(tile, rows) <= SHARED_BYTES
         assert tile.ring or not tile.dot or (tile.rows + max(16, rows)) * tile.chunk * 2 * tile.preload <= SHARED_BYTES
         assert tile.dot or tile.preload * tile.chunk >= K or not tile.grid
 
