@@ -5,8 +5,9 @@ Owns the operator, its Gluon kernel, and the choice of its ring. Does not know t
 Letters: M rows of x, BM of them padded (128 or 256), K input features, N weight rows, F = N / 2 output features, S stages.
 
 A program owns all rows of x and 224 of the weight: of 28,672, the 8B's, that makes 128 programs for 132 SMs, in one wave.
-Tiles of 128 rows would take two; of 256 (112 programs), a thread has no registers for the sums. They come as 14 groups of 8 rows of gate and the 8 of up that belong to them, by a 5-D
-TMA box: so both sums of an output are in one thread, which stores one number in place of two.
+Tiles of 128 rows would take two; of 256 (112 programs), a thread has no registers for the sums. The 224 come as 14 groups of 8
+rows of gate and the 8 of up that belong to them, by a 5-D TMA box: so both sums of an output are in one thread, which stores
+one number in place of two.
 Triton's tensors are of powers of two, wgmma's need not be: the products are inline PTX, which has 224 columns of sums as seven
 tensors of 32, and reads x once for all of them, where Triton's own products would for each of three pieces.
 PTX needs to know where in shared memory Triton has put the ring, and Triton does not say. The kernel finds out when it starts:
