@@ -183,11 +183,11 @@ class Session(nn.Module):
 
 
 def candidates(
-    model: Transformer, session: Session, hidden, rows: slice, kind: str, norm: Norm | None = None, **hints
+    model: Transformer, session: Session, hidden, rows: slice, kind: str, norm: Norm | None = None
 ) -> tuple[torch.Tensor, ...]:
     """Hidden states [B * T, H] of the last T tokens of the sequences in `rows` -> logits [B * T, V], and the candidates (value,
     id), [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` and `norm` as for
-    choose_token; `hints` of what is read next, as kernels.choose takes them."""
+    choose_token."""
     lengths = session.cache.lengths[rows]
     settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
@@ -198,7 +198,7 @@ def candidates(
             hidden, model.head, norm=norm, eps=eps, vocab_size=model.vocab_limit, lengths=lengths, **draw
         )
         if kind == "truncate":
-            best, token = kernels.choose(logits, best, lengths=lengths, **hints, **settings)
+            best, token = kernels.choose(logits, best, lengths=lengths, **settings)
         elif kind == "penalize":
             best, token = choose_in_kernels(penalize(logits, **history), settings | {"lengths": lengths})
     else:
@@ -227,16 +227,20 @@ def choose_token(
     the most general among the sequences; `logprobs`: note them beside the ring; `norm`: the final norm where `Transformer.run`
     gave it along with these hidden states. Returns the logits [B, V].
     """
-    first, embedding = model.layers[0].attention, model.tok_embeddings.weight
-    logits, best, token = candidates(model, session, hidden, rows, kind, norm, ahead=first.wo, embedding=embedding)
-    lengths = session.cache.lengths[rows]
-    slots = session.cursor[rows, None] % RING if logprobs else None  # where `advance` puts the token
-    kernels.advance(
-        best, token, embedding=embedding, lengths=lengths, x=session.x[rows],
-        token=session.token[rows], ring=session.ring[rows], cursor=session.cursor[rows], done=session.done[rows],
-        flag=session.nan[rows], limit=session.limit[rows], stop_ids=session.stop_ids[rows],
-        ahead=first.wqkv,
-    )  # fmt: skip
+    cuts = kind == "truncate" and fused(hidden, model.head)  # then one kernel does all that is left to do
+    logits, best, token = candidates(model, session, hidden, rows, "greedy" if cuts else kind, norm)
+    slots = session.cursor[rows, None] % RING if logprobs else None  # where the token will be put
+    first = model.layers[0].attention  # read next
+    state = {
+        "lengths": session.cache.lengths[rows], "token": session.token[rows], "ring": session.ring[rows],
+        "cursor": session.cursor[rows], "done": session.done[rows], "flag": session.nan[rows], "limit": session.limit[rows],
+        "stop_ids": session.stop_ids[rows], "embedding": model.tok_embeddings.weight, "x": session.x[rows], "ahead": first.wqkv,
+    }  # fmt: skip
+    if cuts:
+        settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
+        kernels.choose_and_advance(logits, best, **settings, **state, then=first.wo)
+    else:
+        kernels.advance(best, token, **state)
     if kind == "penalize":
         session.sampling.seen[rows].scatter_(1, session.token[rows, None].long(), True)
     if logprobs:

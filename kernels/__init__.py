@@ -6,7 +6,7 @@ from kernels._matmul import FoldedNorm, append_ref, beats_cublas
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions
 from kernels.accept import accept, feed
-from kernels.choose import choose
+from kernels.choose import choose, choose_and_advance
 from kernels.flash_decode import HEAD_SIZES, flash_decode
 from kernels.flash_prefill import flash_prefill, flash_runs
 from kernels.flash_prefill import launched as attention_launched
@@ -29,6 +29,7 @@ __all__ = [
     "batch_invariant",
     "beats_cublas",
     "choose",
+    "choose_and_advance",
     "feed",
     "flash_decode",
     "flash_prefill",

@@ -1,9 +1,9 @@
 """The choice of a token under top-k, top-p and min-p, without sorting the vocabulary.
 
-Owns `choose`: from the logits and their maximum to one candidate a row, in one kernel. Knows neither how logits are made nor
-what follows; head.py's `advance` takes the candidate.
+Owns `choose`: from the logits and their maximum to one candidate a row, in one kernel; and `choose_and_advance`, where the same
+kernel ends the step, as head.py's `advance` does with a candidate. Does not know how logits are made.
 Letters: B sequences, T query tokens a sequence, M = B * T rows (row r is token r % T of sequence r // T), V vocabulary,
-G programs a row.
+G programs a row, K hidden size.
 
 A logit is kept by its distance below the row's largest, a whole number u of 2^-20: what is equal in u is equal here. A token's
 mass is 2^40 exp(-distance / temperature), rounded to a whole number, so that sums do not depend on their order. The cuts, in
@@ -25,7 +25,7 @@ A cut seldom goes through a bin that matters, so that this is short nearly alway
 
 The barrier cannot hang. A row has several programs only where all programs of the launch fit on the card, one a multiprocessor.
 The kernels before this one do not need it to finish; the one behind may start, with PDL, only after every program here has
-triggered, and so has its place; and the one behind that, not before the one behind has finished (_common.py).
+triggered, and so has its place, or has ended; and the one behind that, not before the one behind has finished (_common.py).
 """
 
 import math
@@ -34,7 +34,9 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels._advance import advance_ref, advance_sequence, check_advance, load_sequence
 from kernels._common import (
+    AHEAD_BYTES,
     INTERPRET,
     INTERPRETED,
     hold,
@@ -376,17 +378,28 @@ def _noise(seed, sample, position, first_id, BLOCK: tl.constexpr):
     return gumbel_tile(seed + m, sample + m, position + m, first_id, BLOCK, 1).reshape([BLOCK])
 
 
-@triton.jit(do_not_specialize=["T"])
+def _name(specialization) -> str:
+    """Tells the two kernels apart in a trace: the one that advances ends a step."""
+    return "_choose_kernel" if "x_ptr" in specialization.constants else "_choose_and_advance_kernel"
+
+
+@triton.jit(do_not_specialize=["T"], repr=_name)
 def _choose_kernel(
     logits_ptr, max_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
-    count_ptr, whole_ptr, arrived_ptr, part_ptr, lists_ptr, near_ptr, value_ptr, id_ptr, ahead_ptr, embedding_ptr,
-    T, V, P, ahead_bytes, K,
+    count_ptr, whole_ptr, arrived_ptr, part_ptr, lists_ptr, near_ptr, value_ptr, id_ptr,
+    token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, limit_ptr, stop_ptr, embedding_ptr, x_ptr, ahead_ptr, then_ptr,
+    T, V, P, ring_size, stops, K, ahead_bytes, then_bytes,
     P_BLOCK: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr,
-    PASSES: tl.constexpr, PDL: tl.constexpr,
+    STOPS: tl.constexpr, K_BLOCK: tl.constexpr, PASSES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Program (g, row) has SPAN tokens from g * SPAN on, BLOCK at a time. The workspaces count, whole and arrived are zero
-    before and after. PASSES is 0 for both passes; 1 or 2 for one of them, where programs run one after another."""
-    pdl_trigger(PDL)
+    before and after. PASSES is 0 for both passes; 1 or 2 for one of them, where programs run one after another.
+
+    The candidate goes to value and id; or, where x is given, to the row's sequence, in the step's last kernel: that one never
+    triggers early (_advance.py), and row = sequence."""
+    ADVANCES: tl.constexpr = x_ptr is not None
+    if not ADVANCES:
+        pdl_trigger(PDL)
     row, g, programs = tl.program_id(1), tl.program_id(0), tl.num_programs(0)
     SPAN: tl.constexpr = TILES * BLOCK
     sequence = row // T
@@ -403,12 +416,15 @@ def _choose_kernel(
     if TILES == 1:  # the only tile: its noise is drawn before the wait, and it stays in registers
         noise = hold(_noise(seed, sample, position, first_id, BLOCK))
     filled = open_bins()
+    if ADVANCES:
+        state = load_sequence(row, token_ptr, cursor_ptr, done_ptr, lengths_ptr, limit_ptr, stop_ptr, stops, STOPS)
     pdl_wait(PDL)
 
     if TILES == 1:
         logits = _load_tile(logits_ptr, first_id + tl.arange(0, BLOCK), V)
         tl.debug_barrier()  # ptxas else moves this load behind the maximum
     prefetch_share(ahead_ptr, ahead_bytes, row * programs + g, tl.num_programs(1) * programs, PDL)
+    prefetch_share(then_ptr, then_bytes, row * programs + g, tl.num_programs(1) * programs, PDL)
     largest = _largest(max_ptr, row, P, P_BLOCK)
     draws = _draws(temperature, largest)
     cuts = draws & ((top_k > 0) | (top_p < 1))
@@ -485,6 +501,11 @@ def _choose_kernel(
 
         mine = part_ptr + g * PART
         best_key, listed_key = _maxima(_key(best, best_id), _key(best_listed, best_id * 0))
+        if ADVANCES:  # its embedding is read at once where it is chosen, and would take 0.8 us to come
+            likely_value, likely = _value_and_id(best_key)
+            if likely_value > float("-inf"):
+                sector = tl.minimum(tl.arange(0, 512) * 16, K - 1)  # the first 8192 columns
+                prefetch(embedding_ptr + likely.to(tl.int64) * K + sector, PDL)
         tl.store(mine, best_key)
         tl.store(mine + 1, listed_key)
         if top_p < 1:
@@ -502,11 +523,14 @@ def _choose_kernel(
                 largest, temperature, seed, sample, position, top_p, within, whole, k_bin, k_left, p_first, p_last,
                 PROGRAMS, COLUMNS, SPAN,
             )  # fmt: skip
-            tl.store(value_ptr + row, value)
-            tl.store(id_ptr + row, chosen)
-            if embedding_ptr is not None:  # `advance` reads it next
-                sector = tl.minimum(tl.arange(0, 512) * 16, K - 1)  # the first 8192 columns
-                prefetch(embedding_ptr + chosen.to(tl.int64) * K + sector, PDL)
+            if ADVANCES:
+                advance_sequence(
+                    row, value, chosen, state, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, embedding_ptr,
+                    x_ptr, ring_size, K, K_BLOCK,
+                )  # fmt: skip
+            else:
+                tl.store(value_ptr + row, value)
+                tl.store(id_ptr + row, chosen)
 
 
 # ---------------------------------------------------------------- operator
@@ -539,6 +563,32 @@ def _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min
     return logits.new_empty(M, 1), logits.new_empty(M, 1, dtype=torch.int32)
 
 
+def _launch(logits, maxima, settings, candidate=(None, None), state=(None,) * 9, ahead=None, then=None):
+    """The kernel, with the arguments of `choose` in `settings`; `state`: token, ring, cursor, done, flag, limit, stop_ids,
+    embedding and x of `advance`."""
+    (M, V), P, lengths = logits.shape, maxima.shape[1], settings[3]
+    _token, ring, _cursor, _done, _flag, _limit, stop_ids, _embedding, x = state
+    ring_size, stops, K = (1 if t is None else t.shape[1] for t in (ring, stop_ids, x))
+    block, tiles, programs = launch_shape(M, V, num_sms(logits.device.index or 0))
+    (_, ahead_bytes), (_, then_bytes) = plan_prefetch(ahead), plan_prefetch(then)
+    lean = block * tiles <= LEAN_TOKENS
+    capacity = max(64, triton.next_power_of_2(M))
+    counts = zeroed_workspace(logits.device, f"counts of choose, {capacity} rows", capacity * BINS.value)
+    whole = zeroed_workspace(logits.device, f"masses of choose, {capacity} rows", capacity, torch.int64)
+    arrived = zeroed_workspace(logits.device, f"arrivals of choose, {capacity} rows", capacity)
+    parts = logits.new_empty(M, programs, PART.value, dtype=torch.int64)
+    lists, near = (logits.new_empty(size, dtype=torch.int32) for size in (M * V, M * programs * NEAR.value))
+    for passes in (1, 2) if INTERPRET and programs > 1 else (0,):
+        _choose_kernel[(programs, M)](
+            logits, maxima, *settings, counts, whole, arrived, parts, lists, near, *candidate, *state, ahead, then,
+            M // lengths.numel(), V, P, ring_size, stops, K, ahead_bytes, min(then_bytes, AHEAD_BYTES - ahead_bytes),
+            P_BLOCK=triton.next_power_of_2(P), BLOCK=block, TILES=tiles, PROGRAMS=triton.next_power_of_2(programs),
+            COLUMNS=max(1, (LEAN_TILE if lean else TILE) // triton.next_power_of_2(programs)),
+            STOPS=triton.next_power_of_2(stops), K_BLOCK=min(4096, triton.next_power_of_2(K)), PASSES=passes,
+            num_warps=WARPS, maxnreg=LEAN_REGISTERS if lean else None, **launch_options(logits),
+        )  # fmt: skip
+
+
 @torch.library.custom_op("rooflama::choose", mutates_args=())
 def _choose(
     logits: torch.Tensor,
@@ -550,38 +600,18 @@ def _choose(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
-    ahead: torch.Tensor | None = None,
-    embedding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    value, index = _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p)
-    if not runs_kernels(logits):
-        best, best_id = choose_ref(logits, temperature, seed, sample, lengths, top_k, top_p, min_p)
-        value[:, 0], index[:, 0] = best, best_id
-        return value, index
-    (M, V), P = logits.shape, maxima.shape[1]
-    block, tiles, programs = launch_shape(M, V, num_sms(logits.device.index or 0))
-    _, ahead_bytes = plan_prefetch(ahead)
-    lean = block * tiles <= LEAN_TOKENS
-    capacity = max(64, triton.next_power_of_2(M))
-    counts = zeroed_workspace(logits.device, f"counts of choose, {capacity} rows", capacity * BINS.value)
-    whole = zeroed_workspace(logits.device, f"masses of choose, {capacity} rows", capacity, torch.int64)
-    arrived = zeroed_workspace(logits.device, f"arrivals of choose, {capacity} rows", capacity)
-    parts = logits.new_empty(M, programs, PART.value, dtype=torch.int64)
-    lists, near = (logits.new_empty(size, dtype=torch.int32) for size in (M * V, M * programs * NEAR.value))
-    for passes in (1, 2) if INTERPRET and programs > 1 else (0,):
-        _choose_kernel[(programs, M)](
-            logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p,
-            counts, whole, arrived, parts, lists, near, value, index, ahead, embedding,
-            M // lengths.numel(), V, P, ahead_bytes, 1 if embedding is None else embedding.shape[1],
-            P_BLOCK=triton.next_power_of_2(P), BLOCK=block, TILES=tiles, PROGRAMS=triton.next_power_of_2(programs),
-            COLUMNS=max(1, (LEAN_TILE if lean else TILE) // triton.next_power_of_2(programs)), PASSES=passes,
-            num_warps=WARPS, maxnreg=LEAN_REGISTERS if lean else None, **launch_options(logits),
-        )  # fmt: skip
+    settings = (temperature, seed, sample, lengths, top_k, top_p, min_p)
+    value, index = _check(logits, maxima, *settings)
+    if runs_kernels(logits):
+        _launch(logits, maxima, settings, (value, index))
+    else:
+        value[:, 0], index[:, 0] = choose_ref(logits, *settings)
     return value, index
 
 
 @_choose.register_fake
-def _(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p, ahead=None, embedding=None):
+def _(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p):
     return _check(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p)
 
 
@@ -596,16 +626,75 @@ def choose(
     top_k: torch.Tensor,
     top_p: torch.Tensor,
     min_p: torch.Tensor,
-    ahead: Weight | None = None,
-    embedding: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's candidate (value [M, 1] float32, id [M, 1] int32), drawn from what top-k, top-p and min-p keep.
 
     logits [M, V] float32; maxima [M, any number], the largest of which is the row's largest logit, or infinite where a logit is
     NaN: what `head` returns beside its logits without a temperature. For each sequence [B]: temperature float32 (0 = greedy),
     seed int64, sample int32, lengths int32; top_k int32 (0 = off), top_p float32 (1 = off), min_p float32 (0 = off).
-    The draw is the one that `head` makes with the same key, among fewer tokens. `ahead`: as for `advance`;
-    `embedding` [V, K], whose row of the candidate will be read next, too. ValueError: a shape or dtype that does not fit.
+    The draw is the one that `head` makes with the same key, among fewer tokens. ValueError: a shape or dtype that does not fit.
     """
-    ahead = None if ahead is None else ahead.weight
-    return torch.ops.rooflama.choose(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p, ahead, embedding)
+    return torch.ops.rooflama.choose(logits, maxima, temperature, seed, sample, lengths, top_k, top_p, min_p)
+
+
+def _check_both(logits, maxima, settings, state):
+    token, ring, cursor, done, flag, limit, stop_ids, embedding, x = state
+    candidate = _check(logits, maxima, *settings)
+    check_advance(*candidate, token, ring, cursor, done, flag, settings[3], limit, stop_ids, embedding, x)
+
+
+@torch.library.custom_op(
+    "rooflama::choose_and_advance", mutates_args=("lengths", "token", "ring", "cursor", "done", "flag", "x")
+)
+def _choose_and_advance(
+    logits: torch.Tensor,
+    maxima: torch.Tensor,
+    temperature: torch.Tensor,
+    seed: torch.Tensor,
+    sample: torch.Tensor,
+    lengths: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    token: torch.Tensor,
+    ring: torch.Tensor,
+    cursor: torch.Tensor,
+    done: torch.Tensor,
+    flag: torch.Tensor,
+    limit: torch.Tensor,
+    stop_ids: torch.Tensor,
+    embedding: torch.Tensor,
+    x: torch.Tensor,
+    ahead: torch.Tensor | None,
+    then: torch.Tensor | None,
+) -> None:
+    settings = (temperature, seed, sample, lengths, top_k, top_p, min_p)
+    state = (token, ring, cursor, done, flag, limit, stop_ids, embedding, x)
+    _check_both(logits, maxima, settings, state)
+    if runs_kernels(logits):
+        _launch(logits, maxima, settings, state=state, ahead=ahead, then=then)
+    else:
+        value, index = (t.unsqueeze(1) for t in choose_ref(logits, *settings))
+        advance_ref(value, index, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
+
+
+@_choose_and_advance.register_fake
+def _(logits, maxima, *arguments):
+    _check_both(logits, maxima, arguments[:7], arguments[7:16])
+
+
+def choose_and_advance(
+    logits: torch.Tensor,
+    maxima: torch.Tensor,
+    *,
+    ahead: Weight | None = None,
+    then: Weight | None = None,
+    **arguments: torch.Tensor,
+) -> None:
+    """`choose`, and `advance` with its candidates, in one kernel, whose launch is saved: the last one of a step.
+
+    One query token a sequence: logits [B, V]. `arguments`: all others of both, by name. `ahead` and `then` are the weights that
+    the next step reads first and second. ValueError: a shape or dtype that does not fit.
+    """
+    ahead, then = None if ahead is None else ahead.weight, None if then is None else then.weight
+    torch.ops.rooflama.choose_and_advance(logits, maxima, **arguments, ahead=ahead, then=then)

@@ -15,11 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+from kernels._advance import advance_ref, advance_sequence, check_advance, load_sequence
 from kernels._common import (
     best_candidate,
     best_of,
-    check_int32,
-    copy_row,
     launch_options,
     num_sms,
     pdl_trigger,
@@ -69,24 +68,6 @@ def head_ref(x, weight, norm, eps, vocab_size, temperature, seed, sample, length
     best = value.max(dim=-1, keepdim=True).values
     index = torch.arange(weight.shape[0], device=x.device).expand_as(value)
     return logits, best.squeeze(-1), index.masked_fill(value != best, weight.shape[0]).min(dim=-1).values.int()
-
-
-def advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):
-    """One step of every sequence's bookkeeping; the arguments as in `advance`."""
-    best = partial_max.max(dim=-1, keepdim=True).values
-    chosen = torch.where(partial_max == best, partial_id, embedding.shape[0]).min(dim=-1).values
-    active = (done == 0) & (lengths > 0)
-    broken = active & ~best.squeeze(-1).isfinite()
-    emits = active & ~broken
-    token.copy_(torch.where(emits, chosen, token))
-    slot = (cursor % ring.shape[1]).long().unsqueeze(-1)
-    ring.scatter_(1, slot, torch.where(emits.unsqueeze(-1), token.unsqueeze(-1), ring.gather(1, slot)))
-    cursor.add_(emits.int())
-    stops = broken | (emits & ((stop_ids == token.unsqueeze(-1)).any(dim=-1) | (lengths + 1 > limit)))
-    flag.copy_(torch.where(broken, 1, flag))
-    done.copy_(torch.where(stops, 1, done))
-    lengths.copy_(torch.where(stops, 0, lengths + emits.int()))
-    x.copy_(embedding[token.long()])
 
 
 # ---------------------------------------------------------------- kernels
@@ -212,42 +193,16 @@ def _advance_kernel(
     """
     b = tl.program_id(0)
     if b < sequences:
-        _advance_sequence(
-            b, max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
-            embedding_ptr, x_ptr, partials, ring_size, stops, K, PARTIALS, STOPS, BLOCK, PDL,
+        sequence = load_sequence(b, token_ptr, cursor_ptr, done_ptr, lengths_ptr, limit_ptr, stop_ptr, stops, STOPS)
+        pdl_wait(PDL)
+        best, chosen = best_candidate(max_ptr, id_ptr, b, partials, PARTIALS)
+        advance_sequence(
+            b, best, chosen, sequence, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, embedding_ptr, x_ptr,
+            ring_size, K, BLOCK,
         )  # fmt: skip
     else:
         pdl_wait(PDL)
         prefetch_share(ahead_ptr, ahead_bytes, b - sequences, tl.num_programs(0) - sequences, PDL)
-
-
-@triton.jit
-def _advance_sequence(
-    b, max_ptr, id_ptr, token_ptr, ring_ptr, cursor_ptr, done_ptr, flag_ptr, lengths_ptr, limit_ptr, stop_ptr,
-    embedding_ptr, x_ptr, partials, ring_size, stops, K,
-    PARTIALS: tl.constexpr, STOPS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """The choice among the candidates, and all that follows from it."""
-    length, done, cursor = tl.load(lengths_ptr + b), tl.load(done_ptr + b), tl.load(cursor_ptr + b)
-    limit, before = tl.load(limit_ptr + b), tl.load(token_ptr + b)
-    s = tl.arange(0, STOPS)
-    stop = tl.load(stop_ptr + b * stops + s, mask=s < stops, other=-1)
-    pdl_wait(PDL)
-
-    best, chosen = best_candidate(max_ptr, id_ptr, b, partials, PARTIALS)
-    active = (done == 0) & (length > 0)
-    broken = active & ((best == float("inf")) | (best == float("-inf")))
-    emits = active & (broken == 0)
-    token = tl.where(emits, chosen, before)
-    copy_row(embedding_ptr + token.to(tl.int64) * K, x_ptr + b * K, K, BLOCK)
-    stops_here = (length + 1 > limit) | (tl.max((stop == token).to(tl.int32), 0) > 0)
-    stopped = broken | (emits & stops_here)
-    tl.store(token_ptr + b, token)
-    tl.store(ring_ptr + b * ring_size + cursor % ring_size, token, mask=emits)
-    tl.store(cursor_ptr + b, cursor + 1, mask=emits)
-    tl.store(flag_ptr + b, 1, mask=broken)
-    tl.store(done_ptr + b, 1, mask=stopped)
-    tl.store(lengths_ptr + b, tl.where(stopped, 0, length + 1), mask=active)
 
 
 # ---------------------------------------------------------------- operators
@@ -384,18 +339,6 @@ def _(logits):
     return _argmax_outputs(logits)
 
 
-def _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x):
-    B = token.numel()
-    if partial_max.dim() != 2 or partial_max.shape[0] != B or partial_id.shape != partial_max.shape:
-        raise ValueError(f"partial_max: found {list(partial_max.shape)}, {list(partial_id.shape)}, expected two of [{B}, P]")
-    check_int32(B, token=token, cursor=cursor, done=done, flag=flag, lengths=lengths, limit=limit)
-    for name, t in (("ring", ring), ("stop_ids", stop_ids)):
-        if t.dim() != 2 or t.shape[0] != B or t.shape[1] < 1 or t.dtype != torch.int32:
-            raise ValueError(f"{name}: found {t.dtype} {list(t.shape)}, expected int32 [{B}, at least 1]")
-    if x.shape != (B, embedding.shape[1]) or x.dtype != embedding.dtype:
-        raise ValueError(f"x: found {x.dtype} {list(x.shape)}, expected {embedding.dtype} [{B}, {embedding.shape[1]}]")
-
-
 @torch.library.custom_op("rooflama::advance", mutates_args=("token", "ring", "cursor", "done", "flag", "lengths", "x"))
 def _advance(
     partial_max: torch.Tensor,
@@ -412,7 +355,7 @@ def _advance(
     x: torch.Tensor,
     ahead: torch.Tensor | None,
 ) -> None:
-    _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
+    check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
     if not uses_kernel(x):
         advance_ref(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
         return
@@ -427,7 +370,7 @@ def _advance(
 
 @_advance.register_fake
 def _(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x, ahead):
-    _check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
+    check_advance(partial_max, partial_id, token, ring, cursor, done, flag, lengths, limit, stop_ids, embedding, x)
 
 
 def advance(

@@ -264,9 +264,11 @@ LAYER = ["_qkv_kernel", "_flash_decode_kernel", "_linear_kernel", "_linear_kerne
 
 
 def test_kernels_of_a_fused_step():
-    names = [*LAYER, *LAYER, "_head_kernel", "_histogram_kernel", "_advance_kernel"]
     stages = ["qkv", "attention", "wo", "gate/up", "down"]
-    assert explain.classify(names) == [*stages, *stages, "head", "choice/advance", "choice/advance"]
+    for choice in (["_choose_kernel", "_advance_kernel"], ["_choose_and_advance_kernel"]):
+        classes = explain.classify([*LAYER, *LAYER, "_head_kernel", *choice])
+        assert classes == [*stages, *stages, "head", *["choice/advance"] * len(choice)]
+        assert [explain.is_advance(name) for name in choice] == [False] * (len(choice) - 1) + [True]
 
 
 def test_kernels_of_a_large_batch():

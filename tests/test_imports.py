@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 # Each module may import those in the layers below its own. What stands in one layer does not import each other.
 LAYERS = [
     {
+        "kernels._advance",
         "kernels._common",
         "kernels.formats",
         "kernels._matmul",

@@ -316,31 +316,49 @@ def test_fp8_cache(launches, head_dim, B, capacity):
     check(launches, 2)
 
 
-def test_choose_and_advance(launches):
-    integers = {n: empty(2, dtype=torch.int32) for n in ("token", "cursor", "done", "flag", "lengths", "limit")}
+def choice_arguments(M, K):
+    """Of `choose`, and what `advance` takes beside them."""
+    integers = {n: empty(M, dtype=torch.int32) for n in ("sample", "lengths", "top_k")}
+    floats = {n: empty(M, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
+    state = {n: empty(M, dtype=torch.int32) for n in ("token", "cursor", "done", "flag", "limit")}
+    state |= {"ring": empty(M, 256, dtype=torch.int32), "stop_ids": empty(M, 16, dtype=torch.int32)}
+    return {"seed": empty(M, dtype=torch.int64), **integers, **floats}, state | {"embedding": empty(9, K), "x": empty(M, K)}
+
+
+def test_choose_then_advance(launches):
+    settings, state = choice_arguments(2, 256)
     best, ids = empty(2, 4096, dtype=torch.float32), empty(2, 4096, dtype=torch.int32)
-    kernels.advance(
-        best, ids, ring=empty(2, 256, dtype=torch.int32), stop_ids=empty(2, 16, dtype=torch.int32), embedding=empty(9, 256),
-        x=empty(2, 256), ahead=Weight(256, 256), **integers,
-    )  # fmt: skip
-    floats = {n: empty(2, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
-    kernels.choose(
-        empty(2, 128256, dtype=torch.float32), best, seed=empty(2, dtype=torch.int64), sample=integers["token"],
-        lengths=integers["lengths"], top_k=integers["cursor"], ahead=Weight(256, 256), embedding=empty(9, 256), **floats,
-    )  # fmt: skip
+    kernels.advance(best, ids, lengths=settings["lengths"], **state, ahead=Weight(256, 256))
+    kernels.choose(empty(2, 128256, dtype=torch.float32), best, **settings)
     kernels.partial_argmax(empty(100, 128256, dtype=torch.float32))
     advance, choose, _ = check(launches, 3)
-    assert all("cp.async.bulk.prefetch.L2" in kernel.asm["ptx"] for kernel in (advance, choose))
+    assert "cp.async.bulk.prefetch.L2" in advance.asm["ptx"]
     assert "griddepcontrol.launch_dependents" not in advance.asm["ptx"], "the next step reads lengths before it waits"
+    assert choose.metadata.name == "_choose_kernel"
+    assert choose.asm["ptx"].count("griddepcontrol.launch_dependents") == 1
+
+
+@pytest.mark.parametrize(
+    ("M", "V", "K"), [(1, 128256, 2048), (1, 128256, 4096), (2, 128256, 2048), (1, 151936, 896), (16, 128256, 2048)]
+)
+def test_choose_and_advance(launches, M, V, K):
+    """Nothing is spilled, though the sequence's state is held in registers throughout."""
+    settings, state = choice_arguments(M, K)
+    logits, maxima = empty(M, V, dtype=torch.float32), empty(M, 4096, dtype=torch.float32)
+    kernels.choose_and_advance(logits, maxima, **settings, **state, ahead=Weight(256, 256), then=Weight(256, 256))
+    (compiled,) = check(launches, 1)
+    ptx = compiled.asm["ptx"]
+    assert compiled.metadata.name == "_choose_and_advance_kernel", "a trace knows the end of a step by it"
+    assert "griddepcontrol.launch_dependents" not in ptx, "the next step reads lengths before it waits"
+    assert ptx.count("cp.async.bulk.prefetch.L2") == 2
+    assert "prefetch.global.L2 [" in ptx
+    assert "0 bytes spill stores" in assembler_says(compiled)
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 64])
 def test_bins_in_shared_memory(launches, M):
     """They are declared once; each thread adds its own tokens, and puts them on lists, with one atomic each."""
-    integers = {n: empty(M, dtype=torch.int32) for n in ("sample", "lengths", "top_k")}
-    floats = {n: empty(M, dtype=torch.float32) for n in ("temperature", "top_p", "min_p")}
-    logits, maxima = (empty(M, n, dtype=torch.float32) for n in (128256, 4096))
-    kernels.choose(logits, maxima, seed=empty(M, dtype=torch.int64), **integers, **floats)
+    kernels.choose(*(empty(M, n, dtype=torch.float32) for n in (128256, 4096)), **choice_arguments(M, 256)[0])
     ((_, _, options),) = launches
     (compiled,) = check(launches, 1)
     ptx = compiled.asm["ptx"]

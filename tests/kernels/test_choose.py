@@ -1,4 +1,5 @@
-"""choose: the kept tokens against a float64 sort, the choice against the reference, at flat, peaked and tied logits."""
+"""choose: the kept tokens against a float64 sort, the choice against the reference, at flat, peaked and tied logits; and
+choose_and_advance against the two."""
 
 import math
 import sys
@@ -8,6 +9,8 @@ import torch
 
 from kernels import choose as _loaded  # noqa: F401 (the module, below, is shadowed by the operator where that is exported)
 from kernels._common import _workspaces
+from kernels.formats import Weight
+from kernels.head import advance
 
 module = sys.modules["kernels.choose"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -161,6 +164,71 @@ def test_opcheck():
     a = parameters(1, top_k=5)
     order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
     torch.library.opcheck(torch.ops.rooflama.choose.default, (logits, maxima_of(logits), *(a[n] for n in order)))
+
+
+# ---------------------------------------------------------------- choose_and_advance
+
+
+def sequences(lengths) -> dict:
+    """What `advance` changes and reads, beside the lengths."""
+    B = len(lengths)
+    token, cursor, flag, ring = (torch.randint(0, 99, (B, n), dtype=torch.int32).to(DEVICE) for n in (1, 1, 1, 5))
+    return {
+        "token": token[:, 0], "cursor": cursor[:, 0], "flag": flag[:, 0] % 2, "ring": ring, "limit": lengths + 40,
+        "done": torch.zeros_like(lengths), "stop_ids": torch.full((B, 3), -1, dtype=torch.int32, device=DEVICE),
+        "embedding": torch.randn(V, 80, device=DEVICE).bfloat16(), "x": torch.randn(B, 80, device=DEVICE).bfloat16(),
+    }  # fmt: skip
+
+
+def check_both(logits, arguments, state, steps=2):
+    """So many steps leave the state that `choose` and then `advance` leave, and empty workspaces."""
+    both, apart = ({name: t.clone() for name, t in (arguments | state).items()} for _ in range(2))
+    weights = Weight(24, 64, device=DEVICE), Weight(16, 64, device=DEVICE)  # change nothing
+    for _ in range(steps):
+        module.choose_and_advance(logits, maxima_of(logits), **both, ahead=weights[0], then=weights[1])
+        candidates = module.choose(logits, maxima_of(logits), **{name: apart[name] for name in arguments})
+        advance(*candidates, **{name: apart[name] for name in ("lengths", *state)})
+        for name, t in both.items():
+            assert torch.equal(t, apart[name]), name
+    assert not any(workspace.any() for workspace in _workspaces.values())
+    return both
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=str)
+def test_choose_and_advance(cut):
+    """Plain rows, flat and tied, one at its limit, one whose token stops it, one done, one absent, three that are broken."""
+    logits = torch.cat([logits_of("flat", 5), logits_of("tied", 5)])
+    logits[7, 77], logits[8, 5], logits[9] = math.nan, math.inf, -math.inf
+    a = parameters(10, **cut, seed=5)
+    a["lengths"] += torch.arange(10, device=DEVICE, dtype=torch.int32)
+    a["temperature"][6] = 0.0
+    state = sequences(a["lengths"])
+    _, index = module.choose(logits, maxima_of(logits), **a)
+    state["limit"][1], state["stop_ids"][2, 1], state["done"][3], a["lengths"][4] = a["lengths"][1], index[2, 0], 1, 0
+    found = check_both(logits, a, state)
+    assert found["done"].nonzero().squeeze(1).tolist() == [1, 2, 3, 7, 8, 9]
+    assert (found["cursor"] - state["cursor"]).tolist() == [2, 1, 1, 0, 0, 2, 2, 0, 0, 0]
+    assert found["flag"][7:].tolist() == [1, 1, 1]
+    assert found["lengths"].tolist() == [9, 0, 0, 10, 0, 14, 15, 0, 0, 0]
+
+
+@pytest.mark.parametrize("sms", [1, 4])
+def test_choose_and_advance_in_programs_of_several_tiles(monkeypatch, sms):
+    monkeypatch.setattr(module, "num_sms", lambda index: sms)
+    a = parameters(2, top_k=[50, 0], top_p=[0.9, 0.95])
+    state = sequences(a["lengths"]) | {"embedding": torch.randn(9000, 80, device=DEVICE).bfloat16()}
+    check_both(torch.randn(2, 9000, device=DEVICE), a, state, steps=1)
+
+
+def test_choose_and_advance_checks():
+    logits, a = logits_of("peaked"), parameters(2, top_k=5)
+    state = sequences(a["lengths"])
+    names = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p", "token", "ring", "cursor", "done", "flag",
+             "limit", "stop_ids", "embedding", "x")  # fmt: skip
+    arguments = (logits, maxima_of(logits), *((a | state)[name] for name in names), None, None)
+    torch.library.opcheck(torch.ops.rooflama.choose_and_advance.default, arguments)
+    with pytest.raises(ValueError, match=r"partial_max: found \[4, 1\], \[4, 1\], expected two of \[2, P\]"):
+        module.choose_and_advance(logits_of("peaked", 4), maxima_of(logits_of("peaked", 4)), **a, **state)
 
 
 def test_lists_longer_than_a_tile(monkeypatch):
