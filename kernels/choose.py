@@ -504,7 +504,8 @@ def _choose_kernel(
         if ADVANCES:  # its embedding is read at once where it is chosen, and would take 0.8 us to come
             likely_value, likely = _value_and_id(best_key)
             if likely_value > float("-inf"):
-                sector = tl.minimum(tl.arange(0, 512) * 16, K - 1)  # the first 8192 columns
+                SECTOR: tl.constexpr = 256 // embedding_ptr.dtype.element_ty.primitive_bitwidth  # columns in 32 bytes
+                sector = tl.minimum(tl.arange(0, 512) * SECTOR, K - 1)  # the first 16 KB
                 prefetch(embedding_ptr + likely.to(tl.int64) * K + sector, PDL)
         tl.store(mine, best_key)
         tl.store(mine + 1, listed_key)
@@ -585,7 +586,7 @@ def _launch(logits, maxima, settings, candidate=(None, None), state=(None,) * 9,
             P_BLOCK=triton.next_power_of_2(P), BLOCK=block, TILES=tiles, PROGRAMS=triton.next_power_of_2(programs),
             COLUMNS=max(1, (LEAN_TILE if lean else TILE) // triton.next_power_of_2(programs)),
             STOPS=triton.next_power_of_2(stops), K_BLOCK=min(4096, triton.next_power_of_2(K)), PASSES=passes,
-            num_warps=WARPS, maxnreg=LEAN_REGISTERS if lean else None, **launch_options(logits),
+            num_warps=WARPS, **({"maxnreg": LEAN_REGISTERS} if lean else {}), **launch_options(logits),
         )  # fmt: skip
 
 

@@ -234,6 +234,7 @@ def test_choose_and_advance_checks():
 def test_lists_longer_than_a_tile(monkeypatch):
     """Listed tokens that do not fit the registers are read again: the choice is the same."""
     monkeypatch.setattr(module, "LEAN_TILE", 256)
+    monkeypatch.setattr(module, "TILE", 512)
     logits = logits_of("flat") * 0.0001  # all tokens are in a few bins
     for seed in range(2):
         check(logits, parameters(2, top_k=900, top_p=0.8, seed=seed))
