@@ -50,7 +50,7 @@ def stamp() -> dict:
         commit += "+" * bool(output_of("git", "-C", str(ROOT), "status", "--porcelain", "--", "*.py"))
     out = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version(), "commit": commit}
     if torch.cuda.is_available():
-        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
         out |= {"gpu": torch.cuda.get_device_name(), "cuda": torch.version.cuda, "driver": driver}
     return out
 

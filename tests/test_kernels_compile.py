@@ -158,11 +158,12 @@ def test_what_a_ring_cannot_do(launches):
 
 @pytest.mark.parametrize(("op", "M"), [("linear", 1), ("silu_mul", 16), ("qkv", 1), ("head", 16)])
 def test_the_next_kernel_may_start_at_once(launches, op, M):
-    """In every program once, before its wait."""
+    """In every program once, before its wait: which stands twice in a ring's, whose code before the wait LLVM splits in two."""
     call(op, 1536, 512, M)
     (compiled,) = check(launches, 1)
-    ptx = compiled.asm["ptx"]
-    assert ptx.count("griddepcontrol.launch_dependents") == ptx.count("griddepcontrol.wait") == 1
+    ptx, ring = compiled.asm["ptx"], launches[0][0].__name__.startswith("_ring")
+    assert ptx.count("griddepcontrol.launch_dependents") == 1
+    assert ptx.count("griddepcontrol.wait") == 1 + ring
     assert ptx.index("griddepcontrol.launch_dependents") < ptx.index("griddepcontrol.wait")
 
 

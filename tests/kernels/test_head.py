@@ -142,7 +142,7 @@ def test_choices_follow_the_softmax():
     logits = logits * 2 / logits.std()
     for temperature in (0.7, 1.5):
         i = torch.arange(draws)
-        noise = gumbel_ref(i % 10, i // 10 % 20, i // 200, V)
+        noise = gumbel_ref(i % 10, i // 10 % 20, i // 200, V).to(logits.device)
         counts = torch.bincount((logits / temperature + noise).argmax(dim=1), minlength=V).double()
         expected = torch.softmax(logits[0].double() / temperature, 0) * draws
         rare = expected < 5  # pooled, as the test asks for
