@@ -115,6 +115,7 @@ class ResultFile:
     @contextlib.contextmanager
     def open(cls, path: Path, ids: set) -> Iterator["ResultFile"]:
         """A new file, or one to go on with. ValueError: another process writes it, or it is not the output for these ids."""
+        new = not path.exists()
         with open(path, "a+b") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it when its holder dies
@@ -122,6 +123,10 @@ class ResultFile:
                 raise ValueError(f"{path}: another process is writing here") from None
             try:
                 yield cls(path, file, ids)
+            except ValueError:
+                if new and not os.fstat(file.fileno()).st_size:
+                    path.unlink()  # the prompts were refused: as if nothing had begun
+                raise
             finally:
                 os.fsync(file.fileno())
 

@@ -427,6 +427,7 @@ def test_errors_of_the_command(tmp_path, capsys):
     assert "found no prompts" in last(*command(tmp_path))
     prompts.write_text('{"id": 1, "prompt": [1, 9999]}\n')
     assert f"{prompts}, line 1, prompt: found token id 9999" in last(*command(tmp_path))
+    assert not out.exists(), "nothing had begun"
     assert "the prompt file, expected another" in last(*command(tmp_path), "--output_file", str(prompts))
     assert prompts.read_text() == '{"id": 1, "prompt": [1, 9999]}\n'
     out.write_text('{"id": 2, "outputs": []}\n')
