@@ -182,6 +182,11 @@ class Session(nn.Module):
 # ---------------------------------------------------------------- stages
 
 
+def settings_of(session: Session, kind: str, rows: slice) -> dict[str, torch.Tensor]:
+    """The sampling parameters that a choice of this kind takes, of the sequences in `rows`."""
+    return {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
+
+
 def candidates(
     model: Transformer, session: Session, hidden, rows: slice, kind: str, norm: Norm | None = None
 ) -> tuple[torch.Tensor, ...]:
@@ -189,7 +194,7 @@ def candidates(
     id), [B * T, any number] each, among which `kernels.advance` or `kernels.accept` chooses. `kind` and `norm` as for
     choose_token."""
     lengths = session.cache.lengths[rows]
-    settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
+    settings = settings_of(session, kind, rows)
     history = {name: settings.pop(name) for name in ("seen", "repetition_penalty") if name in settings}
     if fused(hidden, model.head):
         norm, eps = model.norm.weight if norm is None else norm, model.config.norm_eps
@@ -205,7 +210,7 @@ def candidates(
         logits = model.logits(hidden)
         penalized = penalize(logits, **history) if history else logits
         if settings and kernels.runs_kernels(logits):
-            settings = {name: getattr(session.sampling, name)[rows] for name in KINDS["truncate"]}
+            settings = settings_of(session, "truncate", rows)
         if len(hidden) > len(lengths):  # T tokens each
             sequence, position = kernels.token_positions(lengths, len(hidden))
             lengths, settings = position.int(), {name: setting[sequence] for name, setting in settings.items()}
@@ -237,8 +242,7 @@ def choose_token(
         "stop_ids": session.stop_ids[rows], "embedding": model.tok_embeddings.weight, "x": session.x[rows], "ahead": first.wqkv,
     }  # fmt: skip
     if cuts:
-        settings = {name: getattr(session.sampling, name)[rows] for name in KINDS[kind]}
-        kernels.choose_and_advance(logits, best, **settings, **state, then=first.wo)
+        kernels.choose_and_advance(logits, best, **settings_of(session, kind, rows), **state, then=first.wo)
     else:
         kernels.advance(best, token, **state)
     if kind == "penalize":

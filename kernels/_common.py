@@ -111,6 +111,17 @@ def prefetch_share(ahead_ptr, ahead_bytes, helper, helpers, PDL: tl.constexpr):
 
 
 @triton.jit
+def arrives_last(counter_ptr, number):
+    """Says that what this program has stored is there: True in the last of `number` programs to do so, which sets the counter
+    back to zero, so that no kernel has to. To be called after the wait."""
+    tl.debug_barrier()  # every thread's stores come before the one thread's release
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == number - 1
+    if last:
+        tl.store(counter_ptr, 0)
+    return last
+
+
+@triton.jit
 def best_of(value, ids):
     """The largest value along the first axis, and of equal ones the lowest id. NaN must not lose: it counts as infinity."""
     value = tl.where(value == value, value, float("inf"))

@@ -19,7 +19,16 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import INTERPRETED, has_wgmma, hold, launch_options, num_sms, runs_kernels, zeroed_workspace
+from kernels._common import (
+    INTERPRETED,
+    arrives_last,
+    has_wgmma,
+    hold,
+    launch_options,
+    num_sms,
+    runs_kernels,
+    zeroed_workspace,
+)
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
 from kernels.tiles import MAX_ROWS, Tile, kernel_rows, packed_shape, tile_for
 
@@ -239,21 +248,14 @@ def arrive(
     sums, squares, partial_ptr, squares_ptr, counter_ptr, group, part,
     PARTS: tl.constexpr, R: tl.constexpr, MP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Stores this program's part of its group: `sums`, a tuple of [R, MP]. True in the program that arrives last, and merges.
-
-    The last arrival sets the counter back to zero, so that no kernel has to. To be called after the wait.
-    """
+    """Stores this program's part of its group: `sums`, a tuple of [R, MP]. True in the last to arrive, which merges."""
     r, m = tl.arange(0, R), tl.arange(0, MP)
     program = group * PARTS + part
     for i in tl.static_range(len(sums)):
         tl.store(partial_ptr + (program * len(sums) + i) * (R * MP) + r[:, None] * MP + m[None, :], sums[i])
     if NORM:
         tl.store(squares_ptr + program * MP + m, tl.max(squares, 0))  # its rows are equal
-    tl.debug_barrier()  # every thread's part is stored before one thread's release
-    last = tl.atomic_add(counter_ptr + group, 1, sem="acq_rel") == PARTS - 1
-    if last:
-        tl.store(counter_ptr + group, 0)
-    return last
+    return arrives_last(counter_ptr + group, PARTS)
 
 
 @triton.jit

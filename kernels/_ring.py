@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait
+from kernels._common import arrives_last, launch_options, pdl_trigger, pdl_wait
 from kernels._matmul import Operand, rms_factor, rope_factors, scratch, token_positions, x_scale
 from kernels.tiles import RING_ROWS, Tile, ring_padded
 
@@ -181,19 +181,14 @@ def _arrive(
     sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part,
     NORM: gl.constexpr, SPLIT: gl.constexpr, MP: gl.constexpr,
 ):  # fmt: skip
-    """Stores this program's sums as [m, row], and its squares; True in the program that arrives last, which also resets the
-    counter."""
+    """Stores this program's sums as [m, row], and its squares; True in the program that arrives last."""
     MMA: gl.constexpr = _sums_layout(MP)
     r = gl.arange(0, 128, gl.SliceLayout(1, MMA))[:, None]
     m = gl.arange(0, MP, gl.SliceLayout(0, MMA))[None, :]
     gl.store(partial_ptr + (tile * SPLIT + part) * (128 * MP) + m * 128 + r, sums)
     if NORM:
         gl.store(squares_ptr + (tile * SPLIT + part) * MP + gl.arange(0, MP, gl.SliceLayout(1, _x_layout(MP))), squares)
-    tl.debug_barrier()  # every thread's part is stored before one thread's release
-    last = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT - 1
-    if last:
-        gl.store(counter_ptr + tile, 0)
-    return last
+    return arrives_last(counter_ptr + tile, SPLIT)
 
 
 @gluon.jit
@@ -387,10 +382,10 @@ def _ring_qkv_kernel(
 # ---------------------------------------------------------------- the launch
 
 
-def _described(t: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
-    """A TMA descriptor of memory as a tensor of this shape, read a box at a time."""
-    swizzle = 128 if len(shape) > 1 else 0
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=len(shape))
+def described(t: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
+    """A TMA descriptor of 16-bit memory as a tensor of this shape, moved a box at a time; rows of a box are swizzled."""
+    swizzle = min(128, 2 * box[-1]) if len(box) > 1 else 0
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=len(box))
     return TensorDescriptor(t, shape, strides, box, layout)
 
 
@@ -403,9 +398,9 @@ def _launch(kernel, x: torch.Tensor, w: Operand, norm, boxes: tuple[int, int, in
         raise ValueError(f"weight: found {N} x {K}, expected tiles of {RING_ROWS} rows and {split} times {chunk} columns")
     MP, tiles = ring_padded(M), N // RING_ROWS
     kernel[(tiles * split,)](
-        _described(w.weight, [2, N // (2 * H), H, K], [apart * K, pitch * K, K, 1], [2, 64 // H, H, chunk]),
-        _described(x, [M, K], [K, 1], [MP, chunk]),
-        None if norm is None else _described(norm, [K], [1], [chunk]),
+        described(w.weight, [2, N // (2 * H), H, K], [apart * K, pitch * K, K, 1], [2, 64 // H, H, chunk]),
+        described(x, [M, K], [K, 1], [MP, chunk]),
+        None if norm is None else described(norm, [K], [1], [chunk]),
         *pointers,
         M=M,
         first=min(tile.stages, K // split // chunk),

@@ -26,6 +26,7 @@ import triton.language as tl
 from kernels._common import (
     INTERPRET,
     INTERPRETED,
+    arrives_last,
     hold,
     launch_options,
     num_sms,
@@ -441,10 +442,7 @@ def _flash_decode_kernel(
                 tl.store(partial_ptr + (start + kept)[:, None] * D + column[None, :], acc, mask=q_mask)
                 tl.store(stats_ptr + 2 * start + kept, top, mask=m < G * T)
                 tl.store(stats_ptr + 2 * start + ROWS + kept, total, mask=m < G * T)
-                tl.debug_barrier()  # every thread's stores come before the one thread's release
-                counter = counter_ptr + (b * HKV + head) * num_tiles + tile
-                if tl.atomic_add(counter, 1, sem="acq_rel") == parts - 1:
-                    tl.store(counter, 0)  # for the next launch
+                if arrives_last(counter_ptr + (b * HKV + head) * num_tiles + tile, parts):
                     merged_m = tile * M + tl.arange(0, ROWS)
                     merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
                     next_unit = 1  # of part 1

@@ -21,9 +21,9 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels._common import has_wgmma, launch_options, num_sms, pdl_trigger, pdl_wait, wgmma_device
+from kernels._ring import described, tma_reads
 from kernels.formats import Weight
 from kernels.tiles import GATE_UP_ROWS, is_batch_invariant
 
@@ -250,11 +250,6 @@ def takes_gate_up(x: torch.Tensor, weight: Weight) -> bool:
 # ---------------------------------------------------------------- operator
 
 
-def _described(t: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=min(128, 2 * box[-1]), element_bitwidth=16, rank=len(box))
-    return TensorDescriptor(t, shape, strides, box, layout)
-
-
 def _output(x, weight):
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or not fits(len(x), *weight.shape):
         raise ValueError(
@@ -271,14 +266,14 @@ def _gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     y = _output(x, weight)
     if not has_wgmma(x) or x.dtype not in DTYPES:
         return gate_up_ref(x, weight)
-    if x.data_ptr() % 16 or weight.data_ptr() % 16:
+    if not tma_reads(x, weight):
         raise ValueError("x and weight: found an address that is no multiple of 16 bytes, expected one, for TMA")
     (M, F), K, ring = y.shape, x.shape[1], choose_ring(len(x))
     groups, boxes = [F // 112, 14, 2, 8, K], [1, 16, 2, 8, CHUNK.value]  # gate, up; 8 rows each
     _gate_up_kernel[(F // 112,)](
-        _described(weight, groups, [112 * K, 8 * K, F * K, K, 1], boxes),
-        _described(x, [M, K], [K, 1], [ring.rows, CHUNK.value]),
-        *(_described(y, [M, F], [F, 1], [ring.rows, columns]) for columns in (64, 32, 16)),
+        described(weight, groups, [112 * K, 8 * K, F * K, K, 1], boxes),
+        described(x, [M, K], [K, 1], [ring.rows, CHUNK.value]),
+        *(described(y, [M, F], [F, 1], [ring.rows, columns]) for columns in (64, 32, 16)),
         min(ring.stages, K // CHUNK.value),
         K=K,
         S=ring.stages,

@@ -54,7 +54,7 @@ class Tile:
 
 
 def ring_tile(chunk: int, stages: int, split: int = 1) -> Tile:
-    return Tile(RING_ROWS, chunk, 4, preload=stages, dot=True, split=split, stages=stages, ring=True)
+    return Tile(RING_ROWS, chunk, 4, dot=True, split=split, stages=stages, ring=True)
 
 
 # ---------------------------------------------------------------- the measured table
@@ -201,7 +201,7 @@ def measured_rows(rows: int) -> tuple[int, ...]:
     """The rows under which a tile for `rows` rows of x may stand in the table, the nearest first: a tile for up to 16 rows
     serves 3 as well."""
     if rows <= FMA_RULE_ROWS:
-        return (rows, 8)[:rows]
+        return (1,) if rows == 1 else (rows, 8)
     return (8, 16) if rows <= 8 else (1 << (rows - 1).bit_length(),)
 
 

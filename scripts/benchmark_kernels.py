@@ -605,6 +605,7 @@ def choose_in_step(args) -> None:
     the median of differences within a round. Logits: flat, as random weights give them, and peaked, of PEAKED_STD."""
     from tune import StepTimer
 
+    versions = stamp()
     for B in args.batch_size:
         timer = StepTimer(args.in_step, None, B, 96)
         sampling, norm = timer.engine.session.sampling, timer.engine.model.norm.weight
@@ -628,7 +629,7 @@ def choose_in_step(args) -> None:
             print(" | ".join([*parts, *(f"{name} +{t:5.2f} us" for name, t in us.items())]), flush=True)
             for name, t in us.items():
                 record = {"benchmark": "choose", "in_step": args.in_step, "logits": kind, "logits_std": spread, "batch_size": B}
-                record |= {"cut": name, "greedy_us": statistics.median(rounds), "added_us": t} | stamp()
+                record |= {"cut": name, "greedy_us": statistics.median(rounds), "added_us": t} | versions
                 if args.output:
                     with args.output.open("a") as file:
                         file.write(json.dumps(record) + "\n")
