@@ -355,6 +355,7 @@ class Reader(NamedTuple):
 
     gain: torch.Tensor
     weight: Weight
+    op: str  # one of kernels.tiles.OPS
 
 
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
@@ -380,14 +381,14 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def linear(x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None) -> torch.Tensor:
+def linear(x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None, **order) -> torch.Tensor:
     """x [N, K] -> [N, out]: RMSNorm (if `norm`; a FoldedNorm only where `fused`), product, bias, SiLU x up (if activation is
-    "silu_mul"), plus residual.
+    "silu_mul"), plus residual. `order`: kernels.linear's permuted and permute, False but where `fused`.
 
     `residual`, of many rows, is overwritten with the result.
     """
     if fused(x, weight):
-        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual)
+        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, **order)
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
@@ -433,11 +434,11 @@ class DecodeStep:
         position, slot = self.place()
         kernels.append_ref(self.cache.layer(layer), (k, v), slot, position.clamp(min=0), position)
 
-    def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
+    def attend(self, layer: int, q, k, v, window: int | None, scale: float, permute: bool = False) -> torch.Tensor:
         """q [N, Hq, D] over each sequence's cached rows -> [N, Hq, D]; the new rows' k and v are among them."""
         k, v = self.cache.layer(layer)
         q = q.view(-1, self.tokens_each, *q.shape[1:])
-        options = {"scale": scale, "window": window, "split_size": self.cache.split_size}
+        options = {"scale": scale, "window": window, "split_size": self.cache.split_size, "permute": permute}
         return kernels.flash_decode(q, k, v, self.lengths, self.table, **options).flatten(0, 1)
 
 
@@ -553,8 +554,9 @@ class Attention(nn.Module):
         else:  # plain PyTorch: on a CPU, or a text without a cache
             q, k, v = self._project(x, norm, rope, step.place()[0])
             step.append(self.layer, k, v)
-        attended = step.attend(self.layer, q, k, v, self.window, self.scale)
-        return add_projection(x, attended.flatten(1), self.wo, reader)
+        order = {"permute": True} if isinstance(step, DecodeStep) and kernels.reads_permuted("linear", q, self.wo) else {}
+        attended = step.attend(self.layer, q, k, v, self.window, self.scale, **order)
+        return add_projection(x, attended.flatten(1), self.wo, reader, permuted=bool(order))
 
     def _project(self, x, norm, rope, positions):
         """q [N, Hq, D], k and v [N, Hkv, D] in plain PyTorch, normed and rotated."""
@@ -580,19 +582,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, norm: Norm, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] -> x + feed_forward(norm(x)) [N, H], and its reader's norm."""
-        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul")
-        return add_projection(x, hidden, self.w2, reader)
+        permute = kernels.reads_permuted("linear", x, self.w2)
+        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", permute=permute)
+        return add_projection(x, hidden, self.w2, reader, permuted=permute)
 
 
-def add_projection(residual: torch.Tensor, x: torch.Tensor, weight: Weight, reader: Reader) -> tuple[torch.Tensor, Norm]:
+def add_projection(residual, x: torch.Tensor, weight: Weight, reader: Reader, permuted: bool) -> tuple[torch.Tensor, Norm]:
     """residual + all_reduce(x @ weight.T), and its reader's norm. On one device the sum is the kernel's own epilogue, and so is
-    the norm, where the reader's kernel would have to repeat it in every program."""
+    the norm, where the reader's kernel would have to repeat it in every program. permuted: x's columns are."""
     if WORLD_SIZE > 1:
-        return residual + all_reduce(linear(x, weight)), reader.gain
+        return residual + all_reduce(linear(x, weight, permuted=permuted)), reader.gain
     folds = kernels.folds_norm(weight.packed, reader.weight.packed)
     if folds and fused(x, weight) and fused(residual, reader.weight):
-        return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain)
-    return linear(x, weight, residual=residual), reader.gain
+        permute = kernels.reads_permuted(reader.op, residual, reader.weight)
+        return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain, permuted=permuted, permute=permute)
+    return linear(x, weight, residual=residual, permuted=permuted), reader.gain
 
 
 class Scale(nn.Module):
@@ -613,7 +617,7 @@ class Layer(nn.Module):
 
     @property
     def reader(self) -> Reader:
-        return Reader(self.attention_norm.weight, self.attention.wqkv)
+        return Reader(self.attention_norm.weight, self.attention.wqkv, "qkv")
 
     def forward(self, x: torch.Tensor, rope, step: Step) -> torch.Tensor:
         """x [N, H] -> [N, H]: this layer alone, whoever reads it."""
@@ -621,7 +625,7 @@ class Layer(nn.Module):
 
     def run(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] and this layer's first norm -> x [N, H], and its reader's norm."""
-        x, norm = self.attention(x, norm, rope, step, Reader(self.ffn_norm.weight, self.feed_forward.w13))
+        x, norm = self.attention(x, norm, rope, step, Reader(self.ffn_norm.weight, self.feed_forward.w13, "silu_mul"))
         return self.feed_forward(x, norm, reader)
 
 
@@ -671,7 +675,7 @@ class Transformer(nn.Module):
     def run(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, Norm]:
         """What `forward` gives, and the final norm, as `linear` takes it."""
         x = x.clone() if many(x) else x  # products will be added to it in place
-        readers = [*(layer.reader for layer in self.layers), Reader(self.norm.weight, self.head)]
+        readers = [*(layer.reader for layer in self.layers), Reader(self.norm.weight, self.head, "head")]
         norm = readers[0].gain
         for layer, reader in zip(self.layers, readers[1:], strict=True):
             x, norm = layer.run(x, norm, (self.cos, self.sin), step, reader)

@@ -2,7 +2,7 @@
 
 import kernels.dequantize  # noqa: F401  (registers the operator behind Weight.dequantized)
 from kernels._common import fix_cache_keys, pdl_disabled, pdl_supported, runs_kernels
-from kernels._matmul import FoldedNorm, append_ref, beats_cublas
+from kernels._matmul import FoldedNorm, append_ref, beats_cublas, reads_permuted
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions
 from kernels.accept import accept, feed
@@ -46,6 +46,7 @@ __all__ = [
     "pdl_disabled",
     "pdl_supported",
     "qkv_rope_append",
+    "reads_permuted",
     "rms_norm",
     "rope_append",
     "runs_kernels",

@@ -81,6 +81,13 @@ def to_cache(values, cache_ptr):
 
 
 @triton.jit
+def permuted(column):
+    """Where a column of x goes within its 32, as _packed_ring.py wants them: word (two columns) 4 t + j to 4 j + t."""
+    word = column % 32 // 2
+    return column // 32 * 32 + word % 4 * 8 + word // 4 * 2 + column % 2
+
+
+@triton.jit
 def prefetch(pointers, PDL: tl.constexpr):
     """Brings what they point to into L2. A hint, which changes no result."""
     if PDL:
@@ -209,6 +216,11 @@ def fix_cache_keys(package: str) -> None:
         for function in vars(sys.modules[name]).values():
             if isinstance(function, JITFunction):
                 _ = function.cache_key
+
+
+def permute_columns(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] with its columns as `permuted` has them; K a multiple of 32. Its own inverse."""
+    return x.unflatten(-1, (-1, 4, 4, 2)).transpose(-3, -2).flatten(-4)
 
 
 _workspaces: dict[tuple, torch.Tensor] = {}

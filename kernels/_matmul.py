@@ -30,7 +30,7 @@ from kernels._common import (
     zeroed_workspace,
 )
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
-from kernels.tiles import MAX_ROWS, Tile, kernel_rows, packed_shape, tile_for
+from kernels.tiles import MAX_ROWS, RING_LEAST, Tile, choose_tile, kernel_rows, packed_shape, tile_for
 
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
 
@@ -429,6 +429,7 @@ class FoldedNorm(NamedTuple):
 
     scaled: torch.Tensor  # [M, K]: x times the norm's gain and x_scale
     squares: torch.Tensor  # [M, P] float32: the sums of x^2 over blocks of columns
+    permuted: bool = False  # whether the columns of `scaled` are permuted, as some packed linears want them (_packed_ring.py)
 
 
 def x_scale(dtype: torch.dtype) -> float:
@@ -436,9 +437,9 @@ def x_scale(dtype: torch.dtype) -> float:
     return 1.0 / 64 if dtype == torch.float16 else 1.0
 
 
-def split_norm(x: torch.Tensor, norm: torch.Tensor | FoldedNorm | None) -> tuple:
-    """(x, norm, squares) as the operators take them: of a FoldedNorm, x is the scaled one."""
-    return (norm.scaled, None, norm.squares) if isinstance(norm, FoldedNorm) else (x, norm, None)
+def split_norm(x: torch.Tensor, norm: torch.Tensor | FoldedNorm | None, permuted: bool = False) -> tuple:
+    """(x, norm, squares, permuted) as the operators take them: of a FoldedNorm, x is the scaled one."""
+    return (norm.scaled, None, *norm[1:]) if isinstance(norm, FoldedNorm) else (x, norm, None, permuted)
 
 
 def fold_norm_ref(x, gain, block):
@@ -461,16 +462,35 @@ def _kernel_rows(N: int, K: int, device: int) -> int:
     return kernel_rows(N, K, num_sms(device))
 
 
+@torch.compiler.assume_constant_result
+def _has_ring(op: str, fmt: str, rows: int, N: int, K: int, device: int) -> bool:
+    return tile_for(op, fmt, rows, N, K, num_sms(device), rings=True).ring
+
+
+def reads_permuted(op: str, x: torch.Tensor, weight: Weight) -> bool:
+    """Whether `op`, the linear that reads x [M, K] or what comes of it, wants its columns permuted: 9 to 64 rows of a packed
+    weight, on Hopper. Whoever writes x can do that at no cost."""
+    if weight.packed is None or not weight.in_kernels or not RING_LEAST <= x.shape[0] <= MAX_ROWS:
+        return False
+    if not has_wgmma(x) or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if weight.group_size not in (0, UNIT_COLUMNS["int4"]) or (weight.bias is not None and op != "qkv"):
+        return False
+    return _has_ring(op, weight.format, x.shape[0], weight.out_features, weight.in_features, x.device.index or 0)
+
+
 def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:
     """Whether the kernels multiply x [M, K] by a plain weight faster than cuBLAS does."""
     return x.shape[0] <= _kernel_rows(weight.out_features, weight.in_features, x.device.index or 0)
 
 
 def tile_of(op: str, x: torch.Tensor, w: Operand, rings: bool = False) -> Tile:
-    """The tile of x @ weight.T; with a ring only if `rings`, and on the one kind of card that has what it takes. ValueError: it
-    has a ring nevertheless, by an override."""
-    (M, K), sms, rings = x.shape, num_sms(x.device.index or 0), rings and not w.is_packed and has_wgmma(x)
+    """The tile of x @ weight.T; with a ring only if `rings`, and on the one kind of card that has what it takes. ValueError: a
+    plain weight's has a ring nevertheless, by an override; a packed one goes without (the first layer's qkv has to)."""
+    (M, K), sms, rings = x.shape, num_sms(x.device.index or 0), rings and has_wgmma(x)
     tile = tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms, rings)
+    if tile.ring and not rings and w.is_packed:
+        return choose_tile(op, w.format, M, w.rows, K, sms)
     if tile.ring and not rings:
         raise ValueError(f"Tile.ring: found one for {op}, expected none on this card or with these arguments")
     return tile

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels._common import arrives_last, launch_options, pdl_trigger, pdl_wait
+from kernels._common import arrives_last, launch_options, pdl_trigger, pdl_wait, to_cache
 from kernels._matmul import Operand, rms_factor, rope_factors, scratch, token_positions, x_scale
 from kernels.tiles import RING_ROWS, Tile, ring_padded
 
@@ -37,9 +37,9 @@ from kernels.tiles import RING_ROWS, Tile, ring_padded
 
 
 @gluon.constexpr_function
-def _sums_layout(MP):
-    """Of a program's sums [128, MP]."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, MP, 16])
+def sums_layout(MP, W):
+    """Of a program's sums [ROWS, MP], of W warps."""
+    return gl.NVMMADistributedLayout([3, 0], [W, 1], [16, MP, 16])
 
 
 @gluon.constexpr_function
@@ -50,10 +50,10 @@ def _x_layout(MP):
 
 
 @gluon.constexpr_function
-def _box_layout(MP):
-    """Of a box's sums and outputs [64, MP]."""
-    across = 8 if MP >= 16 else 16
-    return gl.BlockedLayout([64 // across, 1], [across, 32 // across], [1, 4], [0, 1])
+def box_layout(HALF, MP, W):
+    """Of a box's sums and outputs [HALF, MP]: neighbouring features of a row of x a thread."""
+    across = min(4, max(1, MP // W))  # lanes along the rows of x
+    return gl.BlockedLayout([HALF * across // 32, 1], [32 // across, across], [1, W], [0, 1])
 
 
 @gluon.jit
@@ -118,7 +118,7 @@ def _multiply(ring, w_desc, x_desc, gain_desc, group, k0, CHUNKS: gl.constexpr, 
     MP: gl.constexpr = x_desc.block_type.shape[0]
     CHUNK: gl.constexpr = x_desc.block_type.shape[1]
     X: gl.constexpr = _x_layout(MP)
-    sums = gl.zeros([128, MP], gl.float32, _sums_layout(MP))
+    sums = gl.zeros([128, MP], gl.float32, sums_layout(MP, 4))
     squares = gl.zeros([MP, CHUNK], gl.float32, X)
     slot = 0
     phase = 0
@@ -163,11 +163,20 @@ def _normed(a, b, squares, eps, K: gl.constexpr, X_SCALE: gl.constexpr):
 
 
 @gluon.jit
+def boxes(sums):
+    """A program's sums [ROWS, MP] as each box's, [ROWS / 2, MP]: both in the same thread."""
+    HALF: gl.constexpr = sums.shape[0] // 2
+    MP: gl.constexpr = sums.shape[1]
+    Y: gl.constexpr = box_layout(HALF, MP, gl.num_warps())
+    a, b = gl.split(gl.permute(gl.reshape(gl.convert_layout(sums, Y), [2, HALF, MP]), (1, 2, 0)))
+    return gl.convert_layout(a, Y, assert_trivial=True), gl.convert_layout(b, Y, assert_trivial=True)
+
+
+@gluon.jit
 def _own(sums, squares, eps, NORM: gl.constexpr, K: gl.constexpr, X_SCALE: gl.constexpr, MP: gl.constexpr):
-    """A tile's sums, [64, MP] of each box, in the one program that it has: both in the same thread, nothing moves."""
-    Y: gl.constexpr = _box_layout(MP)
-    a, b = gl.split(gl.permute(gl.reshape(gl.convert_layout(sums, Y), [2, 64, MP]), (1, 2, 0)))
-    a, b = gl.convert_layout(a, Y, assert_trivial=True), gl.convert_layout(b, Y, assert_trivial=True)
+    """A tile's sums, [64, MP] of each box, in the one program that it has."""
+    Y: gl.constexpr = box_layout(64, MP, 4)
+    a, b = boxes(sums)
     if NORM:
         a, b = _normed(a, b, gl.convert_layout(squares, gl.SliceLayout(0, Y)), eps, K, X_SCALE)
     return a, b
@@ -177,22 +186,30 @@ def _own(sums, squares, eps, NORM: gl.constexpr, K: gl.constexpr, X_SCALE: gl.co
 
 
 @gluon.jit
+def store_part(sums, partial_ptr, tile, part, SPLIT: gl.constexpr):
+    """Stores this program's sums [ROWS, MP] as [m, row]."""
+    ROWS: gl.constexpr = sums.shape[0]
+    MP: gl.constexpr = sums.shape[1]
+    MMA: gl.constexpr = sums_layout(MP, gl.num_warps())
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, MMA))[:, None]
+    m = gl.arange(0, MP, gl.SliceLayout(0, MMA))[None, :]
+    gl.store(partial_ptr + (tile * SPLIT + part) * (ROWS * MP) + m * ROWS + r, sums)
+
+
+@gluon.jit
 def _arrive(
     sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part,
     NORM: gl.constexpr, SPLIT: gl.constexpr, MP: gl.constexpr,
 ):  # fmt: skip
-    """Stores this program's sums as [m, row], and its squares; True in the program that arrives last."""
-    MMA: gl.constexpr = _sums_layout(MP)
-    r = gl.arange(0, 128, gl.SliceLayout(1, MMA))[:, None]
-    m = gl.arange(0, MP, gl.SliceLayout(0, MMA))[None, :]
-    gl.store(partial_ptr + (tile * SPLIT + part) * (128 * MP) + m * 128 + r, sums)
+    """Stores this program's sums, and its squares; True in the program that arrives last."""
+    store_part(sums, partial_ptr, tile, part, SPLIT)
     if NORM:
         gl.store(squares_ptr + (tile * SPLIT + part) * MP + gl.arange(0, MP, gl.SliceLayout(1, _x_layout(MP))), squares)
     return arrives_last(counter_ptr + tile, SPLIT)
 
 
 @gluon.jit
-def _load_parts(pointers, step, SPLIT: gl.constexpr):
+def load_parts(pointers, step, SPLIT: gl.constexpr):
     """What SPLIT programs have stored, `step` apart. Other multiprocessors wrote it: never from L1."""
     parts = ()
     for s in gl.static_range(SPLIT):
@@ -201,7 +218,7 @@ def _load_parts(pointers, step, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def _add(parts):
+def add_parts(parts):
     """In a fixed order."""
     total = parts[0]
     for s in gl.static_range(1, len(parts)):
@@ -221,20 +238,20 @@ def _merge(
     nothing over a loop, though, and a wait is one, for a phase that is over: what stands before it is in flight at once, where
     there are registers.
     """
-    Y: gl.constexpr = _box_layout(MP)
+    Y: gl.constexpr = box_layout(64, MP, 4)
     r = gl.arange(0, 64, gl.SliceLayout(1, Y))[:, None]
     m = gl.arange(0, MP, gl.SliceLayout(0, Y))
     box = partial_ptr + tile * (SPLIT * 128 * MP) + m[None, :] * 128 + r
-    parts_a = _load_parts(box, 128 * MP, SPLIT)
-    parts_b = _load_parts(box + 64, 128 * MP, SPLIT)
+    parts_a = load_parts(box, 128 * MP, SPLIT)
+    parts_b = load_parts(box + 64, 128 * MP, SPLIT)
     if NORM:
-        parts = _load_parts(squares_ptr + tile * (SPLIT * MP) + m, MP, SPLIT)
+        parts = load_parts(squares_ptr + tile * (SPLIT * MP) + m, MP, SPLIT)
     if MP * SPLIT <= 128:
         FILLS: gl.constexpr = (CHUNKS + S - 1) // S  # of the first stage
         mbarrier.wait(ring[3].index(0), (FILLS - 1) & 1)
-    a, b = _add(parts_a), _add(parts_b)
+    a, b = add_parts(parts_a), add_parts(parts_b)
     if NORM:
-        a, b = _normed(a, b, _add(parts), eps, K, X_SCALE)
+        a, b = _normed(a, b, add_parts(parts), eps, K, X_SCALE)
     return a, b
 
 
@@ -244,7 +261,7 @@ def _merge(
 @gluon.jit
 def _outputs(f0, F, M, MP: gl.constexpr):
     """Of 64 outputs' [64, MP] that begin at f0: offsets into y [M, F], and which are there."""
-    Y: gl.constexpr = _box_layout(MP)
+    Y: gl.constexpr = box_layout(64, MP, 4)
     f = f0 + gl.arange(0, 64, gl.SliceLayout(1, Y))[:, None]
     m = gl.arange(0, MP, gl.SliceLayout(0, Y))[None, :]
     return m * F + f, m < M
@@ -305,7 +322,7 @@ def _ring_linear_kernel(
 
 
 @gluon.jit
-def _load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ: gl.constexpr, H: gl.constexpr):
+def load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ: gl.constexpr, H: gl.constexpr):
     """What the epilogue takes beside sums: cos and sin [64, MP]; both boxes' biases, and gains of qk-norm, [64] each or ()."""
     biases = ()
     gains = ()
@@ -319,7 +336,7 @@ def _load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pai
 
 
 @gluon.jit
-def _qkv_epilogue(
+def qkv_epilogue(
     sums, of_heads, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size,
     HQ: gl.constexpr, HKV: gl.constexpr, H: gl.constexpr,
 ):  # fmt: skip
@@ -338,11 +355,19 @@ def _qkv_epilogue(
     row = (page * HKV)[None, :] + ((head - HQ) % HKV)[:, None]
     cached = (row * page_size + (position % page_size)[None, :]) * (2 * H) + pair[:, None]
     query, turns = (head < HQ)[:, None], (head < HQ + HKV)[:, None]
+    a, b = gl.where(turns, a * cos - b * sin, a), gl.where(turns, b * cos + a * sin, b)
     address = gl.where(turns, k_ptr + cached, v_ptr + cached)
-    address = gl.where(query, q_ptr + (m[None, :] * HQ + head[:, None]) * (2 * H) + pair[:, None], address)
-    mask = (m < M)[None, :] & (query | (position >= 0)[None, :])
-    gl.store(address, gl.where(turns, a * cos - b * sin, a).to(q_ptr.dtype.element_ty), mask=mask)
-    gl.store(address + H, gl.where(turns, b * cos + a * sin, b).to(q_ptr.dtype.element_ty), mask=mask)
+    queries = q_ptr + (m[None, :] * HQ + head[:, None]) * (2 * H) + pair[:, None]
+    mask, cached_mask = (m < M)[None, :], (m < M)[None, :] & (position >= 0)[None, :]
+    if k_ptr.dtype == q_ptr.dtype:  # one store for all
+        address, mask = gl.where(query, queries, address), gl.where(query, mask, cached_mask)
+        gl.store(address, a.to(q_ptr.dtype.element_ty), mask=mask)
+        gl.store(address + H, b.to(q_ptr.dtype.element_ty), mask=mask)
+    else:
+        gl.store(queries, a.to(q_ptr.dtype.element_ty), mask=mask & query)
+        gl.store(queries + H, b.to(q_ptr.dtype.element_ty), mask=mask & query)
+        gl.store(address, to_cache(a, k_ptr), mask=cached_mask & (query == 0))
+        gl.store(address + H, to_cache(b, k_ptr), mask=cached_mask & (query == 0))
 
 
 @gluon.jit(do_not_specialize=["M", "T", "P", "first"])
@@ -353,11 +378,11 @@ def _ring_qkv_kernel(
     K: gl.constexpr, SPLIT: gl.constexpr, CHUNK: gl.constexpr, S: gl.constexpr, MP: gl.constexpr,
     X_SCALE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """PER heads of queries, keys or values. qk-norm only where PER is 1; the caches have x's dtype."""
+    """PER heads of queries, keys or values. qk-norm only where PER is 1."""
     pdl_trigger(PDL)
     NORM: gl.constexpr = gain_desc is not None
     CHUNKS: gl.constexpr = K // SPLIT // CHUNK
-    Y: gl.constexpr = _box_layout(MP)
+    Y: gl.constexpr = box_layout(64, MP, 4)
     H: gl.constexpr = D // 2
     PER: gl.constexpr = 64 // H
     gl.static_assert(q_norm_ptr is None or PER == 1)
@@ -368,24 +393,24 @@ def _ring_qkv_kernel(
     head, pair = tile * PER + i // H, i % H
     position, page = token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
     if SPLIT == 1:
-        of_heads = _load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
+        of_heads = load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
     sums, squares = _multiply(ring, w_desc, x_desc, gain_desc, tile * PER, k0, CHUNKS, S, X_SCALE)
     if SPLIT == 1:
         own = _own(sums, squares, eps, NORM, K, X_SCALE, MP)
-        _qkv_epilogue(own, of_heads, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H)
+        qkv_epilogue(own, of_heads, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H)
     elif _arrive(sums, squares, partial_ptr, squares_ptr, counter_ptr, tile, part, NORM, SPLIT, MP):
-        late = _load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
+        late = load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
         merged = _merge(ring, partial_ptr, squares_ptr, tile, eps, NORM, K, CHUNKS, S, SPLIT, MP, X_SCALE)
-        _qkv_epilogue(merged, late, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H)
+        qkv_epilogue(merged, late, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H)
 
 
 # ---------------------------------------------------------------- the launch
 
 
-def described(t: torch.Tensor, shape: list[int], strides: list[int], box: list[int]) -> TensorDescriptor:
-    """A TMA descriptor of 16-bit memory as a tensor of this shape, moved a box at a time; rows of a box are swizzled."""
-    swizzle = min(128, 2 * box[-1]) if len(box) > 1 else 0
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=16, rank=len(box))
+def described(t: torch.Tensor, shape: list[int], strides: list[int], box: list[int], swizzled: bool = True) -> TensorDescriptor:
+    """A TMA descriptor of t's memory as a tensor of this shape, moved a box at a time, the rows of which may be swizzled."""
+    swizzle = min(128, t.element_size() * box[-1]) if swizzled and len(box) > 1 else 0
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=swizzle, element_bitwidth=8 * t.element_size(), rank=len(box))
     return TensorDescriptor(t, shape, strides, box, layout)
 
 
@@ -428,11 +453,10 @@ def tma_reads(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def ring_serves_qkv(x: torch.Tensor, head_dim: int, squares, q_norm, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether launch_ring_qkv can do what a call asks for: no folded norm, caches of x's dtype, one head a tile or two, and
-    qk-norm, which adds up all of a tile, only of one."""
-    heads = head_dim == 128 or (head_dim == 64 and q_norm is None)
-    return heads and squares is None and k_cache.dtype == v_cache.dtype == x.dtype
+def ring_serves_qkv(head_dim: int, q_norm) -> bool:
+    """Whether qkv's epilogue here can do what a call asks for: one head a tile or two, and qk-norm, which adds up all of a
+    tile, only of one."""
+    return head_dim == 128 or (head_dim == 64 and q_norm is None)
 
 
 def launch_ring_qkv(

@@ -33,6 +33,8 @@ from kernels._common import (
     pdl_supported,
     pdl_trigger,
     pdl_wait,
+    permute_columns,
+    permuted,
     runs_kernels,
     zeroed_workspace,
 )
@@ -250,10 +252,12 @@ def _sum_groups(x, GROUPS: tl.constexpr):
 
 
 @triton.jit
-def _store_out(out_ptr, acc, total, q_row, mask, D: tl.constexpr):
+def _store_out(out_ptr, acc, total, q_row, mask, D: tl.constexpr, PERMUTE: tl.constexpr):
     """Writes acc / total [rows, COLUMNS] to the query rows `q_row`; zeros where nothing was visible."""
     out = acc / tl.where(total > 0, total, 1.0)[:, None]
     column = tl.arange(0, acc.shape[1])
+    if PERMUTE:
+        column = permuted(column)
     tl.store(out_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -349,6 +353,7 @@ def _flash_decode_kernel(
     WINDOWED: tl.constexpr,
     SCALED: tl.constexpr,
     EARLY: tl.constexpr,  # the rows that this step appends are read after the wait
+    PERMUTE: tl.constexpr,  # the output's columns, for a packed linear
     PDL: tl.constexpr,
 ):
     pdl_trigger(PDL)
@@ -435,7 +440,7 @@ def _flash_decode_kernel(
                 acc *= tl.load(v_scale_ptr + head)
 
             if parts == 1:
-                _store_out(out_ptr, acc, total, q_row, q_mask, D)
+                _store_out(out_ptr, acc, total, q_row, q_mask, D, PERMUTE)
             else:
                 start = (item * num_tiles + tile).to(tl.int64) * ROWS
                 kept = tl.arange(0, M)
@@ -453,7 +458,7 @@ def _flash_decode_kernel(
                         partial_ptr, stats_ptr, b, next_unit, head, tile, num_tiles, parts, merged_mask, HKV, D, MERGED
                     )
                     merged_row = _query_rows(merged_m, b, head, T, HKV, G)
-                    _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D)
+                    _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D, PERMUTE)
 
 
 # --------------------------------------------------------------------------------------------------------------------------
@@ -601,7 +606,9 @@ def override_launch(**changes):
 MAX_COUNTERS = 65536  # of (sequence, KV head, tile of query rows)
 
 
-def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, scale, window=None, k_scale=None, v_scale=None):
+def launch_flash_decode(
+    q, k_cache, v_cache, lengths, table, launch: Launch, *, scale, window=None, k_scale=None, v_scale=None, permute=False
+):
     """Runs the kernel as `launch` says."""
     B, T, Hq, D = q.shape
     _, Hkv, page_size, _ = k_cache.shape
@@ -649,6 +656,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
         WINDOWED=window is not None,
         SCALED=k_scale is not None,
         EARLY=INTERPRET or pdl_supported(q),
+        PERMUTE=permute,
         num_warps=launch.warps,
         maxnreg=launch.max_registers,
         **launch_options(q),
@@ -661,7 +669,7 @@ def launch_flash_decode(q, k_cache, v_cache, lengths, table, launch: Launch, *, 
 # --------------------------------------------------------------------------------------------------------------------------
 
 
-def _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale):
+def _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale, permute):
     B, _, Hq, D = q.shape
     _, Hkv, page_size, cache_D = k_cache.shape
     if k_cache.shape != v_cache.shape or cache_D != D or Hq % Hkv:
@@ -683,6 +691,8 @@ def _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale):
         raise ValueError("flash_decode: found one of k_scale and v_scale, expected both or neither")
     if k_scale is not None and (k_scale.shape != (Hkv,) or v_scale.shape != (Hkv,)):
         raise ValueError(f"flash_decode: found scales {tuple(k_scale.shape)}, {tuple(v_scale.shape)}, expected [{Hkv}]")
+    if permute and D % 32:
+        raise ValueError(f"flash_decode: found a head size of {D}, expected a multiple of 32 where columns are permuted")
     if window is not None and window < 1:
         raise ValueError(f"flash_decode: found window {window}, expected at least 1")
 
@@ -699,12 +709,14 @@ def _flash_decode(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     split_size: int | None,
+    permute: bool,
 ) -> torch.Tensor:
-    _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale)
+    _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale, permute)
     options = {"scale": scale, "window": window, "k_scale": k_scale, "v_scale": v_scale}
     B, T, Hq, D = q.shape
     if not runs_kernels(q) or D not in HEAD_SIZES or q.dtype not in (torch.bfloat16, torch.float16):
-        return flash_decode_ref(q, k_cache, v_cache, lengths, table, **options)
+        out = flash_decode_ref(q, k_cache, v_cache, lengths, table, **options)
+        return permute_columns(out) if permute else out
     _, Hkv, page_size, _ = k_cache.shape
     paged = table.shape[1] > 1
     launch = choose_launch(
@@ -718,17 +730,17 @@ def _flash_decode(
         split_size=split_size,
         sms=num_sms(q.device.index or 0),
     )
-    return launch_flash_decode(q, k_cache, v_cache, lengths, table, replace(launch, **_overrides), **options)
+    return launch_flash_decode(q, k_cache, v_cache, lengths, table, replace(launch, **_overrides), permute=permute, **options)
 
 
 @_flash_decode.register_fake
-def _(q, k_cache, v_cache, lengths, table, scale, window, k_scale, v_scale, split_size):
-    _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale)
+def _(q, k_cache, v_cache, lengths, table, scale, window, k_scale, v_scale, split_size, permute):
+    _check(q, k_cache, v_cache, lengths, table, window, k_scale, v_scale, permute)
     return torch.empty_like(q)
 
 
 def flash_decode(
-    q, k_cache, v_cache, lengths, table, *, scale, window=None, k_scale=None, v_scale=None, split_size=None
+    q, k_cache, v_cache, lengths, table, *, scale, window=None, k_scale=None, v_scale=None, split_size=None, permute=False
 ) -> torch.Tensor:
     """Attention of this step's tokens over the cache, this step's rows included: q [B, T, Hq, D] -> [B, T, Hq, D].
 
@@ -737,6 +749,7 @@ def flash_decode(
     the rows up to its own (with `window`: the last `window` of them). Length 0, and tokens at negative positions, give zeros.
     table [B, P] int32: position p is row p % page_size of page table[b, p // page_size].
     split_size: rows of a part, a multiple of 128, fixed so that a sequence's result does not depend on the batch around it.
+    permute: the result's columns are in the order that the linear of `reads_permuted` wants.
     Raises ValueError where shapes or dtypes do not fit.
     """
-    return _flash_decode(q, k_cache, v_cache, lengths, table, scale, window, k_scale, v_scale, split_size)
+    return _flash_decode(q, k_cache, v_cache, lengths, table, scale, window, k_scale, v_scale, split_size, permute)

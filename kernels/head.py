@@ -309,7 +309,9 @@ def head(
     lowest id, is the choice.
     ValueError: a shape or dtype that does not fit.
     """
-    x, gain, squares = split_norm(x, norm)
+    x, gain, squares, permuted = split_norm(x, norm)
+    if permuted:
+        raise ValueError("norm: found permuted columns, expected them in order")
     return torch.ops.rooflama.head(x, *Operand.of(weight), gain, squares, eps, vocab_size, temperature, seed, sample, lengths)
 
 

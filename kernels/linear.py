@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import hold, num_sms, pdl_trigger, pdl_wait, to_cache
+from kernels._common import hold, num_sms, pdl_trigger, pdl_wait, permute_columns, permuted, to_cache
 from kernels._matmul import (
     MAX_ROWS,
     FoldedNorm,
@@ -48,6 +48,7 @@ from kernels._matmul import (
     x_scale,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
+from kernels._packed_ring import launch_packed_ring, launch_packed_ring_qkv
 from kernels._ring import launch_ring, launch_ring_qkv, ring_serves_qkv, tma_reads
 from kernels.formats import Weight
 from kernels.tiles import Tile, fold_block
@@ -140,9 +141,10 @@ def _linear_residual(residual_ptr, features, m, M, F):
 @triton.jit
 def _linear_epilogue(
     sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F,
-    SILU_MUL: tl.constexpr, MASK_N: tl.constexpr, BLOCK: tl.constexpr,
+    SILU_MUL: tl.constexpr, MASK_N: tl.constexpr, BLOCK: tl.constexpr, PERMUTE: tl.constexpr,
 ):  # fmt: skip
-    """Norm factor, bias, activation, residual, store; and where there is a `gain`, what FoldedNorm has of the tile."""
+    """Norm factor, bias, activation, residual, store; and where there is a `gain`, what FoldedNorm has of the tile. PERMUTE:
+    the columns of that, or else of y, for the packed linear that reads it."""
     y = _add_bias(sums[0] * factor, bias_ptr, rows[0], N, MASK_N)
     if SILU_MUL:
         y = y / (1.0 + tl.exp(-y)) * _add_bias(sums[1] * factor, bias_ptr, rows[1], N, MASK_N)
@@ -153,13 +155,14 @@ def _linear_epilogue(
     y = y.to(y_ptr.dtype.element_ty)
     mask = (rows[0] < F)[:, None] & (m < M)[None, :]
     offset = m[None, :] * F + rows[0][:, None]
-    tl.store(y_ptr + offset, y, mask=mask)
+    next_offset = m[None, :] * F + permuted(rows[0])[:, None] if PERMUTE else offset
+    tl.store(y_ptr + (next_offset if sum_ptr is None else offset), y, mask=mask)
     if sum_ptr is not None:
         R: tl.constexpr = y.shape[0]
         wide = y.to(tl.float32)
         if MASK_N:
             wide = tl.where((rows[0] < F)[:, None], wide, 0.0)
-        tl.store(scaled_ptr + offset, (wide * gain[:, None]).to(y.dtype), mask=mask)
+        tl.store(scaled_ptr + next_offset, (wide * gain[:, None]).to(y.dtype), mask=mask)
         blocks = tl.sum((wide * wide).reshape([R // BLOCK, BLOCK, y.shape[1]]), 1)
         block, P = tl.min(rows[0], 0) // BLOCK + tl.arange(0, R // BLOCK), tl.cdiv(F, BLOCK)
         tl.store(sum_ptr + m[None, :] * P + block[:, None], blocks, mask=(block < P)[:, None] & (m < M)[None, :])
@@ -170,7 +173,7 @@ def _linear_kernel(
     x_ptr, w_ptr, scale_ptr, zero_ptr, norm_ptr, folded_ptr, bias_ptr, residual_ptr, y_ptr, gain_ptr, scaled_ptr, sum_ptr,
     partial_ptr, squares_ptr, counter_ptr,
     M, N, F, K, columns, eps,
-    SILU_MUL: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, FOLDED: tl.constexpr,
+    SILU_MUL: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr, PERMUTE: tl.constexpr, FOLDED: tl.constexpr,
     DTYPE: tl.constexpr, DOT: tl.constexpr, M_FMA: tl.constexpr, MP: tl.constexpr, R: tl.constexpr,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, PRELOAD: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     GRID: tl.constexpr, MASK_N: tl.constexpr, MASK_K: tl.constexpr,
@@ -220,13 +223,14 @@ def _linear_kernel(
             factor = norm_factor(all_squares, folded, K, eps, NORM, FOLDED, X_SCALE)
             _linear_epilogue(
                 all_sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F,
-                SILU_MUL, MASK_N, BLOCK,
+                SILU_MUL, MASK_N, BLOCK, PERMUTE,
             )  # fmt: skip
     else:
         factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
         _linear_epilogue(
-            sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F, SILU_MUL, MASK_N, BLOCK
-        )
+            sums, factor, bias_ptr, residual, y_ptr, gain, scaled_ptr, sum_ptr, rows, m, M, N, F,
+            SILU_MUL, MASK_N, BLOCK, PERMUTE,
+        )  # fmt: skip
         if GRID:
             for later in tl.range(tile + tl.num_programs(0), tl.cdiv(N, R), tl.num_programs(0), num_stages=STAGES):
                 later_rows = _linear_rows(later, F, R, SILU_MUL)
@@ -238,7 +242,7 @@ def _linear_kernel(
                 later_residual = _linear_residual(residual_ptr, later_rows[0], m, M, F)
                 _linear_epilogue(
                     pair, factor, bias_ptr, later_residual, y_ptr, gain, None, None, later_rows, m, M, N, F,
-                    SILU_MUL, MASK_N, BLOCK,
+                    SILU_MUL, MASK_N, BLOCK, PERMUTE,
                 )  # fmt: skip
 
 
@@ -363,13 +367,15 @@ def _qkv_kernel(
 # ---------------------------------------------------------------- operators
 
 
-def _linear_output(x, w: Operand, bias, norm, squares, activation, residual):
+def _linear_output(x, w: Operand, bias, norm, squares, activation, residual, permute):
     check_matmul(x, w, bias, norm, squares)
     if activation not in ("none", "silu_mul"):
         raise ValueError(f"activation: found {activation!r}, expected 'none' or 'silu_mul'")
     if activation == "silu_mul" and w.is_packed and w.rows % 16:
         raise ValueError(f"weight: found {w.rows} packed rows, expected a multiple of 16 for silu_mul")
     y = x.new_empty(x.shape[0], w.rows // (2 if activation == "silu_mul" else 1))
+    if permute and y.shape[1] % 32:
+        raise ValueError(f"weight: found {y.shape[1]} outputs, expected a multiple of 32 where columns are permuted")
     if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_contiguous()):
         raise ValueError(
             f"residual: found {residual.dtype} {list(residual.shape)}, expected {y.dtype} {list(y.shape)}, contiguous"
@@ -384,13 +390,24 @@ def _adds_residual_first(x, tile: Tile, norm, activation: str) -> bool:
     return alone and norm is None and activation == "none" and x.shape[1] <= 2 * tile.chunk
 
 
-def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual, y, gain=None, folded=None, block=0):
-    """_linear_kernel, which fills y, and of a `gain` the FoldedNorm `folded` of y."""
+def _launch_linear(
+    x, w: Operand, bias, norm, squares, eps, activation, residual, y, is_permuted, permute, gain=None, folded=None, block=0
+):  # fmt: skip
+    """The kernel that fills y, and of a `gain` the FoldedNorm `folded` of y."""
     op = activation if activation == "silu_mul" else "linear"
-    tile = tile_of(op, x, w, rings=bias is gain is squares is None and tma_reads(x, w.weight, norm))
+    if w.is_packed:
+        tile = tile_of(op, x, w, rings=is_permuted and bias is norm is None and tma_reads(x, w.weight, w.scale, w.zero))
+    else:
+        serves = bias is gain is squares is None and not is_permuted and not permute
+        tile = tile_of(op, x, w, rings=serves and tma_reads(x, w.weight, norm))
+    if tile.ring and w.is_packed:
+        launch_packed_ring(x, w, squares, eps, op == "silu_mul", residual, y, permute, tile, gain, folded)
+        return
     if tile.ring:
         launch_ring(x, w, norm, eps, op == "silu_mul", residual, y, tile)
         return
+    if is_permuted:
+        x = permute_columns(x)
     if gain is not None and (tile.rows % block or tile.grid):
         raise ValueError(f"Tile.rows: found {tile.rows}, expected a multiple of {block} (and no grid) where a norm is folded")
     arguments, options = matmul_arguments(tile, x, w, norm, squares)
@@ -410,6 +427,7 @@ def _launch_linear(x, w: Operand, bias, norm, squares, eps, activation, residual
         SILU_MUL=activation == "silu_mul",
         ADD=_adds_residual_first(x, tile, norm, activation),
         BLOCK=block,
+        PERMUTE=permute,
         GRID=tile.grid,
         SPLIT=tile.split,
         **arguments,
@@ -432,18 +450,22 @@ def _linear(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
+    permuted: bool,
+    permute: bool,
 ) -> torch.Tensor:
     w = Operand(weight, scale, zero, format, rows)
-    y = _linear_output(x, w, bias, norm, squares, activation, residual)
+    y = _linear_output(x, w, bias, norm, squares, activation, residual, permute)
     if not uses_kernel(x):
-        return linear_ref(x, w.plain(x), bias, norm, eps, activation, residual, squares)
-    _launch_linear(x, w, bias, norm, squares, eps, activation, residual, y)
+        x = permute_columns(x) if permuted else x
+        y = linear_ref(x, w.plain(x), bias, norm, eps, activation, residual, squares)
+        return permute_columns(y) if permute else y
+    _launch_linear(x, w, bias, norm, squares, eps, activation, residual, y, permuted, permute)
     return y
 
 
 @_linear.register_fake
-def _(x, weight, scale, zero, format, rows, bias, norm, squares, eps, activation, residual):
-    return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, squares, activation, residual)
+def _(x, weight, scale, zero, format, rows, bias, norm, squares, eps, activation, residual, permuted, permute):
+    return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, squares, activation, residual, permute)
 
 
 def linear(
@@ -454,19 +476,24 @@ def linear(
     eps: float = 0.0,
     activation: str = "none",
     residual: torch.Tensor | None = None,
+    permuted: bool = False,
+    permute: bool = False,
 ) -> torch.Tensor:
     """activation(rmsnorm(x) @ weight.T + bias) + residual, in x.dtype.
 
     x [M, K], M of 1 to MAX_ROWS; norm: the gain [K], or x's FoldedNorm, or None for no RMSNorm; residual [M, N].
     activation "none" gives [M, N]; "silu_mul" gives silu(gate) * up [M, N / 2] of a weight whose first half is gate.
-    ValueError: a shape, dtype or activation that does not fit.
+    permuted: x's columns (a FoldedNorm says so itself) are in the order that `reads_permuted` is about; permute: the result's
+    are to be. ValueError: a shape, dtype or activation that does not fit.
     """
-    x, gain, squares = split_norm(x, norm)
-    return torch.ops.rooflama.linear(x, *Operand.of(weight), weight.bias, gain, squares, eps, activation, residual)
+    x, gain, squares, permuted = split_norm(x, norm, permuted)
+    return torch.ops.rooflama.linear(
+        x, *Operand.of(weight), weight.bias, gain, squares, eps, activation, residual, permuted, permute
+    )  # fmt: skip
 
 
-def _folding_output(x, w: Operand, bias, residual, gain, block) -> tuple[torch.Tensor, FoldedNorm]:
-    y = _linear_output(x, w, bias, None, None, "none", residual)
+def _folding_output(x, w: Operand, bias, residual, gain, block, permute) -> tuple[torch.Tensor, FoldedNorm]:
+    y = _linear_output(x, w, bias, None, None, "none", residual, permute)
     if gain.shape != y.shape[1:] or gain.dtype != x.dtype:
         raise ValueError(f"gain: found {gain.dtype} {list(gain.shape)}, expected {x.dtype} [{w.rows}]")
     return y, FoldedNorm(torch.empty_like(y), y.new_empty(y.shape[0], -(-w.rows // block), dtype=torch.float32))
@@ -484,33 +511,46 @@ def _linear_folding(
     residual: torch.Tensor,
     gain: torch.Tensor,
     block: int,
+    permuted: bool,
+    permute: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     w = Operand(weight, scale, zero, format, rows)
-    y, folded = _folding_output(x, w, bias, residual, gain, block)
+    y, folded = _folding_output(x, w, bias, residual, gain, block, permute)
     if not uses_kernel(x):
+        x = permute_columns(x) if permuted else x
         y = linear_ref(x, w.plain(x), bias, residual=residual)
-        return y, *fold_norm_ref(y, gain, block)
-    _launch_linear(x, w, bias, None, None, 0.0, "none", residual, y, gain, folded, block)
-    return y, *folded
+        scaled, squares, _ = fold_norm_ref(y, gain, block)
+        return y, permute_columns(scaled) if permute else scaled, squares
+    _launch_linear(x, w, bias, None, None, 0.0, "none", residual, y, permuted, permute, gain, folded, block)
+    return y, folded.scaled, folded.squares
 
 
 @_linear_folding.register_fake
-def _(x, weight, scale, zero, format, rows, bias, residual, gain, block):
-    y, folded = _folding_output(x, Operand(weight, scale, zero, format, rows), bias, residual, gain, block)
-    return y, *folded
+def _(x, weight, scale, zero, format, rows, bias, residual, gain, block, permuted, permute):
+    y, folded = _folding_output(x, Operand(weight, scale, zero, format, rows), bias, residual, gain, block, permute)
+    return y, folded.scaled, folded.squares
 
 
 def linear_folding(
-    x: torch.Tensor, weight: Weight, *, residual: torch.Tensor, gain: torch.Tensor
+    x: torch.Tensor,
+    weight: Weight,
+    *,
+    residual: torch.Tensor,
+    gain: torch.Tensor,
+    permuted: bool = False,
+    permute: bool = False,
 ) -> tuple[torch.Tensor, FoldedNorm]:
     """y = x @ weight.T + bias + residual [M, N], and the FoldedNorm of y for a norm of this gain [N]: what the operators that
     read y take as their `norm`. Pays where tiles.folds_norm says so.
 
-    x [M, K], M of 1 to MAX_ROWS; residual [M, N]. ValueError: a shape or dtype that does not fit.
+    x [M, K], M of 1 to MAX_ROWS; residual [M, N]. permuted, permute: the columns of x, and of what the FoldedNorm holds, as for
+    `linear`. ValueError: a shape or dtype that does not fit.
     """
-    block = fold_block(x.shape[0], weight.packed)
-    y, *folded = torch.ops.rooflama.linear_folding(x, *Operand.of(weight), weight.bias, residual, gain, block)
-    return y, FoldedNorm(*folded)
+    block = 64 if permuted else fold_block(x.shape[0], weight.packed)  # a ring's tile has 64 rows at least
+    y, *folded = torch.ops.rooflama.linear_folding(
+        x, *Operand.of(weight), weight.bias, residual, gain, block, permuted, permute
+    )
+    return y, FoldedNorm(*folded, permute)
 
 
 def _qkv_output(
@@ -567,6 +607,7 @@ def _qkv_rope_append(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
+    permuted: bool,
 ) -> torch.Tensor:
     Hq, Hkv, D = num_heads, num_kv_heads, head_dim
     w = Operand(weight, scale, zero, format, rows)
@@ -574,16 +615,45 @@ def _qkv_rope_append(
         x, w, bias, norm, squares, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D
     )  # fmt: skip
     if not uses_kernel(x):
+        x = permute_columns(x) if permuted else x
         return qkv_rope_append_ref(
             x, w.plain(x), bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
             page_size, Hq, Hkv, D, squares,
         )  # fmt: skip
-    tile = tile_of("qkv", x, w, rings=ring_serves_qkv(x, D, squares, q_norm, k_cache, v_cache) and tma_reads(x, w.weight, norm))
+    serves = ring_serves_qkv(D, q_norm)
+    if w.is_packed:
+        tile = tile_of("qkv", x, w, rings=serves and permuted and norm is None and tma_reads(x, w.weight, w.scale, w.zero))
+    else:
+        tile = tile_of("qkv", x, w, rings=serves and squares is None and not permuted and tma_reads(x, w.weight, norm))
+    if tile.ring and w.is_packed:
+        launch_packed_ring_qkv(
+            x,
+            w,
+            bias,
+            squares,
+            eps,
+            q_norm,
+            k_norm,
+            qk_eps,
+            cos,
+            sin,
+            lengths,
+            table,
+            q,
+            k_cache,
+            v_cache,
+            page_size,
+            Hkv,
+            tile,
+        )
+        return q
     if tile.ring:
         launch_ring_qkv(
             x, w, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, q, k_cache, v_cache, page_size, Hkv, tile
         )
         return q
+    if permuted:
+        x = permute_columns(x)
     tile = fit_to_head(tile, D)
     if q_norm is not None and D & (D - 1):
         raise ValueError(f"head_dim: found {D}, expected a power of two where queries and keys are normalised")
@@ -622,7 +692,7 @@ def _qkv_rope_append(
 @_qkv_rope_append.register_fake
 def _(
     x, weight, scale, zero, format, rows, bias, norm, squares, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table,
-    k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim,
+    k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim, permuted,
 ):  # fmt: skip
     Hq, Hkv, D, w = num_heads, num_kv_heads, head_dim, Operand(weight, scale, zero, format, rows)
     return _qkv_output(
@@ -665,8 +735,8 @@ def qkv_rope_append(
     is written where p is below 0. lengths [B], table [B, P] int32.
     ValueError: a shape or dtype that does not fit.
     """
-    x, gain, squares = split_norm(x, norm)
+    x, gain, squares, permuted = split_norm(x, norm)
     return torch.ops.rooflama.qkv_rope_append(
         x, *Operand.of(weight), weight.bias, gain, squares, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table,
-        k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim,
+        k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim, permuted,
     )  # fmt: skip

@@ -19,7 +19,8 @@ PLAIN_ROWS = 16  # of x: beyond, cuBLAS multiplies plain weights, but for KERNEL
 MAX_ROWS = 64  # of x: beyond, a matmul is no longer bound by the weights' bytes, and no kernel takes it
 SHARED_BYTES = 227 * 1024  # shared memory a program may have (Hopper)
 RING_BYTES = SHARED_BYTES - 1024  # less barriers, and what the compiler needs
-RING_ROWS = 128  # weight rows of a program whose weights go through a ring (_ring.py)
+RING_ROWS = 128  # weight rows of a program whose plain weights go through a ring (_ring.py)
+RING_LEAST = 9  # rows of x from which on packed weights go through a ring (_packed_ring.py)
 
 
 def floor_power_of_two(n: int) -> int:
@@ -41,20 +42,26 @@ class Tile:
     stream: bool = False  # mark weights evict-first, so that x and the norm's weight keep their place in L1
     padded: int = 16  # rows of x that a dot multiplies, at least; those that there are not count as zeros
     registers: int | None = None  # limit per thread: fewer lets the next kernel's programs become resident earlier
-    ring: bool = False  # plain weights through a ring of `stages` chunks in shared memory (_ring.py): RING_ROWS rows, 4 warps
+    ring: bool = False  # a ring of `stages` chunks in shared memory: plain weights (_ring.py) by RING_ROWS rows and 4 warps,
+    # packed ones (_packed_ring.py) by 16 rows for each of 4 or 8 warps
 
     def __post_init__(self):
         for name in ("rows", "chunk", "warps"):
             value = getattr(self, name)
             assert value == floor_power_of_two(value), f"Tile.{name}: found {value}, expected a power of two"
         assert not (self.grid and (self.dot or self.split > 1)), "Tile.grid: a persistent grid takes neither dot nor split"
-        assert not self.ring or ((self.rows, self.warps) == (RING_ROWS, 4) and self.stages >= 2), (
+        shape = (self.rows, self.warps)
+        assert not self.ring or (shape in ((RING_ROWS, 4), (128, 8), (64, 4)) and self.stages >= 2), (
             "Tile.ring: found other fields"
         )
 
 
 def ring_tile(chunk: int, stages: int, split: int = 1) -> Tile:
     return Tile(RING_ROWS, chunk, 4, dot=True, split=split, stages=stages, ring=True)
+
+
+def packed_ring_tile(rows: int, chunk: int, stages: int, split: int = 1) -> Tile:
+    return Tile(rows, chunk, rows // 16, dot=True, split=split, stages=stages, ring=True)
 
 
 # ---------------------------------------------------------------- the measured table
@@ -127,10 +134,6 @@ MEASURED = {
     (132, "int4", 1, "linear", 2048, 2048): Tile(16, 1024, 8, preload=2, dot=True),
     (132, "int4", 1, "silu_mul", 16384, 2048): Tile(32, 512, 4, preload=4, dot=True, registers=128),
     (132, "int4", 1, "linear", 2048, 8192): Tile(16, 2048, 16, preload=4, dot=True),
-    # Llama-3.1-8B, 16 rows: fp8 3772.9 and 3108.0
-    (132, "fp8", 16, "qkv", 6144, 4096): Tile(64, 512, 8, preload=4, dot=True),
-    (132, "fp8", 16, "linear", 4096, 4096): Tile(64, 512, 8, preload=4, dot=True, split=2),
-    (132, "fp8", 16, "linear", 4096, 14336): Tile(64, 1024, 16, preload=1, dot=True, split=2),
     # Qwen3-8B: 3837.7, with a qkv of Tile(8, 1024, 2, preload=1)
     (132, "bf16", 1, "silu_mul", 24576, 4096): Tile(8, 1024, 2, preload=1, stream=True),
     (132, "bf16", 1, "linear", 4096, 12288): Tile(1, 2048, 8, stream=True),
@@ -169,7 +172,7 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: b
         if measured is not None and (rings or not measured.ring):
             return measured
     if fmt in UNIT_COLUMNS:
-        return _packed_rule(op, fmt, rows, N, K, sms)
+        return (rings and _packed_ring_rule(op, fmt, rows, N, K, sms)) or _packed_rule(op, fmt, rows, N, K, sms)
     if rows <= FMA_RULE_ROWS:
         return _fma_rule(op, N, K, sms)
     return (rings and rows <= PLAIN_ROWS and _ring_rule(op, rows, N, K, sms)) or _dot_rule(op, rows, N, K, sms)
@@ -269,6 +272,24 @@ def _ring_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile | None:
     return None
 
 
+def _packed_ring_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile | None:
+    """Two programs a multiprocessor, one of which widens codes while the other's are multiplied; with more than 32 rows of x,
+    which weigh as much as the codes, one where that is enough for all. As many stages as there is room for."""
+    height, widest = 64 if op == "linear" else 128, 2 * UNIT_COLUMNS[fmt]
+    if op == "head" or rows < RING_LEAST or N % height or K % widest:
+        return None
+    programs, split = N // height, 1
+    most = sms if rows > 32 else 2 * sms
+    while op != "silu_mul" and split < 4 and 2 * split * programs <= most and K % (2 * split * widest) == 0:
+        split *= 2
+    each = 1 if programs * split <= sms else 2
+    for chunk, stages in itertools.product((widest, widest // 2), range(16, 2, -1)):
+        tile = packed_ring_tile(height, chunk, stages, split)
+        if each * packed_ring_bytes(tile, fmt, rows) <= SHARED_BYTES and stages < K // (split * chunk):
+            return tile
+    return None
+
+
 def _many_rows_rule(op: str, N: int, K: int, sms: int) -> Tile:
     """Rows of x that weigh as much as the weights, and that every program reads again: the tallest tile that gives 70% of the
     multiprocessors a program, if need be by splitting K (tiles and share as measured for the 8B)."""
@@ -332,7 +353,7 @@ def candidate_tiles(op: str, rows: int, N: int, K: int, fmt: str = "bf16") -> li
     """The tiles worth measuring for one shape inside the whole step."""
     packed = fmt if fmt in UNIT_COLUMNS else None
     tiles = (
-        _packed_candidates(op, fmt, rows, N, K)
+        _packed_ring_candidates(op, fmt, rows, N, K) + _packed_candidates(op, fmt, rows, N, K)
         if packed
         else _ring_candidates(op, rows, N, K) + _fma_candidates(op, rows, N, K) + _dot_candidates(op, rows, N, K)
     )
@@ -345,6 +366,32 @@ def ring_bytes(tile: Tile, M: int) -> int:
     """Shared memory of a ring's program: weights, x and a norm's gain, and x times the gain twice."""
     MP = ring_padded(M)
     return 2 * tile.chunk * (tile.stages * (RING_ROWS + MP + 1) + 2 * MP)
+
+
+def packed_ring_bytes(tile: Tile, fmt: str, M: int) -> int:
+    """Shared memory of a packed ring's program: codes, x, int4's scales and zeros, and what the compiler and the card need."""
+    units = tile.chunk // UNIT_COLUMNS[fmt]
+    stage = 64 * tile.rows * units + 2 * tile.chunk * ring_padded(M) + (6 * tile.rows * units if fmt == "int4" else 0)
+    return tile.stages * stage + 2048
+
+
+def _packed_ring_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
+    if M < RING_LEAST or op == "head":
+        return []
+    tiles = []
+    for height, each, units, split in itertools.product((64, 128), (1, 2, 4), (1, 2), (1, 2, 4, 8)):
+        chunk = units * UNIT_COLUMNS[fmt]
+        stages = range(16, 1, -1)
+        fitting = (
+            t
+            for s in stages
+            if each * packed_ring_bytes(t := packed_ring_tile(height, chunk, s, split), fmt, M) <= SHARED_BYTES
+        )
+        tile = next(fitting, None)
+        whole = N % height == 0 and K % (split * chunk) == 0 and (split == 1 or op != "silu_mul")
+        if tile and whole and (op == "linear" or height == 128) and N // height * split <= 1024:
+            tiles.append(tile)
+    return tiles
 
 
 def _ring_candidates(op: str, M: int, N: int, K: int) -> list[Tile]:

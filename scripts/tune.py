@@ -76,10 +76,12 @@ def compile_tile(job) -> tuple | None:
         tensor.zero_()
     weight.tile()
     lengths = make(rows, dtype=torch.int32)
-    norms = [norm]
+    norms, permuted = [norm], tile.ring and weight.packed is not None
     if kernels.folds_norm(c.layer_format, weight.packed):
-        squares = make(rows, -(-K // fold_block(rows, c.layer_format)), dtype=torch.float32)
-        norms.append(kernels.FoldedNorm(x, squares))
+        squares = make(rows, -(-K // (64 if permuted else fold_block(rows, c.layer_format))), dtype=torch.float32)
+        norms.append(kernels.FoldedNorm(x, squares, permuted))
+    if permuted:
+        norms = norms[1:]  # no ring of packed weights does a norm itself
     try:
         with override_tiles({(op, N, K): tile}):
             for norm in norms:
@@ -91,8 +93,10 @@ def compile_tile(job) -> tuple | None:
 
 
 def run_operator(op: str, c, x, weight: Weight, norm, lengths) -> None:
-    """One linear of a decode step on rows x [M, K]; norm: its gain, or a FoldedNorm."""
+    """One linear of a decode step on rows x [M, K]; norm: its gain, or a FoldedNorm, which says whether x's columns are
+    permuted; then so is what the next linear reads."""
     rows, N, make = len(x), weight.out_features, functools.partial(torch.zeros, device=x.device)
+    permuted = isinstance(norm, kernels.FoldedNorm) and norm.permuted
     if op == "qkv":
         cache = make(rows, c.num_kv_heads, 64, c.head_dim, dtype=x.dtype)
         rope = make(64, c.head_dim // 2)
@@ -105,9 +109,10 @@ def run_operator(op: str, c, x, weight: Weight, norm, lengths) -> None:
     elif op == "head":
         kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)  # greedy, as the steps are that count
     elif op == "silu_mul":
-        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
+        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", permute=permuted)
     elif isinstance(norm, kernels.FoldedNorm):
-        kernels.linear_folding(x, weight, residual=make(rows, N, dtype=x.dtype), gain=make(N, dtype=x.dtype))
+        order = {"permuted": permuted, "permute": permuted}
+        kernels.linear_folding(x, weight, residual=make(rows, N, dtype=x.dtype), gain=make(N, dtype=x.dtype), **order)
     else:
         kernels.linear(x, weight, residual=make(rows, N, dtype=x.dtype))
 

@@ -10,11 +10,13 @@ import pytest
 import torch
 
 import kernels
+from decoding import decode_one_token
 from generate import Engine, Transformer, fill_randomly
 from kernels.flash_prefill import CUDNN_TOKENS, cudnn_runs
 from kv_cache import KVCache
 from model import SHAPES, PackStep, PrefillStep
 from prefill import Piece, Prefiller
+from quantize import make_recipe
 from runs import CHUNK, Request
 from sampling import SamplingParams
 from speculative import ModelDrafter, NgramDrafter
@@ -185,6 +187,40 @@ def test_the_host_waits_for_nothing_but_the_status():
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("cache", ["auto", "fp8"])
+@pytest.mark.parametrize(
+    ("shape", "mode", "rows"), [("llama-3.2-1b", "fp8", 9), ("qwen3-8b", "int4", 16), ("qwen2.5-7b", "int8", 40)]
+)
+def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
+    """A step through rings, with columns permuted from kernel to kernel, and one through other tiles: the same logits but for
+    rounding; graph and eager alike, bit for bit."""
+    config = dataclasses.replace(make_recipe(mode, SHAPES[shape]).config(SHAPES[shape]), num_layers=3)
+    model = Transformer(config, device="cuda")
+    fill_randomly(model)
+    engine = Engine(model, decode_mode="graph", max_seq_len=512, kv_cache_dtype=cache)
+    engine.prepare(rows, 512)
+    session = engine.session
+    x = model.embed(torch.arange(rows, device="cuda") + 7)
+
+    def start():
+        session.x.copy_(x)
+        session.cache.lengths.fill_(1)
+        session.limit.fill_(500)
+        session.done.zero_()
+
+    start()
+    rings = decode_one_token(model, session, "greedy").clone()
+    start()
+    engine.decoder.run(1)
+    assert torch.equal(engine.decoder.logits, rings)
+    assert all(kernels.reads_permuted("linear", x, layer.feed_forward.w2) for layer in model.layers)
+    monkeypatch.setattr("kernels._matmul.has_wgmma", lambda x: False)
+    assert not any(kernels.reads_permuted("linear", x, layer.feed_forward.w2) for layer in model.layers)
+    start()
+    tiles = decode_one_token(model, session, "greedy")
+    assert (rings - tiles).square().mean().sqrt() < 0.02 * tiles.square().mean().sqrt()
+
+
 @pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b", "mistral-7b"])
 def test_packed_prefill(shape):
     """Ragged packs, whole and in two parts, step by step and through graphs, against prompts alone: hidden states and cache."""
@@ -317,7 +353,9 @@ import kernels
 from generate import Engine, STEPS_PER_GRAPH, fill_randomly
 from model import SHAPES, Transformer
 import dataclasses
-config = dataclasses.replace(SHAPES[{shape!r}], num_layers=2)
+from quantize import make_recipe
+config = SHAPES[{shape!r}]
+config = dataclasses.replace(make_recipe({mode!r}, config).config(config) if {mode!r} else config, num_layers=2)
 model = Transformer(config, device="cuda"); fill_randomly(model)
 engine = Engine(model, decode_mode="graph", max_seq_len=1024)
 engine.prepare({batch}, 1024)
@@ -343,24 +381,26 @@ print(" ".join(sorted(got)))
 
 
 @pytest.mark.parametrize(
-    ("shape", "batch", "kind"),
+    ("shape", "batch", "kind", "mode"),
     [
-        ("llama-3.2-1b", 1, "greedy"),
-        ("llama-3.2-1b", 5, "draw"),
-        ("llama-3.1-8b", 1, "greedy"),
-        ("llama-3.1-8b", 16, "truncate"),
-        ("llama-3.1-8b", 40, "greedy"),  # rings of 64 rows beside cuBLAS
-        ("llama-3.1-8b", 128, "greedy"),  # gate_up
-        ("qwen3-8b", 1, "truncate"),
-        ("qwen2.5-7b", 3, "truncate"),
+        ("llama-3.2-1b", 1, "greedy", None),
+        ("llama-3.2-1b", 5, "draw", None),
+        ("llama-3.1-8b", 1, "greedy", None),
+        ("llama-3.1-8b", 16, "truncate", None),
+        ("llama-3.1-8b", 40, "greedy", None),  # rings of 64 rows beside cuBLAS
+        ("llama-3.1-8b", 128, "greedy", None),  # gate_up
+        ("qwen3-8b", 1, "truncate", None),
+        ("qwen2.5-7b", 3, "truncate", None),
+        ("llama-3.1-8b", 16, "greedy", "int4"),  # rings of packed weights
+        ("llama-3.1-8b", 64, "draw", "fp8"),
     ],
 )
-def test_early_launches_keep_the_order(shape, batch, kind):
+def test_early_launches_keep_the_order(shape, batch, kind, mode):
     """1,000 replays of 8-step graphs, with and without programs that are made late: tokens and cache equal those without PDL,
     bit for bit."""
 
     def digests(pdl, repeats, delay):
-        code = ORDER.format(root=str(ROOT), shape=shape, batch=batch, kind=kind, pdl=pdl, repeats=repeats)
+        code = ORDER.format(root=str(ROOT), shape=shape, batch=batch, kind=kind, mode=mode, pdl=pdl, repeats=repeats)
         env = os.environ | {"ROOFLAMA_DELAY_NS": str(delay)}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, timeout=500)
         assert done.returncode == 0, done.stderr

@@ -16,6 +16,7 @@ LAYERS = [
         "kernels._matmul",
         "kernels._packed",
         "kernels._random",
+        "kernels._packed_ring",
         "kernels._ring",
         "kernels._shared",
         "kernels.tiles",

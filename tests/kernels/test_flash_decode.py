@@ -257,7 +257,7 @@ def test_reference_path(head_dim):
 def test_opcheck_and_compile():
     case = Case([150, 1, 0], tokens=2, page_size=192)
     t = case.tensors
-    args = (*t.values(), case.options["scale"], None, None, None, None)
+    args = (*t.values(), case.options["scale"], None, None, None, None, True)
     opcheck(torch.ops.rooflama.flash_decode, args)
 
     @torch.compile(fullgraph=True)

@@ -163,8 +163,8 @@ def test_float32_takes_the_reference():
 
 
 def test_opcheck():
-    weight, x = make(32, 256, INT4, bias=True), randn(3, 256, dtype=BF16)
-    arguments = (x, *Operand.of(weight), weight.bias, randn(256, dtype=BF16), None, EPS, "silu_mul", None)
+    weight, x = make(64, 256, INT4, bias=True), randn(3, 256, dtype=BF16)
+    arguments = (x, *Operand.of(weight), weight.bias, randn(256, dtype=BF16), None, EPS, "silu_mul", None, False, True)
     torch.library.opcheck(torch.ops.rooflama.linear.default, arguments)
 
 
@@ -198,7 +198,7 @@ def test_choice_and_candidates_fit(op, N, K, rows, fmt):
     chosen = choose_tile(op, fmt, rows, N, K, 132)
     tiles = candidate_tiles(op, rows, N, K, fmt)
     assert len(tiles) > 10
-    for tile in [chosen, *tiles]:
+    for tile in [chosen, *(tile for tile in tiles if not tile.ring)]:
         parts, blocks = packed_shape(tile, fmt)
         assert tile.dot
         assert tile.rows * parts == 16 * blocks * tile.warps

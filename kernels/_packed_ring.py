@@ -1,0 +1,511 @@
+# ruff: noqa: RUF005 (Triton knows no star in a tuple)
+"""Linears of 9 to 64 rows on packed weights, on Hopper: a ring as in _ring.py, and wgmma with its first operand in registers.
+
+Owns the kernels that `linear`, `linear_folding` and `qkv_rope_append` launch for packed weights with a ring tile (tiles.py),
+written in Gluon, and their launch. Does not know the model. Needs a GPU of compute capability 9.0: there is no interpreter for
+it, so tests compile it anywhere and run it on a card.
+Letters as in _ring.py and _packed.py, and: ROWS weight rows of a program (16 for each of its W warps), in two boxes of HALF;
+UC units of columns that are multiplied at once, SUB such products of a stage.
+
+Codes come by TMA as they lie. A thread reads back its own 16 bytes of a half block (512 neighbouring bytes a warp), and they
+are what wgmma wants of its first operand from that thread, but for an order of columns: thread t of a row's four has columns
+8 t to 8 t + 7 of each 32, wgmma asks for 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of each 16. So it is x whose columns are permuted,
+within each 32 (`_common.permuted`), and whoever writes x does that: nothing moves here between shared memory and the products.
+Widened in order, codes would do with x as it is; but the kernels of 1 to 8 rows would then load x four bytes at a time, which
+took 6% of a step (LOG.md).
+
+While a product of 8-bit codes is under way nothing is widened: another program on the same multiprocessor is. int4's products
+are a group's each, whose sums take its scale in float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels._common import arrives_last, launch_options, pdl_trigger, pdl_wait, permuted
+from kernels._matmul import FoldedNorm, Operand, rms_factor, scratch, token_positions, x_scale
+from kernels._packed import FP8_BF16, FP8_FP16, INT4_BF16, INT4_FP16, INT8_BF16, INT8_FP16
+from kernels._ring import (
+    add_parts,
+    box_layout,
+    boxes,
+    described,
+    load_of_heads,
+    load_parts,
+    qkv_epilogue,
+    store_part,
+    sums_layout,
+)
+from kernels.formats import UNIT_COLUMNS
+from kernels.tiles import Tile, ring_padded
+
+# ---------------------------------------------------------------- codes to floats
+
+
+@gluon.constexpr_function
+def _half_blocks(PER, HB, W):
+    """Half block i of a box [PER, HB]: its bits as coordinates; which of them are a thread's registers', and which a warp's."""
+    bits = [[0, i // HB, i % HB, 0] for i in (1 << j for j in range((PER * HB).bit_length() - 1))] + [[1, 0, 0, 0]]
+    warps = 1 + W.bit_length() - 1
+    return [bits[0]] + bits[warps:], bits[1:warps]
+
+
+@gluon.constexpr_function
+def _words_layout(PER, HB, UC, W):
+    """Of a stage's codes [2, PER, HB, UC * 128]: 16 bytes a thread, as they lie in wgmma's first operand."""
+    mine, warps = _half_blocks(PER, HB, W)
+    units = [[0, 0, 0, 128 << i] for i in range(UC.bit_length() - 1)]
+    lanes = [[0, 0, 0, 4 << i] for i in range(5)]
+    return gl.DistributedLinearLayout(
+        [[0, 0, 0, 1], [0, 0, 0, 2], mine[0]] + units + mine[1:], lanes, warps, [], [2, PER, HB, UC * 128]
+    )
+
+
+@gluon.constexpr_function
+def _groups_layout(PER, HB, W):
+    """Of int4's scales or zeros [2, PER, HB, 8], a group's: where the codes of their rows are."""
+    mine, warps = _half_blocks(PER, HB, W)
+    lanes = [[0, 0, 0, 0], [0, 0, 0, 0]] + [[0, 0, 0, 1 << i] for i in range(3)]
+    return gl.DistributedLinearLayout(mine, lanes, warps, [], [2, PER, HB, 8])
+
+
+@gluon.jit
+def _halves(pair, DTYPE: gl.constexpr):
+    """The two 16-bit floats of each 32-bit word, as a last dimension."""
+    low = pair.to(gl.int16).to(DTYPE, bitcast=True)
+    return gl.join(low, (pair >> 16).to(gl.int16).to(DTYPE, bitcast=True))
+
+
+@gluon.jit
+def _operand(words, zeros, FORMAT: gl.constexpr, UC: gl.constexpr, MP: gl.constexpr, DTYPE: gl.constexpr):
+    """Codes as wgmma's first operand [ROWS, UC units]: words [2, PER, HB, UC * 128]; int4's zeros [2, PER, HB, 8] or None."""
+    W: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = 16 * W
+    A: gl.constexpr = gl.DotOperandLayout(0, sums_layout(MP, W), 2)
+    BF16: gl.constexpr = gl.bfloat16 == DTYPE
+    if FORMAT == "int4":
+        w = gl.reshape(words, [W, 2, UC, 8, 4, 4])  # block h u g t s
+        if zeros is None:
+            eight: gl.constexpr = -1022835960 if BF16 else -469179384  # twice -(128 + 8), or -(1024 + 8)
+            z = gl.full([W, 2, UC, 8, 4, 4], eight, gl.int32, w.type.layout)
+        else:
+            P: gl.constexpr = w.type.layout
+            z3 = gl.reshape(zeros.to(gl.int32), [W, 2, 8])
+            z3 = gl.convert_layout(z3, gl.SliceLayout(2, gl.SliceLayout(4, gl.SliceLayout(5, P))), assert_trivial=True)
+            z = ((z3 | (0xC300 if BF16 else 0xE400)) * 0x10001)[:, :, None, :, None, None]
+        asm: gl.constexpr = INT4_BF16 if BF16 else INT4_FP16
+        w, z = gl.broadcast(w, z)
+        p = gl.inline_asm_elementwise(
+            asm, "=&r,=&r,=&r,=&r,r,r", [w, z], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+        )
+        first = gl.join(_halves(p[0], DTYPE), _halves(p[1], DTYPE))
+        both = gl.join(first, gl.join(_halves(p[2], DTYPE), _halves(p[3], DTYPE)))  # block h u g t s kl b kh
+        out = gl.reshape(gl.permute(both, (0, 1, 3, 2, 5, 8, 7, 4, 6)), [ROWS, UC * 128])
+    else:
+        w = gl.reshape(words, [W, 2, UC, 8, 4, 2, 2])  # block h u g t s kh
+        if FORMAT == "int8":
+            asm: gl.constexpr = INT8_BF16 if BF16 else INT8_FP16
+        else:
+            asm: gl.constexpr = FP8_BF16 if BF16 else FP8_FP16
+        p = gl.inline_asm_elementwise(asm, "=&r,=&r,r", [w], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+        both = gl.join(_halves(p[0], DTYPE), _halves(p[1], DTYPE))  # block h u g t s kh kl b
+        out = gl.reshape(gl.permute(both, (0, 1, 3, 2, 5, 6, 8, 4, 7)), [ROWS, UC * 64])
+    return gl.convert_layout(out, A, assert_trivial=True)
+
+
+# ---------------------------------------------------------------- the ring
+
+
+@gluon.constexpr_function
+def _weight_bytes(w_desc, scale_desc, zero_desc, SUB):
+    """That arrive for a stage."""
+    return SUB * sum(d.block_type.nbytes for d in (w_desc, scale_desc, zero_desc) if d is not None)
+
+
+@gluon.jit
+def _load_weights(ring, w_desc, scale_desc, zero_desc, bar, slot, group, unit, pred, SUB: gl.constexpr):
+    """Both boxes of W from `unit` on into a stage, and int4's scales and zeros."""
+    UC: gl.constexpr = w_desc.block_type.shape[3] // 128
+    for u in gl.static_range(SUB):
+        at = slot * SUB + u
+        tma.async_copy_global_to_shared(w_desc, [0, group, 0, (unit + u * UC) * 128], bar, ring[0].index(at), pred=pred)
+        if scale_desc is not None:
+            tma.async_copy_global_to_shared(scale_desc, [0, group, 0, (unit + u) * 8], bar, ring[4].index(at), pred=pred)
+        if zero_desc is not None:
+            tma.async_copy_global_to_shared(zero_desc, [0, group, 0, (unit + u) * 8], bar, ring[5].index(at), pred=pred)
+
+
+@gluon.jit
+def _load_x(ring, x_desc, bar, slot, k, pred, SUB: gl.constexpr):
+    """x from column k on into a stage."""
+    COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
+    for u in gl.static_range(SUB):
+        tma.async_copy_global_to_shared(x_desc, [0, k + u * COLUMNS], bar, ring[1].index(slot * SUB + u), pred=pred)
+
+
+@gluon.jit
+def _begin(
+    w_desc, x_desc, scale_desc, zero_desc, group, unit0, first, S: gl.constexpr, SUB: gl.constexpr, PDL: gl.constexpr
+):  # fmt: skip
+    """A ring whose first stages are on their way: weights, and behind the dependency wait x. group: of W's, the first.
+
+    first: stages that are filled; not a constant, for LLVM would unroll the loops over it.
+    """
+    MP: gl.constexpr = x_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
+    PER: gl.constexpr = w_desc.block_type.shape[1]
+    HB: gl.constexpr = w_desc.block_type.shape[2]
+    UC: gl.constexpr = w_desc.block_type.shape[3] // 128
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [S * SUB, 2, PER, HB, UC * 128], w_desc.layout)
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [S * SUB, MP, COLUMNS], x_desc.layout)
+    w_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    x_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    scale_smem, zero_smem = w_smem, w_smem  # where there are none: a tuple takes no None
+    if scale_desc is not None:
+        scale_smem = gl.allocate_shared_memory(scale_desc.dtype, [S * SUB, 2, PER, HB, 8], scale_desc.layout)
+    if zero_desc is not None:
+        zero_smem = gl.allocate_shared_memory(zero_desc.dtype, [S * SUB, 2, PER, HB, 8], zero_desc.layout)
+    ring = (w_smem, x_smem, w_bars, x_bars, scale_smem, zero_smem)
+    for i in range(first):  # a stage after the other, so that the first load is out at once
+        w_bar, x_bar = w_bars.index(i), x_bars.index(i)
+        mbarrier.init(w_bar, count=1)
+        mbarrier.init(x_bar, count=1)
+        fence_async_shared()
+        mbarrier.expect(w_bar, _weight_bytes(w_desc, scale_desc, zero_desc, SUB))
+        mbarrier.expect(x_bar, SUB * x_desc.block_type.nbytes)
+        tl.debug_barrier()
+        _load_weights(ring, w_desc, scale_desc, zero_desc, w_bar, i, group, unit0 + i * (SUB * UC), True, SUB)
+    pdl_wait(PDL)
+    for i in range(first):
+        _load_x(ring, x_desc, x_bars.index(i), i, unit0 * (COLUMNS // UC) + i * (SUB * COLUMNS), True, SUB)
+    return ring
+
+
+@gluon.jit
+def _multiply(
+    ring, w_desc, x_desc, scale_desc, zero_desc, group, unit0,
+    FORMAT: gl.constexpr, CHUNKS: gl.constexpr, S: gl.constexpr, SUB: gl.constexpr,
+):  # fmt: skip
+    """Of a program's CHUNKS stages the sums [ROWS, MP]: of int4 scaled, of 8-bit codes yet without their rows' scales."""
+    w_smem, x_smem, w_bars, x_bars = ring[0], ring[1], ring[2], ring[3]
+    W: gl.constexpr = gl.num_warps()
+    MP: gl.constexpr = x_desc.block_type.shape[0]
+    COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
+    PER: gl.constexpr = w_desc.block_type.shape[1]
+    HB: gl.constexpr = w_desc.block_type.shape[2]
+    UC: gl.constexpr = w_desc.block_type.shape[3] // 128
+    MMA: gl.constexpr = sums_layout(MP, W)
+    WORDS: gl.constexpr = _words_layout(PER, HB, UC, W)
+    GROUPS: gl.constexpr = _groups_layout(PER, HB, W)
+    BY_GROUPS: gl.constexpr = scale_desc is not None
+    sums = gl.zeros([16 * W, MP], gl.float32, MMA)
+    slot = 0
+    phase = 0
+    for c in range(CHUNKS):
+        mbarrier.wait(w_bars.index(slot), phase)
+        part_before, scale_before = sums, sums  # not carried from stage to stage: ptxas would multiply one k16 at a time
+        for u in gl.static_range(SUB):
+            at = slot * SUB + u
+            zeros = None
+            if zero_desc is not None:
+                zeros = ring[5].index(at).load(GROUPS)
+            w = _operand(w_smem.index(at).load(WORDS), zeros, FORMAT, UC, MP, x_desc.dtype)
+            if BY_GROUPS:
+                scale = gl.reshape(ring[4].index(at).load(GROUPS), [16 * W])
+                scale = gl.convert_layout(scale, gl.SliceLayout(1, MMA), assert_trivial=True).to(gl.float32)
+            if u == 0:
+                mbarrier.wait(x_bars.index(slot), phase)
+            operand = x_smem.index(at).permute((1, 0))
+            if BY_GROUPS:
+                nothing = gl.zeros([16 * W, MP], gl.float32, MMA)
+                part = warpgroup_mma(w, operand, nothing, use_acc=False, is_async=True)
+                if u > 0:  # the product before this one
+                    done = warpgroup_mma_wait(1, deps=(part_before,))
+                    sums += done * scale_before[:, None]
+                part_before, scale_before = part, scale
+            else:
+                sums = warpgroup_mma(w, operand, sums, is_async=True)
+        # Chunk c - 1 has been multiplied: its stage is free.
+        free = gl.where(slot == 0, S - 1, slot - 1)
+        more = (c >= 1) & (c < CHUNKS - S + 1)
+        unit = unit0 + (c + S - 1) * (SUB * UC)
+        w_bar, x_bar = w_bars.index(free), x_bars.index(free)
+        mbarrier.expect(w_bar, _weight_bytes(w_desc, scale_desc, zero_desc, SUB), pred=more)
+        mbarrier.expect(x_bar, SUB * x_desc.block_type.nbytes, pred=more)
+        tl.debug_barrier()  # every warp has multiplied
+        _load_weights(ring, w_desc, scale_desc, zero_desc, w_bar, free, group, unit, more, SUB)
+        _load_x(ring, x_desc, x_bar, free, unit * (COLUMNS // UC), more, SUB)
+        wraps = slot == S - 1
+        phase = gl.where(wraps, phase ^ 1, phase)
+        slot = gl.where(wraps, 0, slot + 1)
+        if BY_GROUPS:
+            done = warpgroup_mma_wait(0, deps=(part_before,))
+            sums += done * scale_before[:, None]
+        else:  # the next codes are to be widened into the registers that this product reads
+            sums = warpgroup_mma_wait(0, deps=(sums,))
+    tl.debug_barrier()  # the compiler's own shared memory lies in the ring: not before every warp has multiplied
+    return sums
+
+
+@gluon.jit
+def _merge(partial_ptr, tile, SPLIT: gl.constexpr, HALF: gl.constexpr, MP: gl.constexpr):
+    """A tile's sums, [HALF, MP] of each box, from what its programs have stored."""
+    Y: gl.constexpr = box_layout(HALF, MP, gl.num_warps())
+    r = gl.arange(0, HALF, gl.SliceLayout(1, Y))[:, None]
+    m = gl.arange(0, MP, gl.SliceLayout(0, Y))[None, :]
+    box = partial_ptr + tile * (SPLIT * 2 * HALF * MP) + m * (2 * HALF) + r
+    parts_a = load_parts(box, 2 * HALF * MP, SPLIT)
+    parts_b = load_parts(box + HALF, 2 * HALF * MP, SPLIT)
+    return add_parts(parts_a), add_parts(parts_b)
+
+
+@gluon.jit
+def _load_factors(scale_ptr, folded_ptr, first, second, M, FOLDED: gl.constexpr, MP: gl.constexpr):
+    """The scales of both boxes' rows `first` and `second`, and the squares of a FoldedNorm; () where there are none."""
+    scales = ()
+    if scale_ptr is not None:
+        scales = (gl.load(scale_ptr + first), gl.load(scale_ptr + second))
+    folded = ()
+    if FOLDED > 0:
+        BLOCKS: gl.constexpr = triton.next_power_of_2(FOLDED)
+        L: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [gl.num_warps(), 1], [1, 0])
+        m = gl.minimum(gl.arange(0, MP, gl.SliceLayout(1, L)), M - 1)[:, None]
+        block = gl.arange(0, BLOCKS, gl.SliceLayout(0, L))[None, :]
+        folded = (gl.load(folded_ptr + m * FOLDED + block, mask=block < FOLDED, other=0.0),)
+    return scales, folded
+
+
+@gluon.jit
+def _scaled(sums, factors, eps, K: gl.constexpr, X_SCALE: gl.constexpr):
+    """Both boxes' sums by their rows' scales and the factors of their columns' norm."""
+    scales, folded = factors
+    a, b = sums
+    Y: gl.constexpr = a.type.layout
+    if len(scales) > 0:
+        a, b = a * scales[0][:, None], b * scales[1][:, None]
+    if len(folded) > 0:
+        factor = rms_factor(gl.sum(folded[0], 1), K, eps) / X_SCALE
+        factor = gl.convert_layout(factor, gl.SliceLayout(0, Y))[None, :]
+        a, b = a * factor, b * factor
+    return a, b
+
+
+# ---------------------------------------------------------------- linear
+
+
+@gluon.jit
+def _load_residuals(residual_ptr, gain_ptr, f, F, M, HALF: gl.constexpr, MP: gl.constexpr):
+    """Of both boxes' outputs; and the gain of a norm to be folded; () where there are none."""
+    m = gl.arange(0, MP, gl.SliceLayout(0, box_layout(HALF, MP, gl.num_warps())))[None, :]
+    residuals, gains = (), ()
+    if residual_ptr is not None:
+        offset = m * F + f[:, None]
+        residuals = (
+            gl.load(residual_ptr + offset, mask=m < M, other=0.0),
+            gl.load(residual_ptr + offset + HALF, mask=m < M, other=0.0),
+        )
+    if gain_ptr is not None:
+        gains = (gl.load(gain_ptr + f), gl.load(gain_ptr + f + HALF))
+    return residuals, gains
+
+
+@gluon.jit
+def _linear_epilogue(
+    sums, loaded, y_ptr, scaled_ptr, sum_ptr, f, F, M,
+    SILU_MUL: gl.constexpr, PERMUTE: gl.constexpr, HALF: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr,
+):  # fmt: skip
+    """Activation, residual, store; and where there is a gain, what FoldedNorm has of the tile. PERMUTE: the columns that a
+    packed linear reads next."""
+    residuals, gains = loaded
+    DTYPE: gl.constexpr = y_ptr.dtype.element_ty
+    m = gl.arange(0, MP, gl.SliceLayout(0, box_layout(HALF, MP, gl.num_warps())))
+    there, row = (m < M)[None, :], m[None, :] * F
+    if SILU_MUL:
+        y = (sums[0] / (1.0 + gl.exp(-sums[0])) * sums[1]).to(DTYPE)
+        gl.store(y_ptr + row + (permuted(f) if PERMUTE else f)[:, None], y, mask=there)
+    else:
+        squares = ()
+        for box in gl.static_range(2):
+            feature = f + HALF * box
+            y = sums[box]
+            if len(residuals) > 0:
+                y += residuals[box].to(gl.float32)
+            y = y.to(DTYPE)
+            gl.store(y_ptr + row + feature[:, None], y, mask=there)
+            if len(gains) > 0:
+                wide = y.to(gl.float32)
+                scaled = (wide * (gains[box].to(gl.float32) * X_SCALE)[:, None]).to(DTYPE)
+                gl.store(scaled_ptr + row + (permuted(feature) if PERMUTE else feature)[:, None], scaled, mask=there)
+                squares = squares + (gl.sum(wide * wide, 0),)
+        if len(gains) > 0:  # blocks of 64 features
+            block = sum_ptr + m * (F // 64) + gl.min(f, 0) // 64
+            if HALF == 64:
+                gl.store(block, squares[0], mask=m < M)
+                gl.store(block + 1, squares[1], mask=m < M)
+            else:
+                gl.store(block, squares[0] + squares[1], mask=m < M)
+
+
+@gluon.jit(do_not_specialize=["M", "first"])
+def _packed_ring_linear_kernel(
+    w_desc, x_desc, scale_desc, zero_desc, scale_ptr, folded_ptr, residual_ptr, y_ptr, gain_ptr, scaled_ptr, sum_ptr,
+    partial_ptr, squares_ptr, counter_ptr, M, F, eps, first,
+    K: gl.constexpr, FORMAT: gl.constexpr, SILU_MUL: gl.constexpr, PERMUTE: gl.constexpr, FOLDED: gl.constexpr,
+    SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """y[m, tile] = act(factor[m] * (x[m] @ W[tile].T)) + residual; with a gain, y's FoldedNorm. x's columns are permuted."""
+    pdl_trigger(PDL)
+    HALF: gl.constexpr = 8 * gl.num_warps()
+    UC: gl.constexpr = w_desc.block_type.shape[3] // 128
+    CHUNKS: gl.constexpr = K // SPLIT // (x_desc.block_type.shape[1] * SUB)
+    tile, part = gl.program_id(0) // SPLIT, gl.program_id(0) % SPLIT
+    unit0 = part * (CHUNKS * SUB * UC)
+    f = tile * (HALF if SILU_MUL else 2 * HALF) + gl.arange(0, HALF, gl.SliceLayout(1, box_layout(HALF, MP, gl.num_warps())))
+    second = f + (F if SILU_MUL else HALF)
+    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, tile, unit0, first, S, SUB, PDL)
+    if SPLIT == 1:  # behind x, and there long before the sums are
+        factors = _load_factors(scale_ptr, folded_ptr, f, second, M, FOLDED, MP)
+        loaded = _load_residuals(residual_ptr, gain_ptr, f, F, M, HALF, MP)
+    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, tile, unit0, FORMAT, CHUNKS, S, SUB)
+    if SPLIT == 1:
+        scaled = _scaled(boxes(sums), factors, eps, K, X_SCALE)
+        _linear_epilogue(scaled, loaded, y_ptr, scaled_ptr, sum_ptr, f, F, M, SILU_MUL, PERMUTE, HALF, MP, X_SCALE)
+    else:
+        store_part(sums, partial_ptr, tile, part, SPLIT)
+        if arrives_last(counter_ptr + tile, SPLIT):
+            late_factors = _load_factors(scale_ptr, folded_ptr, f, second, M, FOLDED, MP)
+            late = _load_residuals(residual_ptr, gain_ptr, f, F, M, HALF, MP)
+            merged = _scaled(_merge(partial_ptr, tile, SPLIT, HALF, MP), late_factors, eps, K, X_SCALE)
+            _linear_epilogue(merged, late, y_ptr, scaled_ptr, sum_ptr, f, F, M, SILU_MUL, PERMUTE, HALF, MP, X_SCALE)
+
+
+# ---------------------------------------------------------------- qkv
+
+
+@gluon.jit(do_not_specialize=["M", "T", "P", "first"])
+def _packed_ring_qkv_kernel(
+    w_desc, x_desc, scale_desc, zero_desc, scale_ptr, folded_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
+    lengths_ptr, table_ptr, q_ptr, k_ptr, v_ptr, partial_ptr, squares_ptr, counter_ptr, M, T, P, eps, qk_eps, page_size, first,
+    HQ: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
+    K: gl.constexpr, FORMAT: gl.constexpr, FOLDED: gl.constexpr,
+    SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """PER heads of queries, keys or values. qk-norm only where PER is 1. x's columns are permuted."""
+    pdl_trigger(PDL)
+    UC: gl.constexpr = w_desc.block_type.shape[3] // 128
+    CHUNKS: gl.constexpr = K // SPLIT // (x_desc.block_type.shape[1] * SUB)
+    Y: gl.constexpr = box_layout(64, MP, gl.num_warps())
+    H: gl.constexpr = D // 2
+    PER: gl.constexpr = 64 // H
+    gl.static_assert(q_norm_ptr is None or PER == 1)
+    tile, part = gl.program_id(0) // SPLIT, gl.program_id(0) % SPLIT
+    unit0 = part * (CHUNKS * SUB * UC)
+    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, tile * PER, unit0, first, S, SUB, PDL)
+    i, m = gl.arange(0, 64, gl.SliceLayout(1, Y)), gl.arange(0, MP, gl.SliceLayout(0, Y))
+    head, pair = tile * PER + i // H, i % H
+    position, page = token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
+    n = head * D + pair
+    if SPLIT == 1:
+        factors = _load_factors(scale_ptr, folded_ptr, n, n + H, M, FOLDED, MP)
+        of_heads = load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
+    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, tile * PER, unit0, FORMAT, CHUNKS, S, SUB)
+    if SPLIT == 1:
+        scaled = _scaled(boxes(sums), factors, eps, K, X_SCALE)
+        qkv_epilogue(
+            scaled, of_heads, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H
+        )
+    else:
+        store_part(sums, partial_ptr, tile, part, SPLIT)
+        if arrives_last(counter_ptr + tile, SPLIT):
+            late_factors = _load_factors(scale_ptr, folded_ptr, n, n + H, M, FOLDED, MP)
+            late = load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
+            merged = _scaled(_merge(partial_ptr, tile, SPLIT, 64, MP), late_factors, eps, K, X_SCALE)
+            qkv_epilogue(
+                merged, late, qk_eps, position, page, q_ptr, k_ptr, v_ptr, tile, head, pair, m, M, page_size, HQ, HKV, H
+            )
+
+
+# ---------------------------------------------------------------- the launch
+
+
+def _launch(kernel, x: torch.Tensor, w: Operand, squares, apart: int, pitch: int, H: int, tile: Tile, **arguments) -> None:
+    """A kernel on x [M, K], its columns permuted, and W [N, K]: tile.chunk columns a stage, tile.stages of them, tile.split
+    programs a tile. apart, pitch, H: W's rows between the two boxes, between groups, and in a group."""
+    (M, K), N, U, split, unit = x.shape, w.rows, w.weight.shape[1], tile.split, UNIT_COLUMNS[w.format]
+    int4 = w.format == "int4"
+    units, sub = (1, tile.chunk // unit) if int4 else (tile.chunk // unit, 1)
+    if N % tile.rows or K % (split * tile.chunk) or U * unit != K or tile.rows != 16 * tile.warps:
+        raise ValueError(f"weight: found {N} x {K}, expected tiles of {tile.rows} rows and {split} times {tile.chunk} columns")
+    if int4 and w.scale.shape[-1] != 1:
+        raise ValueError(f"weight: found {w.scale.shape[-1]} groups in {unit} columns, expected 1")
+    MP, tiles, chunks = ring_padded(M), N // tile.rows, K // split // tile.chunk
+    stages = min(tile.stages, chunks - 1)  # with nothing to refill ptxas 12.8 crashes
+    per = tile.rows // 2 // H
+
+    def boxed(t: torch.Tensor, width: int, most: int):
+        """Two boxes of t [N / 8, U, width]."""
+        strides = [apart // 8 * U * width, pitch // 8 * U * width, U * width, 1]
+        return described(t, [2, N // (2 * H), H // 8, U * width], strides, [2, per, H // 8, most * width], swizzled=False)
+
+    kernel[(tiles * split,)](
+        boxed(w.weight, 128, units),
+        described(x, [M, K], [K, 1], [MP, units * unit]),
+        boxed(w.scale, 8, 1) if int4 else None,
+        None if w.zero is None else boxed(w.zero, 8, 1),
+        None if int4 else w.scale,
+        squares,
+        **arguments,
+        M=M,
+        first=min(stages, chunks),
+        K=K,
+        FORMAT=w.format,
+        FOLDED=0 if squares is None else squares.shape[1],
+        SPLIT=split,
+        SUB=sub,
+        S=stages,
+        MP=MP,
+        X_SCALE=x_scale(x.dtype),
+        num_warps=tile.warps,
+        **({"maxnreg": tile.registers} if tile.registers else {}),
+        **scratch(x, tiles * split, tile, MP, tiles),
+        **launch_options(x),
+    )
+
+
+def launch_packed_ring(
+    x: torch.Tensor, w: Operand, squares, eps: float, silu_mul: bool, residual, y: torch.Tensor, permute: bool, tile: Tile,
+    gain=None, folded: FoldedNorm | None = None,
+) -> None:  # fmt: skip
+    """Fills y [M, F] with act(norm(x) @ W.T) + residual, and of a `gain` the FoldedNorm `folded` of y, by blocks of 64.
+
+    x [M, K], its columns permuted; a FoldedNorm's where there are `squares`. permute: y of silu_mul, or folded.scaled, too.
+    """
+    half = tile.rows // 2
+    _launch(
+        _packed_ring_linear_kernel, x, w, squares, *((w.rows // 2, half) if silu_mul else (half, tile.rows)), half, tile,
+        residual_ptr=residual, y_ptr=y, gain_ptr=gain, scaled_ptr=folded and folded.scaled, sum_ptr=folded and folded.squares,
+        F=y.shape[1], eps=eps, SILU_MUL=silu_mul, PERMUTE=permute,
+    )  # fmt: skip
+
+
+def launch_packed_ring_qkv(
+    x: torch.Tensor, w: Operand, bias, squares, eps: float, q_norm, k_norm, qk_eps: float, cos, sin, lengths, table,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, page_size: int, num_kv_heads: int, tile: Tile,
+) -> None:  # fmt: skip
+    """Fills q [M, Hq, D] and appends to the caches: arguments as `qkv_rope_append` has them, x's columns permuted."""
+    _, Hq, D = q.shape
+    _launch(
+        _packed_ring_qkv_kernel, x, w, squares, D // 2, D, D // 2, tile,
+        bias_ptr=bias, q_norm_ptr=q_norm, k_norm_ptr=k_norm, cos_ptr=cos, sin_ptr=sin, lengths_ptr=lengths, table_ptr=table,
+        q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, T=x.shape[0] // lengths.numel(), P=table.shape[1], eps=eps, qk_eps=qk_eps,
+        page_size=page_size, HQ=Hq, HKV=num_kv_heads, D=D,
+    )  # fmt: skip

@@ -1,0 +1,280 @@
+"""Packed linears of 9 to 64 rows: the order of columns that they read, and (on a Hopper card) the rings themselves."""
+
+import itertools
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from test_linear import DEVICE, EPS, make_qkv, on_hopper, randn, wide
+from test_packed import FP8, INT4, INT8, exact_weight, make
+from tolerance import assert_within, unit_roundoff
+
+import kernels
+from kernels._common import permute_columns, permuted
+from kernels._matmul import fold_norm_ref, x_scale
+from kernels.flash_decode import flash_decode
+from kernels.formats import PackedFormat, Weight
+from kernels.linear import linear, linear_folding, linear_ref, qkv_rope_append, qkv_rope_append_ref
+from kernels.tiles import (
+    SHARED_BYTES,
+    batch_invariant,
+    candidate_tiles,
+    choose_tile,
+    override_tiles,
+    packed_ring_bytes,
+    packed_ring_tile,
+    tile_for,
+)
+
+BF16, FP16 = torch.bfloat16, torch.float16
+ZEROS = PackedFormat("int4", 128, False, BF16)
+
+# ---------------------------------------------------------------- the order of columns
+
+
+@triton.jit
+def _permuted_kernel(out_ptr, N: tl.constexpr):
+    column = tl.arange(0, N)
+    tl.store(out_ptr + permuted(column), column)
+
+
+def test_both_say_the_same_order():
+    out = torch.full((128,), -1, dtype=torch.int32, device=DEVICE)
+    if DEVICE == "cuda" or kernels.runs_kernels(out):
+        _permuted_kernel[(1,)](out, N=128)
+        assert torch.equal(out, permute_columns(torch.arange(128, dtype=torch.int32, device=DEVICE)))
+    x = torch.randn(3, 5, 96)
+    assert torch.equal(permute_columns(permute_columns(x)), x)
+    assert permute_columns(torch.arange(32))[:8].tolist() == [0, 1, 8, 9, 16, 17, 24, 25]
+
+
+@pytest.mark.parametrize("fmt", [INT8, INT4], ids=str)
+@pytest.mark.parametrize("M", [3, 12])
+def test_linears_take_and_give_it(M, fmt):
+    """Without a ring the columns of x are put back first. The numbers are the same, bit for bit."""
+    x, weight, residual, gain = randn(M, 256, dtype=BF16), make(64, 256, fmt), randn(M, 64, dtype=BF16), randn(64, dtype=BF16)
+    turned = permute_columns(x).contiguous()
+    assert torch.equal(linear(turned, weight, residual=residual, permuted=True), linear(x, weight, residual=residual))
+    gated = linear(x, weight, activation="silu_mul")
+    assert torch.equal(linear(x, weight, activation="silu_mul", permute=True), permute_columns(gated))
+    y, folded = linear_folding(x, weight, residual=residual, gain=gain)
+    y_too, folded_too = linear_folding(x, weight, residual=residual, gain=gain, permute=True)
+    assert torch.equal(y, y_too)
+    assert torch.equal(permute_columns(folded.scaled), folded_too.scaled)
+    assert torch.equal(folded.squares, folded_too.squares)
+    assert (folded.permuted, folded_too.permuted) == (False, True)
+    reader = make(48, 64, INT8)
+    assert torch.equal(linear(y, reader, norm=folded_too, eps=EPS), linear(y, reader, norm=folded, eps=EPS))
+    with pytest.raises(ValueError, match="norm: found permuted columns, expected them in order"):
+        kernels.head(
+            y, reader, norm=folded_too, eps=EPS, vocab_size=48, lengths=torch.ones(M, dtype=torch.int32, device=DEVICE)
+        )
+
+
+def test_what_cannot_be_permuted():
+    with pytest.raises(ValueError, match="found 24 outputs, expected a multiple of 32 where columns are permuted"):
+        linear(randn(2, 128, dtype=BF16), make(24, 128, INT8), permute=True)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_qkv_takes_and_attention_gives_it(D):
+    a = make_qkv(B=2, T=1, K=256, Hq=2, Hkv=1, D=D, lengths=[3, 9], dtype=BF16)
+    a["weight"] = make(4 * D, 256, INT8)
+    caches = {name: a[name].clone() for name in ("k_cache", "v_cache")}
+    norm = kernels.FoldedNorm(*fold_norm_ref(a["x"], a["norm"], 64)[:2])
+    q = qkv_rope_append(**a | {"norm": norm})
+    turned = kernels.FoldedNorm(permute_columns(norm.scaled).contiguous(), norm.squares, True)
+    assert torch.equal(qkv_rope_append(**a | caches | {"norm": turned}), q)
+    assert all(torch.equal(caches[name].nan_to_num(), a[name].nan_to_num()) for name in caches)
+    for lengths in ([9, 3], [24, 0]):  # one part, several, nothing to see
+        arguments = (
+            q.unsqueeze(1),
+            *(caches[n].nan_to_num() for n in caches),
+            torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
+        )
+        out = flash_decode(*arguments, a["table"].new_tensor([[0], [1]]), scale=0.1)
+        assert torch.equal(
+            flash_decode(*arguments, a["table"].new_tensor([[0], [1]]), scale=0.1, permute=True), permute_columns(out)
+        )
+    odd = torch.zeros(1, 1, 1, 48, dtype=BF16), *(torch.zeros(1, 1, 8, 48, dtype=BF16),) * 2
+    with pytest.raises(ValueError, match="found a head size of 48, expected a multiple of 32"):
+        flash_decode(*odd, torch.ones(1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32), scale=1.0, permute=True)
+
+
+# ---------------------------------------------------------------- tiles
+
+LINEARS = [
+    ("qkv", 6144, 4096), ("linear", 4096, 14336), ("silu_mul", 28672, 4096), ("linear", 2048, 2048), ("silu_mul", 16384, 2048),
+    ("linear", 3584, 18944), ("linear", 8192, 28672),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fmt", ["int8", "fp8", "int4"])
+@pytest.mark.parametrize("rows", [9, 16, 32, 64])
+@pytest.mark.parametrize(("op", "N", "K"), LINEARS)
+def test_choice_and_candidates_fit(op, N, K, rows, fmt):
+    chosen = choose_tile(op, fmt, rows, N, K, 132, rings=True)
+    tiles = [tile for tile in candidate_tiles(op, rows, N, K, fmt) if tile.ring]
+    assert chosen.ring
+    assert len(tiles) >= 3
+    for tile in [chosen, *tiles]:
+        assert tile.rows == 16 * tile.warps
+        assert N % tile.rows == 0
+        assert K % (tile.chunk * tile.split) == 0
+        assert packed_ring_bytes(tile, fmt, rows) <= SHARED_BYTES
+        assert tile.split == 1 or op != "silu_mul"
+
+
+def test_who_reads_permuted_columns(monkeypatch):
+    """By rows, format, card and shape; never the head, nor where results shall not depend on the batch."""
+    x = torch.empty(16, 4096, dtype=BF16)
+    weight = Weight(4096, 4096, packed=FP8, device="meta")
+    weight.tiled = True
+    assert not kernels.reads_permuted("linear", x, weight), "not on a Hopper card"
+    monkeypatch.setattr("kernels._matmul.has_wgmma", lambda x: True)
+    monkeypatch.setattr("kernels._matmul.num_sms", lambda device: 132)
+    assert kernels.reads_permuted("linear", x, weight)
+    assert kernels.reads_permuted("qkv", x[:9], weight)
+    refused = [("linear", x[:8]), ("linear", torch.empty(65, 4096, dtype=BF16)), ("head", x), ("linear", x.float())]
+    for op, rows in refused:
+        assert not kernels.reads_permuted(op, rows, weight), (op, rows.shape)
+    with batch_invariant():
+        assert not kernels.reads_permuted("linear", x, weight)
+        assert not tile_for("linear", "fp8", 16, 4096, 4096, 132, rings=True).ring
+    for other in (
+        Weight(4096, 4096, device="meta"),
+        Weight(4096, 4096, packed=PackedFormat("int4", 64, True, BF16), device="meta"),
+    ):
+        other.tiled = True
+        assert not kernels.reads_permuted("linear", x, other), "plain; groups that are no unit"
+
+
+def test_a_ring_is_not_for_columns_in_order():
+    """Nor for other cards: an override is for those that can have it."""
+    x, weight = randn(3, 256, dtype=BF16), make(64, 256, INT8)
+    expected = linear(x, weight)
+    with override_tiles({"linear": packed_ring_tile(64, 128, 2)}):
+        assert torch.equal(linear(x, weight), expected)
+
+
+# ---------------------------------------------------------------- the rings
+
+TILES = {
+    "int8": [packed_ring_tile(*t) for t in ((64, 64, 4), (128, 128, 3, 2), (64, 128, 9, 4), (128, 64, 2))],
+    "int4": [packed_ring_tile(*t) for t in ((64, 128, 4), (128, 256, 3, 2), (64, 256, 5, 4), (128, 128, 2))],
+}
+TILES["fp8"] = TILES["int8"]
+RINGS = [(fmt, tile) for fmt in (INT8, FP8, INT4, ZEROS) for tile in TILES[fmt.format]]
+ROWS = (9, 16, 21, 40, 64)
+
+
+def poisoned(t: torch.Tensor) -> torch.Tensor:
+    """t with rows of NaN before and behind it in memory."""
+    around = torch.full((len(t) + 70, *t.shape[1:]), float("nan"), dtype=t.dtype, device=t.device)
+    around[3 : len(t) + 3] = t
+    return around[3 : len(t) + 3]
+
+
+@on_hopper
+@pytest.mark.parametrize(("fmt", "tile"), RINGS, ids=str)
+def test_rings(fmt, tile):
+    """Against float64, with and without a FoldedNorm; what is folded next; the same bits every time."""
+    K = tile.chunk * tile.split * max(4, tile.stages + 1)
+    for M, dtype in itertools.product(ROWS, (BF16, FP16)):
+        x, weight = randn(M, K, dtype=dtype), make(256, K, fmt, dtype)
+        gain, residual = randn(256, dtype=dtype), randn(M, 256, dtype=dtype, scale=3)
+        with override_tiles({"linear": tile}):
+            runs = [
+                linear_folding(poisoned(permute_columns(x)), weight, residual=residual, gain=gain, permuted=True, permute=True)
+                for _ in range(4)
+            ]
+            y, folded = runs[0]
+            assert torch.equal(y, linear(permute_columns(x).contiguous(), weight, residual=residual, permuted=True))
+        for again, folded_again in runs[1:]:
+            assert torch.equal(again, y)
+            assert torch.equal(folded_again.scaled, folded.scaled)
+            assert torch.equal(folded_again.squares, folded.squares)
+        rest = (None, None, 0.0, "none")
+        exact = linear_ref(x.double(), exact_weight(weight), *rest, residual.double())
+        assert_within(y, linear_ref(x, weight.dequantized(), *rest, residual), exact)
+        product, scaled = y.double() * gain.double() * x_scale(dtype), permute_columns(folded.scaled).double()
+        assert ((scaled - product).abs() <= unit_roundoff(dtype) * product.abs() + 2.0**-24).all()
+        torch.testing.assert_close(
+            folded.squares.double(), y.double().square().unflatten(1, (-1, 64)).sum(-1), rtol=1e-5, atol=0
+        )
+
+
+@on_hopper
+@pytest.mark.parametrize(("fmt", "tile"), [r for r in RINGS if r[1].rows == 128], ids=str)
+def test_gated_rings(fmt, tile):
+    K = tile.chunk * tile.split * max(4, tile.stages + 1)
+    for M, dtype, permute in itertools.product(ROWS, (BF16, FP16), (False, True)):
+        weight, x = make(256, K, fmt, dtype), randn(M, K, dtype=dtype)
+        folded = fold_norm_ref(x, randn(K, dtype=dtype), 64)
+        norm = kernels.FoldedNorm(poisoned(permute_columns(folded.scaled)), folded.squares, True)
+        with override_tiles({"silu_mul": tile}):
+            y = linear(torch.full_like(x, torch.nan), weight, norm=norm, eps=EPS, activation="silu_mul", permute=permute)
+        rest = (None, None, EPS, "silu_mul", None)
+        exact = linear_ref(folded.scaled.double(), exact_weight(weight), *rest, folded.squares.double())
+        working = linear_ref(folded.scaled, weight.dequantized(), *rest, folded.squares)
+        assert_within(permute_columns(y) if permute else y, working, exact)
+
+
+@on_hopper
+@pytest.mark.parametrize(("D", "qk_norm", "bias"), [(64, False, True), (128, True, False), (128, False, True)])
+@pytest.mark.parametrize(
+    ("fmt", "tile"), [(FP8, packed_ring_tile(128, 128, 3, 2)), (ZEROS, packed_ring_tile(128, 256, 3))], ids=str
+)
+@pytest.mark.parametrize("cache", [BF16, torch.float8_e4m3fn], ids=str)
+def test_qkv_rings(fmt, tile, D, qk_norm, bias, cache):
+    lengths = [7, 0, 3, 24, 1, 9, 2, 16, 5, 11, 23]
+    K = 2048
+    a = make_qkv(B=11, T=2, K=K, Hq=4, Hkv=2, D=D, lengths=lengths, dtype=BF16, qk_norm=qk_norm, cache=cache)
+    weight = make(8 * D, K, fmt, bias=bias)
+    folded = fold_norm_ref(a.pop("x"), a.pop("norm"), 64)
+    caches = {name: a.pop(name) for name in ("k_cache", "v_cache")}
+    mine = {name: t.clone() for name, t in caches.items()}
+    a.pop("weight")
+    norm = kernels.FoldedNorm(poisoned(permute_columns(folded.scaled)), folded.squares, True)
+    with override_tiles({"qkv": tile}):
+        q = qkv_rope_append(torch.full_like(folded.scaled, torch.nan), weight, norm=norm, **a, **mine)
+    results = []
+    for dense, convert in ((weight.dequantized(), lambda t: t), (exact_weight(weight), wide)):
+        call = {k: convert(v) if torch.is_tensor(v) else v for k, v in a.items()}
+        stored = {name: (t.clone() if cache == BF16 or convert is not wide else t.double()) for name, t in caches.items()}
+        exact_q = qkv_rope_append_ref(
+            convert(folded.scaled), dense, convert(weight.bias), None, squares=convert(folded.squares), **call, **stored
+        )
+        results.append((exact_q, *stored.values()))
+    for actual, working, exact in zip((q, *mine.values()), *results, strict=True):
+        exact, working = exact.double(), working.double()
+        written = exact.isfinite()
+        assert torch.equal(actual.double().isfinite(), written)
+        if actual.dtype == torch.float8_e4m3fn:
+            torch.testing.assert_close(actual.double()[written], exact[written], rtol=2.0**-3, atol=2.0**-6)
+        else:
+            assert_within(actual[written], working[written], exact[written])
+
+
+@on_hopper
+@pytest.mark.parametrize("fmt", [INT8, FP8, INT4, ZEROS], ids=str)
+def test_every_code(fmt):
+    """A single 1 in x brings out one column of the weight, bit for bit: no row or column is in another's place."""
+    generator, (N, K) = torch.Generator().manual_seed(0), (128, 512)
+    if fmt.format == "int4":
+        codes = torch.randint(0, 16, (N, K), generator=generator).to(torch.uint8)
+    else:
+        codes = torch.arange(N * K).view(N, K).to(torch.uint8)
+        for bad in (128,) if fmt == INT8 else (127, 255):
+            codes[codes == bad] = 0
+        codes = codes.view(torch.int8 if fmt == INT8 else torch.float8_e4m3fn)
+    scale = torch.rand(N, fmt.num_groups(K), generator=generator).add(0.5).to(fmt.scale_dtype)
+    zero = None if fmt.symmetric else torch.randint(0, 16, scale.shape, generator=generator).to(torch.uint8)
+    weight = Weight(N, K, dtype=FP16).quantized(fmt, codes, scale, zero).to(DEVICE)
+    expected = weight.dequantized()
+    weight.tile()
+    unit = 128 if fmt.format == "int4" else 64
+    for rows, x in itertools.product((64, 128), torch.eye(K, dtype=FP16, device=DEVICE).chunk(8)):
+        with override_tiles({"linear": packed_ring_tile(rows, unit, 2)}):
+            assert torch.equal(linear(permute_columns(x).contiguous(), weight, permuted=True), x @ expected.T)
