@@ -19,7 +19,17 @@ from triton.runtime.jit import create_function_from_signature
 import kernels
 from kernels import _common
 from kernels.formats import PackedFormat, Weight
-from kernels.tiles import MEASURED, SHARED_BYTES, Tile, choose_tile, fold_block, override_tiles, ring_bytes, ring_tile
+from kernels.tiles import (
+    MEASURED,
+    SHARED_BYTES,
+    Tile,
+    choose_tile,
+    fold_block,
+    override_tiles,
+    packed_ring_bytes,
+    ring_bytes,
+    ring_tile,
+)
 
 pytestmark = pytest.mark.skipif(_common.INTERPRET, reason="TRITON_INTERPRET=1: nothing is compiled")
 
@@ -83,26 +93,36 @@ def check(launches, count):
     return out
 
 
+def assembler_says(compiled) -> str:
+    """ptxas' remarks on a compiled kernel."""
+    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [ptxas, "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
+    return subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True).stderr
+
+
 def empty(*size, dtype=torch.bfloat16):
     return torch.empty(*size, dtype=dtype)
 
 
 def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16, packed=None, fold=False):
-    """The operator `op` of tiles.OPS at a shape, on memory that nothing reads; `fold`: as it is where norms are folded."""
+    """The operator `op` of tiles.OPS at a shape, on memory that nothing reads; `fold`: as it is where norms are folded, and
+    columns permuted where that is wanted."""
     x, norm = empty(M, K), empty(K)
-    if fold:
-        norm = kernels.FoldedNorm(x, empty(M, -(-K // fold_block(M, packed)), dtype=torch.float32))
     weight = Weight(N, K, bias=bias, packed=packed)  # never touched, so that a large one takes no memory
     if packed:
         weight.weight.zero_()  # `tile` looks for codes that stand for no number
     weight.tile()
+    permuted = fold and kernels.reads_permuted(op, x, weight)
+    if fold:
+        blocks = -(-K // (64 if permuted else fold_block(M, packed)))
+        norm = kernels.FoldedNorm(x, empty(M, blocks, dtype=torch.float32), permuted)
     lengths = empty(M, dtype=torch.int32)
     if op == "linear" and fold:
-        kernels.linear_folding(x, weight, residual=empty(M, N), gain=empty(N))
+        kernels.linear_folding(x, weight, residual=empty(M, N), gain=empty(N), permuted=permuted, permute=permuted)
     elif op == "linear":
         kernels.linear(x, weight, residual=empty(M, N))
     elif op == "silu_mul":
-        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul")
+        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", permute=permuted)
     elif op == "head":
         kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)
     else:
@@ -121,7 +141,7 @@ def test_measured_tiles(launches, sms, fmt, M, op, N, K):
     packed = {"bf16": None, "int4": INT4[0], "fp8": PackedFormat("fp8"), "int8": PackedFormat("int8")}[fmt]
     call(op, N, K, M, head_dim=64 if K == 2048 else 128, packed=packed, fold=packed is not None)
     check(launches, 1)
-    assert (launches[0][0].__name__.startswith("_ring")) == MEASURED[sms, fmt, M, op, N, K].ring
+    assert ("ring" in launches[0][0].__name__) == MEASURED[sms, fmt, M, op, N, K].ring
 
 
 @pytest.mark.parametrize(("N", "K"), [(6144, 4096), (3072, 2048), (5120, 3072), (4608, 3584)])
@@ -142,8 +162,37 @@ def test_qkv_rings(launches, head_dim, bias, qk_norm, M):
     check(launches, 2)
 
 
+PACKED_RINGS = [
+    ("linear", 4096, 4096, 16, PackedFormat("int8"), {}),
+    ("linear", 4096, 14336, 40, INT4[1], {}),
+    ("silu_mul", 28672, 4096, 32, INT4[0], {}),
+    ("silu_mul", 28672, 4096, 64, PackedFormat("fp8"), {}),
+    ("qkv", 3072, 2048, 9, PackedFormat("fp8"), {"head_dim": 64, "bias": True}),
+    ("qkv", 6144, 4096, 64, INT4[0], {"head_dim": 128, "bias": True, "qk_norm": True}),
+    ("qkv", 6144, 4096, 16, PackedFormat("int8"), {"head_dim": 128, "cache_dtype": torch.float8_e4m3fn}),
+]
+
+
+@pytest.mark.parametrize(("op", "N", "K", "M", "packed", "more"), PACKED_RINGS, ids=str)
+def test_packed_rings(launches, op, N, K, M, packed, more):
+    """By the rule: no spill; of 8-bit codes room for as many programs on a multiprocessor as it counts on; and between shared
+    memory and the products no code passes through shared memory again, or from thread to thread."""
+    call(op, N, K, M, packed=packed, fold=True, **more)
+    (compiled,) = check(launches, 1)
+    assert launches[0][0].__name__.startswith("_packed_ring")
+    tile = choose_tile(op, packed.format, M, N, K, 132, rings=True)
+    assert compiled.metadata.shared + 1024 <= packed_ring_bytes(tile, packed.format, M)
+    remarks = assembler_says(compiled)
+    registers, each = int(re.search(r"Used (\d+) registers", remarks)[1]), min(2, -(-N // tile.rows * tile.split // 132))
+    assert "0 bytes spill stores" in remarks
+    assert "serialized" not in remarks
+    assert packed.format == "int4" or registers * 32 * tile.warps * each <= 65536
+    loop = compiled.asm["ptx"].split("wgmma.mma_async")[0].rsplit("mbarrier.try_wait", 2)[1]
+    assert not re.search("shfl|st.shared", loop)
+
+
 def test_what_a_ring_cannot_do(launches):
-    """The same shape with a bias, a folded norm, an odd address; with 8-bit caches, half heads, qk-norm of two heads a tile."""
+    """The same shape with a bias, a folded norm, an odd address; with half heads, qk-norm of two heads a tile."""
     x, odd, weight = empty(5, 4096), empty(5 * 4096 + 1)[1:].view(5, 4096), Weight(4096, 4096)
     kernels.linear(x, Weight(4096, 4096, bias=True))
     kernels.linear(x, weight, norm=kernels.FoldedNorm(x, empty(5, 64, dtype=torch.float32)))
@@ -151,9 +200,9 @@ def test_what_a_ring_cannot_do(launches):
     kernels.linear(x, weight)
     assert [kernel.__name__ for kernel, *_ in launches] == 3 * ["_linear_kernel"] + ["_ring_linear_kernel"]
     launches.clear()
-    for arguments in ({"cache_dtype": torch.float8_e4m3fn}, {"head_dim": 32}, {"head_dim": 64, "qk_norm": True}, {}):
+    for arguments in ({"head_dim": 32}, {"head_dim": 64, "qk_norm": True}, {}):
         call("qkv", 6144, 4096, 8, **{"head_dim": 128, **arguments})
-    assert [kernel.__name__ for kernel, *_ in launches] == 3 * ["_qkv_kernel"] + ["_ring_qkv_kernel"]
+    assert [kernel.__name__ for kernel, *_ in launches] == 2 * ["_qkv_kernel"] + ["_ring_qkv_kernel"]
 
 
 @pytest.mark.parametrize(("op", "M"), [("linear", 1), ("silu_mul", 16), ("qkv", 1), ("head", 16)])
@@ -270,13 +319,6 @@ def test_between_the_products(launches, Hq, Hkv, head_dim):
             v_cache=cache.clone(), q_norm=norm, k_norm=norm, eps=1e-6, num_heads=Hq,
         )  # fmt: skip
     check(launches, 4)
-
-
-def assembler_says(compiled) -> str:
-    """ptxas' remarks on a compiled kernel."""
-    ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
-    command = [ptxas, "-arch=sm_90a", "-v", "-o", "/dev/null", "/dev/stdin"]
-    return subprocess.run(command, input=compiled.asm["ptx"], capture_output=True, text=True, check=True).stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
