@@ -85,6 +85,7 @@ MEASURED = {
     (132, "bf16", 16, "silu_mul", 16384, 2048): ring_tile(64, 12),
     (132, "bf16", 16, "linear", 2048, 8192): ring_tile(64, 8, 8),
     (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
+    (132, "bf16", 64, "silu_mul", 16384, 2048): ring_tile(64, 8),  # by cuBLAS 1149.7, so 1103.8
     # Llama-3.2-3B: 1700.1
     (132, "bf16", 1, "qkv", 5120, 3072): Tile(4, 256, 1, preload=3),
     (132, "bf16", 1, "linear", 3072, 3072): Tile(2, 512, 1, preload=3, registers=96),
@@ -163,10 +164,12 @@ MEASURED = {
 
 # By (SMs, N, K): up to so many rows of x the kernels multiply plain weights faster than cuBLAS. Measured in whole steps before
 # there were rings, us (cuBLAS): at 32 rows the 1B 974.8 (1071.7), the 8B 4412 (4728); at 64, mixed so, 1104 (1120) and 4687
-# (4917). At 64 rows the kernels took longer for the 3B, 3164 (2617), Qwen2.5-7B, 6030 (4583), and Qwen3-8B, 5172 (4961).
+# (4917). At 64 rows the kernels took longer for the 3B, 3164 (2617), Qwen2.5-7B, 6030 (4583), and Qwen3-8B, 5172 (4961). Since
+# then, with a token of its own in each row, wo of the 1B at 64 rows: 1129.5 (1149.7), and gate/up as above.
 KERNEL_ROWS = {
-    **dict.fromkeys([(132, 3072, 2048), (132, 2048, 2048), (132, 16384, 2048), (132, 128256, 2048), (132, 6144, 4096)], 32),
-    **dict.fromkeys([(132, 2048, 8192), (132, 4096, 4096), (132, 28672, 4096), (132, 4096, 14336), (132, 128256, 4096)], 64),
+    **dict.fromkeys([(132, 3072, 2048), (132, 128256, 2048), (132, 6144, 4096)], 32),
+    **dict.fromkeys([(132, 2048, 2048), (132, 16384, 2048), (132, 2048, 8192), (132, 128256, 4096)], 64),
+    **dict.fromkeys([(132, 4096, 4096), (132, 28672, 4096), (132, 4096, 14336)], 64),
 }
 
 # By (SMs, N, K): from how many to how many rows of x one kernel for gate/up and SiLU x up (gate_up.py) takes less time than
