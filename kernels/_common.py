@@ -172,6 +172,7 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
 
 
+@torch.compiler.assume_constant_result
 def wgmma_device(index: int) -> bool:
     """True of a Hopper card: the products that read shared memory by themselves (wgmma) went with it."""
     return not INTERPRET and _capability(index) == (9, 0)

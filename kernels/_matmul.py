@@ -30,7 +30,7 @@ from kernels._common import (
     zeroed_workspace,
 )
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
-from kernels.tiles import MAX_ROWS, RING_LEAST, Tile, choose_tile, kernel_rows, packed_shape, tile_for
+from kernels.tiles import MAX_ROWS, RING_LEAST, Tile, choose_tile, is_batch_invariant, kernel_rows, packed_shape, tile_for
 
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
 
@@ -463,20 +463,23 @@ def _kernel_rows(N: int, K: int, device: int) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _has_ring(op: str, fmt: str, rows: int, N: int, K: int, device: int) -> bool:
-    return tile_for(op, fmt, rows, N, K, num_sms(device), rings=True).ring
+def _ring_rows(op: str, fmt: str, N: int, K: int, device: int) -> tuple[int, ...]:
+    """Padded rows of x for which `op` on a packed weight has a ring."""
+    return tuple(rows for rows in (16, 32, 64) if tile_for(op, fmt, rows, N, K, num_sms(device), rings=True).ring)
 
 
 def reads_permuted(op: str, x: torch.Tensor, weight: Weight) -> bool:
     """Whether `op`, the linear that reads x [M, K] or what comes of it, wants its columns permuted: 9 to 64 rows of a packed
     weight, on Hopper. Whoever writes x can do that at no cost."""
-    if weight.packed is None or not weight.in_kernels or not RING_LEAST <= x.shape[0] <= MAX_ROWS:
+    rows = x.shape[0]
+    if weight.packed is None or not weight.in_kernels or not RING_LEAST <= rows <= MAX_ROWS or is_batch_invariant():
         return False
     if not has_wgmma(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if weight.group_size not in (0, UNIT_COLUMNS["int4"]) or (weight.bias is not None and op != "qkv"):
         return False
-    return _has_ring(op, weight.format, x.shape[0], weight.out_features, weight.in_features, x.device.index or 0)
+    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    return padded in _ring_rows(op, weight.format, weight.out_features, weight.in_features, x.device.index or 0)
 
 
 def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:

@@ -193,7 +193,7 @@ def test_the_host_waits_for_nothing_but_the_status():
 )
 def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
     """A step through rings, with columns permuted from kernel to kernel, and one through other tiles: the same logits but for
-    rounding; graph and eager alike, bit for bit."""
+    rounding; graph and eager alike, bit for bit. And a prompt of as many tokens."""
     config = dataclasses.replace(make_recipe(mode, SHAPES[shape]).config(SHAPES[shape]), num_layers=3)
     model = Transformer(config, device="cuda")
     fill_randomly(model)
@@ -208,17 +208,24 @@ def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
         session.limit.fill_(500)
         session.done.zero_()
 
+    def prefill():
+        return Prefiller(model, KVCache(model.config, 1, 512, model.norm.weight.device, x.dtype)).run(
+            [Piece(0, list(range(rows)))]
+        )
+
     start()
     rings = decode_one_token(model, session, "greedy").clone()
     start()
     engine.decoder.run(1)
     assert torch.equal(engine.decoder.logits, rings)
+    rings_hidden = prefill()
     assert all(kernels.reads_permuted("linear", x, layer.feed_forward.w2) for layer in model.layers)
     monkeypatch.setattr("kernels._matmul.has_wgmma", lambda x: False)
     assert not any(kernels.reads_permuted("linear", x, layer.feed_forward.w2) for layer in model.layers)
     start()
     tiles = decode_one_token(model, session, "greedy")
-    assert (rings - tiles).square().mean().sqrt() < 0.02 * tiles.square().mean().sqrt()
+    for got, expected in ((rings, tiles), (rings_hidden, prefill())):
+        assert (got - expected).square().mean().sqrt() < 0.02 * expected.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b", "mistral-7b"])
