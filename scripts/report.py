@@ -132,26 +132,33 @@ def skipped_list(records: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def off_list(records: list[dict]) -> str:
-    """The runs that are too far from their prediction, with what their record says of it."""
+def off_list(records: list[dict], stored: list[dict]) -> str:
+    """The runs that are too far from their prediction, with what their record says of it, or an older one that is `stored`."""
     runs = [(r, run) for r in records if (run := run_of(r))]
     off = [(r, run) for r, run in runs if run.is_off and r["engine"] == "rooflama"]
     text = f"{sum(not run.is_off for _, run in runs)} of {len(runs)} runs are within {TOLERANCE:.0%} of the prediction.\n"
     if off:
         text += "The others of this engine:\n\n"
+    traces = {step_key(r): r for r in stored if "classes" in (r.get("explain") or {})}
     for r, run in off:
-        text += f"- {', '.join(shape(r))}: {run.ratio:.2f} of the prediction; {why(r, run)}\n"
+        text += f"- {', '.join(shape(r))}: {run.ratio:.2f} of the prediction; {why(r, run, traces.get(step_key(r)))}\n"
     return text
 
 
-def why(record: dict, run: Run) -> str:
-    """Where a run lost its time, as far as its record says."""
-    account = record.get("explain") or {}
-    if "classes" in account:
+def step_key(record: dict) -> tuple:
+    """What decides which kernels a step runs: all but lengths."""
+    return record["model"], record["mode"], record["batch_size"], record["engine"], record.get("kv_cache_dtype", "auto")
+
+
+def why(record: dict, run: Run, traced: dict | None) -> str:
+    """Where a run lost its time, as far as its own record says, or `traced`, one of steps like its own with a trace."""
+    if traced:
+        account = traced["explain"]
+        whose = "" if traced is record else f"as {shape(traced)[-1]} at {traced.get('commit', 'an unknown commit')}, "
         over = {name: c["exposed_us_per_step"] - c.get("floor_us_per_step", 0.0) for name, c in account["classes"].items()}
         over["gaps"] = account["gap_us_per_step"]
         worst = sorted(over.items(), key=lambda item: -item[1])[:3]
-        return "over their floors: " + ", ".join(f"{name} by {num(us)} us" for name, us in worst)
+        return f"{whose}over their floors: " + ", ".join(f"{name} by {num(us)} us" for name, us in worst)
     if (record.get("host_ms_per_step") or 0.0) > 0.8 * run.measured_ms:
         return f"the host takes {num(record['host_ms_per_step'])} ms to launch a step: the device waits for it"
     return f"its record has no trace (--explain); the path: {record.get('path', 'unknown')}"
@@ -258,7 +265,7 @@ def render(directory: Path) -> str:
         ("A decode step", decoding, lambda: decode_table(decoding)),
         ("Whole runs", measured, lambda: engine_table(measured, stored) + rival_note),
         ("Not measured", skipped, lambda: skipped_list(skipped)),
-        ("Predicted and measured", decoding + measured, lambda: off_list(decoding + measured)),
+        ("Predicted and measured", decoding + measured, lambda: off_list(decoding + measured, records)),
         ("Questions and answers", kind("chat"), lambda: chat_table(kind("chat"))),
         ("From the start of a process", kind("cold"), lambda: cold_table(kind("cold"))),
         ("Through generate.py", commands, lambda: command_table(commands)),

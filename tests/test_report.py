@@ -96,7 +96,11 @@ def test_far_from_the_prediction(tmp_path):
     classes = {"qkv": {"exposed_us_per_step": 900.0, "floor_us_per_step": 400.0}, "head": {"exposed_us_per_step": 10.0}}
     traced = slow | {"benchmark": "decode", "explain": {"classes": classes, "gap_us_per_step": 70.0}}
     text = section(report.render(stored(tmp_path, traced)), "Predicted and measured")
-    assert "over their floors: qkv by 500.0 us, gaps by 70.00 us, head by 10.00 us" in text
+    assert "; over their floors: qkv by 500.0 us, gaps by 70.00 us, head by 10.00 us" in text
+    lines = section(report.render(stored(tmp_path, slow, traced | {"prompt_len": 32})), "Predicted and measured").splitlines()
+    assert sum("; as 32/128 at abc1234, over their floors: qkv by 500.0 us" in line for line in lines) == 1
+    other = traced | {"batch_size": 17}
+    assert "as 128/128" not in section(report.render(stored(tmp_path, slow, other)), "Predicted and measured")
 
 
 def test_a_machine_without_a_card(tmp_path):
