@@ -355,7 +355,7 @@ class Reader(NamedTuple):
 
     gain: torch.Tensor
     weight: Weight
-    op: str  # one of kernels.tiles.OPS
+    op: str | None  # one of kernels.tiles.OPS; None where its kernel takes columns in order whatever the weight
 
 
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
@@ -381,14 +381,19 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight.float()).to(x.dtype)
 
 
-def linear(x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None, **order) -> torch.Tensor:
+def linear(
+    x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None, permuted=False, permute=False
+) -> torch.Tensor:
     """x [N, K] -> [N, out]: RMSNorm (if `norm`; a FoldedNorm only where `fused`), product, bias, SiLU x up (if activation is
-    "silu_mul"), plus residual. `order`: kernels.linear's permuted and permute, False but where `fused`.
+    "silu_mul"), plus residual. permuted, permute: the order of columns, as kernels.linear has it; only where `fused`.
 
     `residual`, of many rows, is overwritten with the result.
     """
     if fused(x, weight):
-        return kernels.linear(x, weight, norm=norm, eps=eps, activation=activation, residual=residual, **order)
+        options = {"activation": activation, "residual": residual, "permuted": permuted, "permute": permute}
+        return kernels.linear(x, weight, norm=norm, eps=eps, **options)
+    assert not permuted, "columns out of order, for a product that takes them in order"
+    assert not permute, "columns in order, for one that takes them out of order"
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
@@ -554,9 +559,10 @@ class Attention(nn.Module):
         else:  # plain PyTorch: on a CPU, or a text without a cache
             q, k, v = self._project(x, norm, rope, step.place()[0])
             step.append(self.layer, k, v)
-        order = {"permute": True} if isinstance(step, DecodeStep) and kernels.reads_permuted("linear", q, self.wo) else {}
+        permutes = isinstance(step, DecodeStep) and c.head_dim % 32 == 0 and kernels.reads_permuted("linear", q, self.wo)
+        order = {"permute": True} if permutes else {}
         attended = step.attend(self.layer, q, k, v, self.window, self.scale, **order)
-        return add_projection(x, attended.flatten(1), self.wo, reader, permuted=bool(order))
+        return add_projection(x, attended.flatten(1), self.wo, reader, permuted=permutes)
 
     def _project(self, x, norm, rope, positions):
         """q [N, Hq, D], k and v [N, Hkv, D] in plain PyTorch, normed and rotated."""
@@ -594,7 +600,7 @@ def add_projection(residual, x: torch.Tensor, weight: Weight, reader: Reader, pe
         return residual + all_reduce(linear(x, weight, permuted=permuted)), reader.gain
     folds = kernels.folds_norm(weight.packed, reader.weight.packed)
     if folds and fused(x, weight) and fused(residual, reader.weight):
-        permute = kernels.reads_permuted(reader.op, residual, reader.weight)
+        permute = reader.op is not None and kernels.reads_permuted(reader.op, residual, reader.weight)
         return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain, permuted=permuted, permute=permute)
     return linear(x, weight, residual=residual, permuted=permuted), reader.gain
 
@@ -617,7 +623,9 @@ class Layer(nn.Module):
 
     @property
     def reader(self) -> Reader:
-        return Reader(self.attention_norm.weight, self.attention.wqkv, "qkv")
+        config = self.attention.config
+        op = "qkv" if kernels.ring_serves_qkv(config.head_dim, config.qk_norm) else None
+        return Reader(self.attention_norm.weight, self.attention.wqkv, op)
 
     def forward(self, x: torch.Tensor, rope, step: Step) -> torch.Tensor:
         """x [N, H] -> [N, H]: this layer alone, whoever reads it."""

@@ -5,6 +5,7 @@ from kernels._common import fix_cache_keys, pdl_disabled, pdl_supported, runs_ke
 from kernels._matmul import FoldedNorm, append_ref, beats_cublas, reads_permuted
 from kernels._random import gumbel_ref as gumbel
 from kernels._random import token_positions
+from kernels._ring import ring_serves_qkv
 from kernels.accept import accept, feed
 from kernels.choose import choose, choose_and_advance
 from kernels.flash_decode import HEAD_SIZES, flash_decode
@@ -47,6 +48,7 @@ __all__ = [
     "pdl_supported",
     "qkv_rope_append",
     "reads_permuted",
+    "ring_serves_qkv",
     "rms_norm",
     "rope_append",
     "runs_kernels",

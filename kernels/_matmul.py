@@ -30,7 +30,7 @@ from kernels._common import (
     zeroed_workspace,
 )
 from kernels.formats import PLAIN_FORMATS, UNIT_COLUMNS, Weight, dequantize_tiled, saturated
-from kernels.tiles import MAX_ROWS, RING_LEAST, Tile, choose_tile, is_batch_invariant, kernel_rows, packed_shape, tile_for
+from kernels.tiles import MAX_ROWS, RING_LEAST, Tile, is_batch_invariant, kernel_rows, packed_shape, tile_for
 
 MAX_GROUPS = 1 << 16  # of programs that share a tile, in one launch
 
@@ -478,7 +478,7 @@ def reads_permuted(op: str, x: torch.Tensor, weight: Weight) -> bool:
         return False
     if weight.group_size not in (0, UNIT_COLUMNS["int4"]) or (weight.bias is not None and op != "qkv"):
         return False
-    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64  # in comparisons, which torch.compile can trace
     return padded in _ring_rows(op, weight.format, weight.out_features, weight.in_features, x.device.index or 0)
 
 
@@ -488,12 +488,10 @@ def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:
 
 
 def tile_of(op: str, x: torch.Tensor, w: Operand, rings: bool = False) -> Tile:
-    """The tile of x @ weight.T; with a ring only if `rings`, and on the one kind of card that has what it takes. ValueError: a
-    plain weight's has a ring nevertheless, by an override; a packed one goes without (the first layer's qkv has to)."""
+    """The tile of x @ weight.T; with a ring only if `rings`, and on the one kind of card that has what it takes. ValueError: it
+    has a ring nevertheless, by an override."""
     (M, K), sms, rings = x.shape, num_sms(x.device.index or 0), rings and has_wgmma(x)
     tile = tile_for(op, w.format if w.is_packed else PLAIN_FORMATS[x.dtype], M, w.rows, K, sms, rings)
-    if tile.ring and not rings and w.is_packed:
-        return choose_tile(op, w.format, M, w.rows, K, sms)
     if tile.ring and not rings:
         raise ValueError(f"Tile.ring: found one for {op}, expected none on this card or with these arguments")
     return tile
@@ -637,14 +635,14 @@ def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
     }
 
 
-def scratch(x, programs: int, tile: Tile, MP: int, groups: int) -> dict:
-    """Memory through which the programs of a group meet; nothing where each is alone."""
+def scratch(x, programs: int, tile: Tile, MP: int, groups: int, squares: bool = True) -> dict:
+    """Memory through which the programs of a group meet: sums, those of x^2 (if `squares`) and a counter; nothing where each is
+    alone."""
+    names = ("partial_ptr", "counter_ptr", *(("squares_ptr",) if squares else ()))
     if groups == programs:
-        return {"partial_ptr": None, "squares_ptr": None, "counter_ptr": None}
+        return dict.fromkeys(names)
     if groups > MAX_GROUPS:
         raise ValueError(f"a split matmul: found {groups} groups of programs, expected at most {MAX_GROUPS}")
-    return {
-        "partial_ptr": torch.empty(programs * tile.rows * MP, dtype=torch.float32, device=x.device),
-        "squares_ptr": torch.empty(programs * MP, dtype=torch.float32, device=x.device),
-        "counter_ptr": zeroed_workspace(x.device, "counters of split matmuls", MAX_GROUPS),
-    }
+    sums = {"partial_ptr": programs * tile.rows * MP, "squares_ptr": programs * MP}
+    memory = {name: torch.empty(sums[name], dtype=torch.float32, device=x.device) for name in names if name in sums}
+    return memory | {"counter_ptr": zeroed_workspace(x.device, "counters of split matmuls", MAX_GROUPS)}

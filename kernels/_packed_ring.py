@@ -14,8 +14,8 @@ within each 32 (`_common.permuted`), and whoever writes x does that: nothing mov
 Widened in order, codes would do with x as it is; but the kernels of 1 to 8 rows would then load x four bytes at a time, which
 took 6% of a step (LOG.md).
 
-While a product of 8-bit codes is under way nothing is widened: another program on the same multiprocessor is. int4's products
-are a group's each, whose sums take its scale in float32.
+While a product of 8-bit codes is under way this program widens nothing: where two share a multiprocessor, the other one does.
+int4's products are a group's each, whose sums take its scale in float32.
 """
 
 import torch
@@ -39,8 +39,8 @@ from kernels._ring import (
     box_layout,
     boxes,
     described,
+    load_boxes,
     load_of_heads,
-    load_parts,
     qkv_epilogue,
     store_part,
     sums_layout,
@@ -259,12 +259,7 @@ def _multiply(
 @gluon.jit
 def _merge(partial_ptr, tile, SPLIT: gl.constexpr, HALF: gl.constexpr, MP: gl.constexpr):
     """A tile's sums, [HALF, MP] of each box, from what its programs have stored."""
-    Y: gl.constexpr = box_layout(HALF, MP, gl.num_warps())
-    r = gl.arange(0, HALF, gl.SliceLayout(1, Y))[:, None]
-    m = gl.arange(0, MP, gl.SliceLayout(0, Y))[None, :]
-    box = partial_ptr + tile * (SPLIT * 2 * HALF * MP) + m * (2 * HALF) + r
-    parts_a = load_parts(box, 2 * HALF * MP, SPLIT)
-    parts_b = load_parts(box + HALF, 2 * HALF * MP, SPLIT)
+    parts_a, parts_b = load_boxes(partial_ptr, tile, SPLIT, HALF, MP)
     return add_parts(parts_a), add_parts(parts_b)
 
 
@@ -303,16 +298,16 @@ def _scaled(sums, factors, eps, K: gl.constexpr, X_SCALE: gl.constexpr):
 
 
 @gluon.jit
-def _load_residuals(residual_ptr, gain_ptr, f, F, M, HALF: gl.constexpr, MP: gl.constexpr):
-    """Of both boxes' outputs; and the gain of a norm to be folded; () where there are none."""
+def _load_residuals(residual_ptr, gain_ptr, f, F, M, SILU_MUL: gl.constexpr, HALF: gl.constexpr, MP: gl.constexpr):
+    """Of the first box's outputs, and where the second one has its own of those; and the gain of a norm to be folded; () where
+    there are none."""
     m = gl.arange(0, MP, gl.SliceLayout(0, box_layout(HALF, MP, gl.num_warps())))[None, :]
     residuals, gains = (), ()
     if residual_ptr is not None:
         offset = m * F + f[:, None]
-        residuals = (
-            gl.load(residual_ptr + offset, mask=m < M, other=0.0),
-            gl.load(residual_ptr + offset + HALF, mask=m < M, other=0.0),
-        )
+        residuals = (gl.load(residual_ptr + offset, mask=m < M, other=0.0),)
+        if not SILU_MUL:
+            residuals = residuals + (gl.load(residual_ptr + offset + HALF, mask=m < M, other=0.0),)
     if gain_ptr is not None:
         gains = (gl.load(gain_ptr + f), gl.load(gain_ptr + f + HALF))
     return residuals, gains
@@ -323,42 +318,42 @@ def _linear_epilogue(
     sums, loaded, y_ptr, scaled_ptr, sum_ptr, f, F, M,
     SILU_MUL: gl.constexpr, PERMUTE: gl.constexpr, HALF: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr,
 ):  # fmt: skip
-    """Activation, residual, store; and where there is a gain, what FoldedNorm has of the tile. PERMUTE: the columns that a
-    packed linear reads next."""
+    """Activation, residual, store; and where there is a gain, what FoldedNorm has of the tile. PERMUTE: the columns of that, or
+    else of y, for the packed linear that reads it."""
     residuals, gains = loaded
     DTYPE: gl.constexpr = y_ptr.dtype.element_ty
     m = gl.arange(0, MP, gl.SliceLayout(0, box_layout(HALF, MP, gl.num_warps())))
     there, row = (m < M)[None, :], m[None, :] * F
+    outputs, squares = sums, ()
     if SILU_MUL:
-        y = (sums[0] / (1.0 + gl.exp(-sums[0])) * sums[1]).to(DTYPE)
-        gl.store(y_ptr + row + (permuted(f) if PERMUTE else f)[:, None], y, mask=there)
-    else:
-        squares = ()
-        for box in gl.static_range(2):
-            feature = f + HALF * box
-            y = sums[box]
-            if len(residuals) > 0:
-                y += residuals[box].to(gl.float32)
-            y = y.to(DTYPE)
+        outputs = (sums[0] / (1.0 + gl.exp(-sums[0])) * sums[1],)
+    for box in gl.static_range(len(outputs)):
+        feature, y = f + HALF * box, outputs[box]
+        next_feature = permuted(feature) if PERMUTE else feature
+        if len(residuals) > 0:
+            y += residuals[box].to(gl.float32)
+        y = y.to(DTYPE)
+        if len(gains) == 0:
+            gl.store(y_ptr + row + next_feature[:, None], y, mask=there)
+        else:
             gl.store(y_ptr + row + feature[:, None], y, mask=there)
-            if len(gains) > 0:
-                wide = y.to(gl.float32)
-                scaled = (wide * (gains[box].to(gl.float32) * X_SCALE)[:, None]).to(DTYPE)
-                gl.store(scaled_ptr + row + (permuted(feature) if PERMUTE else feature)[:, None], scaled, mask=there)
-                squares = squares + (gl.sum(wide * wide, 0),)
-        if len(gains) > 0:  # blocks of 64 features
-            block = sum_ptr + m * (F // 64) + gl.min(f, 0) // 64
-            if HALF == 64:
-                gl.store(block, squares[0], mask=m < M)
-                gl.store(block + 1, squares[1], mask=m < M)
-            else:
-                gl.store(block, squares[0] + squares[1], mask=m < M)
+            wide = y.to(gl.float32)
+            scaled = (wide * (gains[box].to(gl.float32) * X_SCALE)[:, None]).to(DTYPE)
+            gl.store(scaled_ptr + row + next_feature[:, None], scaled, mask=there)
+            squares = squares + (gl.sum(wide * wide, 0),)
+    if len(gains) > 0:  # blocks of 64 features
+        block = sum_ptr + m * (F // 64) + gl.min(f, 0) // 64
+        if HALF == 64:
+            gl.store(block, squares[0], mask=m < M)
+            gl.store(block + 1, squares[1], mask=m < M)
+        else:
+            gl.store(block, squares[0] + squares[1], mask=m < M)
 
 
 @gluon.jit(do_not_specialize=["M", "first"])
 def _packed_ring_linear_kernel(
     w_desc, x_desc, scale_desc, zero_desc, scale_ptr, folded_ptr, residual_ptr, y_ptr, gain_ptr, scaled_ptr, sum_ptr,
-    partial_ptr, squares_ptr, counter_ptr, M, F, eps, first,
+    partial_ptr, counter_ptr, M, F, eps, first,
     K: gl.constexpr, FORMAT: gl.constexpr, SILU_MUL: gl.constexpr, PERMUTE: gl.constexpr, FOLDED: gl.constexpr,
     SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -374,7 +369,7 @@ def _packed_ring_linear_kernel(
     ring = _begin(w_desc, x_desc, scale_desc, zero_desc, tile, unit0, first, S, SUB, PDL)
     if SPLIT == 1:  # behind x, and there long before the sums are
         factors = _load_factors(scale_ptr, folded_ptr, f, second, M, FOLDED, MP)
-        loaded = _load_residuals(residual_ptr, gain_ptr, f, F, M, HALF, MP)
+        loaded = _load_residuals(residual_ptr, gain_ptr, f, F, M, SILU_MUL, HALF, MP)
     sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, tile, unit0, FORMAT, CHUNKS, S, SUB)
     if SPLIT == 1:
         scaled = _scaled(boxes(sums), factors, eps, K, X_SCALE)
@@ -383,7 +378,7 @@ def _packed_ring_linear_kernel(
         store_part(sums, partial_ptr, tile, part, SPLIT)
         if arrives_last(counter_ptr + tile, SPLIT):
             late_factors = _load_factors(scale_ptr, folded_ptr, f, second, M, FOLDED, MP)
-            late = _load_residuals(residual_ptr, gain_ptr, f, F, M, HALF, MP)
+            late = _load_residuals(residual_ptr, gain_ptr, f, F, M, SILU_MUL, HALF, MP)
             merged = _scaled(_merge(partial_ptr, tile, SPLIT, HALF, MP), late_factors, eps, K, X_SCALE)
             _linear_epilogue(merged, late, y_ptr, scaled_ptr, sum_ptr, f, F, M, SILU_MUL, PERMUTE, HALF, MP, X_SCALE)
 
@@ -394,7 +389,7 @@ def _packed_ring_linear_kernel(
 @gluon.jit(do_not_specialize=["M", "T", "P", "first"])
 def _packed_ring_qkv_kernel(
     w_desc, x_desc, scale_desc, zero_desc, scale_ptr, folded_ptr, bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr,
-    lengths_ptr, table_ptr, q_ptr, k_ptr, v_ptr, partial_ptr, squares_ptr, counter_ptr, M, T, P, eps, qk_eps, page_size, first,
+    lengths_ptr, table_ptr, q_ptr, k_ptr, v_ptr, partial_ptr, counter_ptr, M, T, P, eps, qk_eps, page_size, first,
     HQ: gl.constexpr, HKV: gl.constexpr, D: gl.constexpr,
     K: gl.constexpr, FORMAT: gl.constexpr, FOLDED: gl.constexpr,
     SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
@@ -449,6 +444,8 @@ def _launch(kernel, x: torch.Tensor, w: Operand, squares, apart: int, pitch: int
         raise ValueError(f"weight: found {w.scale.shape[-1]} groups in {unit} columns, expected 1")
     MP, tiles, chunks = ring_padded(M), N // tile.rows, K // split // tile.chunk
     stages = min(tile.stages, chunks - 1)  # with nothing to refill ptxas 12.8 crashes
+    if stages < 2:
+        raise ValueError(f"weight: found {chunks} chunks of columns a program, expected at least 3")
     per = tile.rows // 2 // H
 
     def boxed(t: torch.Tensor, width: int, most: int):
@@ -465,7 +462,7 @@ def _launch(kernel, x: torch.Tensor, w: Operand, squares, apart: int, pitch: int
         squares,
         **arguments,
         M=M,
-        first=min(stages, chunks),
+        first=stages,
         K=K,
         FORMAT=w.format,
         FOLDED=0 if squares is None else squares.shape[1],
@@ -476,9 +473,14 @@ def _launch(kernel, x: torch.Tensor, w: Operand, squares, apart: int, pitch: int
         X_SCALE=x_scale(x.dtype),
         num_warps=tile.warps,
         **({"maxnreg": tile.registers} if tile.registers else {}),
-        **scratch(x, tiles * split, tile, MP, tiles),
+        **scratch(x, tiles * split, tile, MP, tiles, squares=False),
         **launch_options(x),
     )
+
+
+def described_by(w: Operand) -> tuple:
+    """What of a weight is read through TMA descriptors."""
+    return w[:3] if w.format == "int4" else w[:1]
 
 
 def launch_packed_ring(

@@ -1,9 +1,9 @@
 # ruff: noqa: RUF005 (Triton knows no star in a tuple)
 """Linears of 2 to 64 rows on Hopper: weights stream by TMA through a ring of shared memory, and wgmma multiplies from there.
 
-Owns the kernels that `linear` and `qkv_rope_append` launch for a tile with `ring` (tiles.py), written in Gluon, and their
-launch. Does not know the model. Needs a GPU of compute capability 9.0: there is no interpreter for it, so tests compile it
-anywhere and run it on a card.
+Owns the kernels that `linear` and `qkv_rope_append` launch for plain weights and a tile with `ring` (tiles.py), written in
+Gluon, their launch, and what _packed_ring.py shares with them. Does not know the model. Needs a GPU of compute capability 9.0:
+there is no interpreter for it, so tests compile it anywhere and run it on a card.
 Letters: M rows of x, MP padded (wgmma's N: 8 for up to 8 rows), K input features, N weight rows, F output features, S stages;
 of qkv: T query tokens a sequence, P pages of a table, D head size, H = D / 2, PER = 64 / H heads a tile.
 
@@ -227,6 +227,16 @@ def add_parts(parts):
 
 
 @gluon.jit
+def load_boxes(partial_ptr, tile, SPLIT: gl.constexpr, HALF: gl.constexpr, MP: gl.constexpr):
+    """The parts of a tile's sums that its programs have stored, [HALF, MP] each: of the first box, and of the second."""
+    Y: gl.constexpr = box_layout(HALF, MP, gl.num_warps())
+    r = gl.arange(0, HALF, gl.SliceLayout(1, Y))[:, None]
+    m = gl.arange(0, MP, gl.SliceLayout(0, Y))[None, :]
+    box = partial_ptr + tile * (SPLIT * 2 * HALF * MP) + m * (2 * HALF) + r
+    return load_parts(box, 2 * HALF * MP, SPLIT), load_parts(box + HALF, 2 * HALF * MP, SPLIT)
+
+
+@gluon.jit
 def _merge(
     ring, partial_ptr, squares_ptr, tile, eps,
     NORM: gl.constexpr, K: gl.constexpr, CHUNKS: gl.constexpr, S: gl.constexpr, SPLIT: gl.constexpr, MP: gl.constexpr,
@@ -238,13 +248,9 @@ def _merge(
     nothing over a loop, though, and a wait is one, for a phase that is over: what stands before it is in flight at once, where
     there are registers.
     """
-    Y: gl.constexpr = box_layout(64, MP, 4)
-    r = gl.arange(0, 64, gl.SliceLayout(1, Y))[:, None]
-    m = gl.arange(0, MP, gl.SliceLayout(0, Y))
-    box = partial_ptr + tile * (SPLIT * 128 * MP) + m[None, :] * 128 + r
-    parts_a = load_parts(box, 128 * MP, SPLIT)
-    parts_b = load_parts(box + 64, 128 * MP, SPLIT)
+    parts_a, parts_b = load_boxes(partial_ptr, tile, SPLIT, 64, MP)
     if NORM:
+        m = gl.arange(0, MP, gl.SliceLayout(0, box_layout(64, MP, 4)))
         parts = load_parts(squares_ptr + tile * (SPLIT * MP) + m, MP, SPLIT)
     if MP * SPLIT <= 128:
         FILLS: gl.constexpr = (CHUNKS + S - 1) // S  # of the first stage
@@ -453,10 +459,10 @@ def tma_reads(*tensors: torch.Tensor | None) -> bool:
     return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
 
 
-def ring_serves_qkv(head_dim: int, q_norm) -> bool:
+def ring_serves_qkv(head_dim: int, qk_norm: bool) -> bool:
     """Whether qkv's epilogue here can do what a call asks for: one head a tile or two, and qk-norm, which adds up all of a
     tile, only of one."""
-    return head_dim == 128 or (head_dim == 64 and q_norm is None)
+    return head_dim == 128 or (head_dim == 64 and not qk_norm)
 
 
 def launch_ring_qkv(

@@ -36,6 +36,7 @@ from kernels._matmul import (
     multiply,
     norm_factor,
     preload,
+    reads_permuted,
     rms_factor,
     rms_norm_ref,
     rope_factors,
@@ -48,7 +49,7 @@ from kernels._matmul import (
     x_scale,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
-from kernels._packed_ring import launch_packed_ring, launch_packed_ring_qkv
+from kernels._packed_ring import described_by, launch_packed_ring, launch_packed_ring_qkv
 from kernels._ring import launch_ring, launch_ring_qkv, ring_serves_qkv, tma_reads
 from kernels.formats import Weight
 from kernels.tiles import Tile, fold_block
@@ -396,7 +397,7 @@ def _launch_linear(
     """The kernel that fills y, and of a `gain` the FoldedNorm `folded` of y."""
     op = activation if activation == "silu_mul" else "linear"
     if w.is_packed:
-        tile = tile_of(op, x, w, rings=is_permuted and bias is norm is None and tma_reads(x, w.weight, w.scale, w.zero))
+        tile = tile_of(op, x, w, rings=is_permuted and bias is norm is None and tma_reads(x, *described_by(w)))
     else:
         serves = bias is gain is squares is None and not is_permuted and not permute
         tile = tile_of(op, x, w, rings=serves and tma_reads(x, w.weight, norm))
@@ -546,7 +547,8 @@ def linear_folding(
     x [M, K], M of 1 to MAX_ROWS; residual [M, N]. permuted, permute: the columns of x, and of what the FoldedNorm holds, as for
     `linear`. ValueError: a shape or dtype that does not fit.
     """
-    block = 64 if permuted else fold_block(x.shape[0], weight.packed)  # a ring's tile has 64 rows at least
+    ring = permuted and reads_permuted("linear", x, weight)  # whose tile has 64 rows at least
+    block = 64 if ring else fold_block(x.shape[0], weight.packed)
     y, *folded = torch.ops.rooflama.linear_folding(
         x, *Operand.of(weight), weight.bias, residual, gain, block, permuted, permute
     )
@@ -620,9 +622,9 @@ def _qkv_rope_append(
             x, w.plain(x), bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
             page_size, Hq, Hkv, D, squares,
         )  # fmt: skip
-    serves = ring_serves_qkv(D, q_norm)
+    serves = ring_serves_qkv(D, q_norm is not None)
     if w.is_packed:
-        tile = tile_of("qkv", x, w, rings=serves and permuted and norm is None and tma_reads(x, w.weight, w.scale, w.zero))
+        tile = tile_of("qkv", x, w, rings=serves and permuted and norm is None and tma_reads(x, *described_by(w)))
     else:
         tile = tile_of("qkv", x, w, rings=serves and squares is None and not permuted and tma_reads(x, w.weight, norm))
     if tile.ring and w.is_packed:

@@ -290,21 +290,23 @@ def _ring_rule(op: str, rows: int, N: int, K: int, sms: int) -> Tile | None:
 
 
 def _packed_ring_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) -> Tile | None:
-    """Two programs a multiprocessor, one of which widens codes while the other's are multiplied; with more than 32 rows of x,
-    which weigh as much as the codes, one where that is enough for all. As many stages as there is room for."""
+    """Two programs a multiprocessor, so that one widens codes while the other's are multiplied. (int4's registers leave room
+    for one where x has more than 16 rows; that took no longer.) With more than 32 rows, one for each multiprocessor where that
+    makes all run at once: x then weighs as much as the codes, and every program reads it. As many stages as there is room
+    for."""
     height, widest = 64 if op == "linear" else 128, 2 * UNIT_COLUMNS[fmt]
     if op == "head" or rows < RING_LEAST or N % height or K % widest:
         return None
-    programs, split = N // height, 1
-    most = sms if rows > 32 else 2 * sms
-    while op != "silu_mul" and split < 4 and 2 * split * programs <= most and K % (2 * split * widest) == 0:
-        split *= 2
-    each = 1 if programs * split <= sms else 2
-    for chunk, stages in itertools.product((widest, widest // 2), range(16, 2, -1)):
-        tile = packed_ring_tile(height, chunk, stages, split)
-        if each * packed_ring_bytes(tile, fmt, rows) <= SHARED_BYTES and stages < K // (split * chunk):
-            return tile
-    return None
+    programs, most = N // height, sms if rows > 32 else 2 * sms
+    found = []
+    for chunk in (widest, widest // 2):
+        split = 1
+        while op != "silu_mul" and split < 4 and 2 * split * programs <= most and K % (2 * split * chunk) == 0:
+            split *= 2
+        each = 1 if programs * split <= sms else 2
+        tiles = (packed_ring_tile(height, chunk, stages, split) for stages in range(16, 2, -1) if stages < K // (split * chunk))
+        found += itertools.islice((t for t in tiles if each * packed_ring_bytes(t, fmt, rows) <= SHARED_BYTES), 1)
+    return max(found, key=lambda tile: tile.split, default=None)
 
 
 def _many_rows_rule(op: str, N: int, K: int, sms: int) -> Tile:
@@ -406,6 +408,7 @@ def _packed_ring_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[T
         )
         tile = next(fitting, None)
         whole = N % height == 0 and K % (split * chunk) == 0 and (split == 1 or op != "silu_mul")
+        whole = whole and K // (split * chunk) > 2  # two stages, and one to be filled again
         if tile and whole and (op == "linear" or height == 128) and N // height * split <= 1024:
             tiles.append(tile)
     return tiles
@@ -535,8 +538,9 @@ def batch_invariant(enabled: bool = True):
 
 
 def tile_for(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: bool = False) -> Tile:
-    """What a kernel asks: the override, the batch-invariant tile, or the choice; with a ring only if `rings`."""
+    """What a kernel asks: the override, the batch-invariant tile, or the choice; with a ring only if `rings`. A packed weight's
+    ring by an override is for those that can have it: the first layer's qkv cannot."""
     tile = _overrides.get((op, N, K), _overrides.get(op))
-    if tile is not None:
+    if tile is not None and (rings or not tile.ring or fmt not in UNIT_COLUMNS):
         return tile
     return invariant_tile(op, fmt, N, K, sms) if _batch_invariant else choose_tile(op, fmt, rows, N, K, sms, rings)

@@ -154,11 +154,12 @@ def test_a_short_prompt(launches, N, K):
 
 
 @pytest.mark.parametrize("M", [8, 40, 64])
+@pytest.mark.parametrize("cache", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(("head_dim", "bias", "qk_norm"), [(64, True, False), (128, False, False), (128, True, True)])
-def test_qkv_rings(launches, head_dim, bias, qk_norm, M):
+def test_qkv_rings(launches, head_dim, bias, qk_norm, M, cache):
     for tile in (ring_tile(64, 6), ring_tile(64, 6, 2)):
         with override_tiles({"qkv": tile}):
-            call("qkv", 12 * head_dim, 2048, M, head_dim=head_dim, bias=bias, qk_norm=qk_norm)
+            call("qkv", 12 * head_dim, 2048, M, head_dim=head_dim, bias=bias, qk_norm=qk_norm, cache_dtype=cache)
     check(launches, 2)
 
 
@@ -187,7 +188,7 @@ def test_packed_rings(launches, op, N, K, M, packed, more):
     assert "0 bytes spill stores" in remarks
     assert "serialized" not in remarks
     assert packed.format == "int4" or registers * 32 * tile.warps * each <= 65536
-    loop = compiled.asm["ptx"].split("wgmma.mma_async")[0].rsplit("mbarrier.try_wait", 2)[1]
+    loop = "".join(compiled.asm["ptx"].split("wgmma.mma_async")[0].rsplit("mbarrier.try_wait", 2)[1:])
     assert not re.search("shfl|st.shared", loop)
 
 

@@ -136,10 +136,10 @@ def test_what_a_ring_cannot_do_goes_to_a_tile():
         assert not tile_for("linear", "bf16", 8, 4096, 4096, 132, rings=True).ring
     with override_tiles({"qkv": ring_tile(64, 4)}), pytest.raises(ValueError, match="found one for qkv, expected none"):
         tile_of("qkv", x, w, rings=True)
-    assert ring_serves_qkv(128, x)
-    assert ring_serves_qkv(64, None)
-    assert not ring_serves_qkv(64, x)
-    assert not ring_serves_qkv(96, None)
+    assert ring_serves_qkv(128, True)
+    assert ring_serves_qkv(64, False)
+    assert not ring_serves_qkv(64, True)
+    assert not ring_serves_qkv(96, False)
 
 
 def test_rows_that_take_a_ring():

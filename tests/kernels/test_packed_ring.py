@@ -58,7 +58,12 @@ def test_linears_take_and_give_it(M, fmt):
     assert torch.equal(linear(turned, weight, residual=residual, permuted=True), linear(x, weight, residual=residual))
     gated = linear(x, weight, activation="silu_mul")
     assert torch.equal(linear(x, weight, activation="silu_mul", permute=True), permute_columns(gated))
+    both = linear(turned, weight, residual=residual, permuted=True, permute=True)
+    assert torch.equal(both, permute_columns(linear(x, weight, residual=residual)))
     y, folded = linear_folding(x, weight, residual=residual, gain=gain)
+    y_turned, folded_turned = linear_folding(turned, weight, residual=residual, gain=gain, permuted=True)
+    assert torch.equal(y_turned, y)
+    assert torch.equal(folded_turned.squares, folded.squares)
     y_too, folded_too = linear_folding(x, weight, residual=residual, gain=gain, permute=True)
     assert torch.equal(y, y_too)
     assert torch.equal(permute_columns(folded.scaled), folded_too.scaled)
@@ -106,7 +111,7 @@ def test_qkv_takes_and_attention_gives_it(D):
 
 LINEARS = [
     ("qkv", 6144, 4096), ("linear", 4096, 14336), ("silu_mul", 28672, 4096), ("linear", 2048, 2048), ("silu_mul", 16384, 2048),
-    ("linear", 3584, 18944), ("linear", 8192, 28672),
+    ("linear", 3584, 18944), ("linear", 8192, 28672), ("linear", 4096, 11008),
 ]  # fmt: skip
 
 
@@ -122,6 +127,7 @@ def test_choice_and_candidates_fit(op, N, K, rows, fmt):
         assert tile.rows == 16 * tile.warps
         assert N % tile.rows == 0
         assert K % (tile.chunk * tile.split) == 0
+        assert K // (tile.chunk * tile.split) > 2, "a ring of one stage would wait for itself"
         assert packed_ring_bytes(tile, fmt, rows) <= SHARED_BYTES
         assert tile.split == 1 or op != "silu_mul"
 
@@ -215,9 +221,12 @@ def test_gated_rings(fmt, tile):
         norm = kernels.FoldedNorm(poisoned(permute_columns(folded.scaled)), folded.squares, True)
         with override_tiles({"silu_mul": tile}):
             y = linear(torch.full_like(x, torch.nan), weight, norm=norm, eps=EPS, activation="silu_mul", permute=permute)
+            residual = randn(M, 128, dtype=dtype)
+            summed = linear(x, weight, norm=norm, eps=EPS, activation="silu_mul", residual=residual)
         rest = (None, None, EPS, "silu_mul", None)
         exact = linear_ref(folded.scaled.double(), exact_weight(weight), *rest, folded.squares.double())
         working = linear_ref(folded.scaled, weight.dequantized(), *rest, folded.squares)
+        assert_within(summed, working + residual, exact + residual.double())
         assert_within(permute_columns(y) if permute else y, working, exact)
 
 
