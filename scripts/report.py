@@ -141,7 +141,8 @@ def off_list(records: list[dict], stored: list[dict]) -> str:
         text += "The others of this engine:\n\n"
     traces = {step_key(r): r for r in stored if "classes" in (r.get("explain") or {})}
     for r, run in off:
-        text += f"- {', '.join(shape(r))}: {run.ratio:.2f} of the prediction; {why(r, run, traces.get(step_key(r)))}\n"
+        traced = r if "classes" in (r.get("explain") or {}) else traces.get(step_key(r))
+        text += f"- {', '.join(shape(r))}: {run.ratio:.2f} of the prediction; {why(r, run, traced)}\n"
     return text
 
 

@@ -99,6 +99,10 @@ def test_far_from_the_prediction(tmp_path):
     assert "; over their floors: qkv by 500.0 us, gaps by 70.00 us, head by 10.00 us" in text
     lines = section(report.render(stored(tmp_path, slow, traced | {"prompt_len": 32})), "Predicted and measured").splitlines()
     assert sum("; as 32/128 at abc1234, over their floors: qkv by 500.0 us" in line for line in lines) == 1
+    later = traced | {"prompt_len": 32, "explain": {"classes": {}, "gap_us_per_step": 1.0}}
+    lines = section(report.render(stored(tmp_path, traced, later)), "Predicted and measured").splitlines()
+    (own,) = [line for line in lines if ", 128/128: " in line]
+    assert "; over their floors: qkv by 500.0 us" in own, "a trace of its own comes before a later one"
     other = traced | {"batch_size": 17}
     assert "as 128/128" not in section(report.render(stored(tmp_path, slow, other)), "Predicted and measured")
 
