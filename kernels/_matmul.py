@@ -463,9 +463,8 @@ def _kernel_rows(N: int, K: int, device: int) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _ring_rows(op: str, fmt: str, N: int, K: int, device: int) -> tuple[int, ...]:
-    """Padded rows of x for which `op` on a packed weight has a ring."""
-    return tuple(rows for rows in (16, 32, 64) if tile_for(op, fmt, rows, N, K, num_sms(device), rings=True).ring)
+def _has_ring(op: str, fmt: str, rows: int, N: int, K: int, device: int) -> bool:
+    return tile_for(op, fmt, rows, N, K, num_sms(device), rings=True).ring
 
 
 def reads_permuted(op: str, x: torch.Tensor, weight: Weight) -> bool:
@@ -478,8 +477,8 @@ def reads_permuted(op: str, x: torch.Tensor, weight: Weight) -> bool:
         return False
     if weight.group_size not in (0, UNIT_COLUMNS["int4"]) or (weight.bias is not None and op != "qkv"):
         return False
-    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64  # in comparisons, which torch.compile can trace
-    return padded in _ring_rows(op, weight.format, weight.out_features, weight.in_features, x.device.index or 0)
+    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64  # by comparisons: a constant to torch.compile, whatever rows is
+    return _has_ring(op, weight.format, padded, weight.out_features, weight.in_features, x.device.index or 0)
 
 
 def beats_cublas(x: torch.Tensor, weight: Weight) -> bool:
@@ -638,11 +637,12 @@ def _packed_arguments(tile: Tile, x, w: Operand) -> dict:
 def scratch(x, programs: int, tile: Tile, MP: int, groups: int, squares: bool = True) -> dict:
     """Memory through which the programs of a group meet: sums, those of x^2 (if `squares`) and a counter; nothing where each is
     alone."""
-    names = ("partial_ptr", "counter_ptr", *(("squares_ptr",) if squares else ()))
-    if groups == programs:
-        return dict.fromkeys(names)
-    if groups > MAX_GROUPS:
+    if groups > MAX_GROUPS and groups != programs:
         raise ValueError(f"a split matmul: found {groups} groups of programs, expected at most {MAX_GROUPS}")
-    sums = {"partial_ptr": programs * tile.rows * MP, "squares_ptr": programs * MP}
-    memory = {name: torch.empty(sums[name], dtype=torch.float32, device=x.device) for name in names if name in sums}
-    return memory | {"counter_ptr": zeroed_workspace(x.device, "counters of split matmuls", MAX_GROUPS)}
+
+    def floats(each: int) -> torch.Tensor | None:
+        return None if groups == programs else torch.empty(programs * each, dtype=torch.float32, device=x.device)
+
+    counter = None if groups == programs else zeroed_workspace(x.device, "counters of split matmuls", MAX_GROUPS)
+    memory = {"partial_ptr": floats(tile.rows * MP), "counter_ptr": counter}
+    return memory | ({"squares_ptr": floats(MP)} if squares else {})

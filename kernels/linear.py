@@ -547,8 +547,8 @@ def linear_folding(
     x [M, K], M of 1 to MAX_ROWS; residual [M, N]. permuted, permute: the columns of x, and of what the FoldedNorm holds, as for
     `linear`. ValueError: a shape or dtype that does not fit.
     """
-    ring = permuted and reads_permuted("linear", x, weight)  # whose tile has 64 rows at least
-    block = 64 if ring else fold_block(x.shape[0], weight.packed)
+    ring = permuted and reads_permuted("linear", x, weight)
+    block = fold_block(x.shape[0], weight.packed, ring)
     y, *folded = torch.ops.rooflama.linear_folding(
         x, *Operand.of(weight), weight.bias, residual, gain, block, permuted, permute
     )
@@ -627,32 +627,12 @@ def _qkv_rope_append(
         tile = tile_of("qkv", x, w, rings=serves and permuted and norm is None and tma_reads(x, *described_by(w)))
     else:
         tile = tile_of("qkv", x, w, rings=serves and squares is None and not permuted and tma_reads(x, w.weight, norm))
-    if tile.ring and w.is_packed:
-        launch_packed_ring_qkv(
-            x,
-            w,
-            bias,
-            squares,
-            eps,
-            q_norm,
-            k_norm,
-            qk_eps,
-            cos,
-            sin,
-            lengths,
-            table,
-            q,
-            k_cache,
-            v_cache,
-            page_size,
-            Hkv,
-            tile,
-        )
-        return q
     if tile.ring:
-        launch_ring_qkv(
-            x, w, bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, q, k_cache, v_cache, page_size, Hkv, tile
-        )
+        launch, of_norm = (launch_packed_ring_qkv, squares) if w.is_packed else (launch_ring_qkv, norm)
+        launch(
+            x, w, bias, of_norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, q, k_cache, v_cache,
+            page_size, Hkv, tile,
+        )  # fmt: skip
         return q
     if permuted:
         x = permute_columns(x)

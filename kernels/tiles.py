@@ -211,10 +211,10 @@ def folds_norm(*formats) -> bool:
     return all(fmt is not None for fmt in formats)
 
 
-def fold_block(rows: int, fmt) -> int:
+def fold_block(rows: int, fmt, ring: bool = False) -> int:
     """Output features behind one sum of squares of a folded norm, for a first weight in this format: few enough that every tile
-    computes whole blocks."""
-    return 16 if fmt is not None and rows <= 16 and not _batch_invariant else 64
+    computes whole blocks. A ring's tiles have 64 at least."""
+    return 16 if fmt is not None and rows <= 16 and not (_batch_invariant or ring) else 64
 
 
 def measured_rows(rows: int) -> tuple[int, ...]:
@@ -304,9 +304,8 @@ def _packed_ring_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) ->
         while op != "silu_mul" and split < 4 and 2 * split * programs <= most and K % (2 * split * chunk) == 0:
             split *= 2
         each = 1 if programs * split <= sms else 2
-        tiles = (packed_ring_tile(height, chunk, stages, split) for stages in range(16, 2, -1) if stages < K // (split * chunk))
-        found += itertools.islice((t for t in tiles if each * packed_ring_bytes(t, fmt, rows) <= SHARED_BYTES), 1)
-    return max(found, key=lambda tile: tile.split, default=None)
+        found.append(_deepest_packed_ring(fmt, rows, K, height, chunk, split, each))
+    return max((tile for tile in found if tile and tile.stages > 2), key=lambda tile: tile.split, default=None)
 
 
 def _many_rows_rule(op: str, N: int, K: int, sms: int) -> Tile:
@@ -387,11 +386,26 @@ def ring_bytes(tile: Tile, M: int) -> int:
     return 2 * tile.chunk * (tile.stages * (RING_ROWS + MP + 1) + 2 * MP)
 
 
+def _packed_stage_bytes(fmt: str, M: int, rows: int, chunk: int) -> int:
+    """Of a packed ring's stage: codes, x, int4's scales and zeros."""
+    units = chunk // UNIT_COLUMNS[fmt]
+    return 64 * rows * units + 2 * chunk * ring_padded(M) + (6 * rows * units if fmt == "int4" else 0)
+
+
+PACKED_RING_SPARE = 2048  # bytes of shared memory beside the stages, for the compiler and the card
+
+
 def packed_ring_bytes(tile: Tile, fmt: str, M: int) -> int:
-    """Shared memory of a packed ring's program: codes, x, int4's scales and zeros, and what the compiler and the card need."""
-    units = tile.chunk // UNIT_COLUMNS[fmt]
-    stage = 64 * tile.rows * units + 2 * tile.chunk * ring_padded(M) + (6 * tile.rows * units if fmt == "int4" else 0)
-    return tile.stages * stage + 2048
+    """Shared memory of a packed ring's program."""
+    return tile.stages * _packed_stage_bytes(fmt, M, tile.rows, tile.chunk) + PACKED_RING_SPARE
+
+
+def _deepest_packed_ring(fmt: str, M: int, K: int, rows: int, chunk: int, split: int, each: int) -> Tile | None:
+    """The tile with as many stages, up to 16, as `each` programs have room for on a multiprocessor, and a chunk more to be
+    filled again; None where that makes less than two."""
+    room = (SHARED_BYTES // each - PACKED_RING_SPARE) // _packed_stage_bytes(fmt, M, rows, chunk)
+    stages = min(16, room, K // (split * chunk) - 1)
+    return packed_ring_tile(rows, chunk, stages, split) if stages >= 2 else None
 
 
 def _packed_ring_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
@@ -400,15 +414,8 @@ def _packed_ring_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[T
     tiles = []
     for height, each, units, split in itertools.product((64, 128), (1, 2, 4), (1, 2), (1, 2, 4, 8)):
         chunk = units * UNIT_COLUMNS[fmt]
-        stages = range(16, 1, -1)
-        fitting = (
-            t
-            for s in stages
-            if each * packed_ring_bytes(t := packed_ring_tile(height, chunk, s, split), fmt, M) <= SHARED_BYTES
-        )
-        tile = next(fitting, None)
+        tile = _deepest_packed_ring(fmt, M, K, height, chunk, split, each)
         whole = N % height == 0 and K % (split * chunk) == 0 and (split == 1 or op != "silu_mul")
-        whole = whole and K // (split * chunk) > 2  # two stages, and one to be filled again
         if tile and whole and (op == "linear" or height == 128) and N // height * split <= 1024:
             tiles.append(tile)
     return tiles

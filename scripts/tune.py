@@ -78,7 +78,7 @@ def compile_tile(job) -> tuple | None:
     lengths = make(rows, dtype=torch.int32)
     norms, permuted = [norm], tile.ring and weight.packed is not None
     if kernels.folds_norm(c.layer_format, weight.packed):
-        squares = make(rows, -(-K // (64 if permuted else fold_block(rows, c.layer_format))), dtype=torch.float32)
+        squares = make(rows, -(-K // fold_block(rows, c.layer_format, permuted)), dtype=torch.float32)
         norms.append(kernels.FoldedNorm(x, squares, permuted))
     if permuted:
         norms = norms[1:]  # no ring of packed weights does a norm itself

@@ -114,7 +114,7 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torc
     weight.tile()
     permuted = fold and kernels.reads_permuted(op, x, weight)
     if fold:
-        blocks = -(-K // (64 if permuted else fold_block(M, packed)))
+        blocks = -(-K // fold_block(M, packed, permuted))
         norm = kernels.FoldedNorm(x, empty(M, blocks, dtype=torch.float32), permuted)
     lengths = empty(M, dtype=torch.int32)
     if op == "linear" and fold:
