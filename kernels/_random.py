@@ -56,13 +56,22 @@ def _to_gumbel(bits):
 
 
 @triton.jit
+def gumbel_quads(seed, sample, position, quads, zero):
+    """The Gumbel draws [R, MP] of the ids 4 * q to 4 * q + 3 of each of `quads` [R / 4], for the keys [MP] of each row.
+
+    zero: uint32 [R / 4, MP], for in Gluon a tensor is made with a layout. A quad's draws are made where its q is.
+    """
+    quad = zero + quads.to(tl.uint32)[:, None]
+    c1, c2 = zero + position.to(tl.uint32)[None, :], zero + sample.to(tl.uint32)[None, :]
+    a, b, c, d = tl.philox(seed[None, :], quad, c1, c2, zero)
+    return _to_gumbel(tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 2, 3, 1).reshape([4 * zero.shape[0], zero.shape[1]]))
+
+
+@triton.jit
 def gumbel_tile(seed, sample, position, first_id, R: tl.constexpr, MP: tl.constexpr):
     """The Gumbel draws [R, MP] of ids first_id to first_id + R, both multiples of 4, for the keys [MP] of each row."""
     zero = tl.zeros([R // 4, MP], tl.uint32)
-    quad = zero + (first_id // 4 + tl.arange(0, R // 4)).to(tl.uint32)[:, None]
-    c1, c2 = zero + position.to(tl.uint32)[None, :], zero + sample.to(tl.uint32)[None, :]
-    a, b, c, d = tl.philox(seed[None, :], quad, c1, c2, zero)
-    return _to_gumbel(tl.join(tl.join(a, c), tl.join(b, d)).permute(0, 2, 3, 1).reshape([R, MP]))
+    return gumbel_quads(seed, sample, position, first_id // 4 + tl.arange(0, R // 4), zero)
 
 
 @triton.jit

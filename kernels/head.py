@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from kernels._advance import advance_ref, advance_sequence, check_advance, load_sequence
+from kernels._candidates import PARTIALS, load_draws, store_candidates, store_logits, with_noise
 from kernels._common import (
     best_candidate,
     best_of,
@@ -44,9 +45,6 @@ from kernels._matmul import (
 from kernels._packed import multiply_packed, preload_packed, unit_starts
 from kernels._random import gumbel_ref, gumbel_tile, token_positions
 from kernels.formats import Weight
-
-PARTIALS = 4096  # candidates a row, whatever the tile: a program that has no candidate left to give fills up with -inf
-
 
 # ---------------------------------------------------------------- reference
 
@@ -80,8 +78,7 @@ def _candidates(logits, ids, first_id, temperature, seed, sample, position, R: t
     if temperature is not None:
         if tl.max(temperature, 0) > 0:
             sampled = temperature > 0
-            noise = gumbel_tile(seed, sample, position, first_id, R, MP)
-            value = tl.where(sampled[None, :], logits / tl.where(sampled, temperature, 1.0)[None, :] + noise, logits)
+            value = with_noise(logits, temperature, sampled, gumbel_tile(seed, sample, position, first_id, R, MP))
     return best_of(value, ids[:, None])
 
 
@@ -110,12 +107,7 @@ def _head_kernel(
     else:
         tiles, norms = preload(w_ptr, norm_ptr, rows, 0, N, columns, CHUNK, PRELOAD, NORM, MASK_N, MASK_K, STREAM)
     if temperature_ptr is not None:  # the host writes these between steps, never during one
-        sequence = m // T
-        real = m < M
-        temperature = tl.load(temperature_ptr + sequence, mask=real, other=0.0)
-        seed = tl.load(seed_ptr + sequence, mask=real, other=0)
-        sample = tl.load(sample_ptr + sequence, mask=real, other=0)
-        position = tl.load(lengths_ptr + sequence, mask=real, other=0) - T + m % T + 1
+        temperature, seed, sample, position = load_draws(temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, m, M, T)
     else:
         temperature: tl.constexpr = None
         seed, sample, position = m, m, m
@@ -134,37 +126,17 @@ def _head_kernel(
             CHUNK, CHUNKS, PRELOAD, STAGES, NORM, MASK_N, MASK_K, STREAM, X_SCALE, DTYPE,
         )  # fmt: skip
     factor = norm_factor(squares, folded, K, eps, NORM, FOLDED, X_SCALE)
-    logits = _store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)
+    logits = store_logits(sums[0] * factor, logits_ptr, rows, m, M, N, vocab_size)
     best, best_id = _candidates(logits, rows, pid * R, temperature, seed, sample, position, R, MP)
     if LOOPS:
         for tile in tl.range(pid + programs, tl.cdiv(N, R), programs, num_stages=STAGES):
             rows = tile * R + r
             more = fma_again(widened, w_ptr, rows, N, columns, M_FMA, MP, CHUNK, CHUNKS, MASK_N, MASK_K, STREAM, DTYPE)
-            logits = _store_logits(more * factor, logits_ptr, rows, m, M, N, vocab_size)
+            logits = store_logits(more * factor, logits_ptr, rows, m, M, N, vocab_size)
             value, value_id = _candidates(logits, rows, tile * R, temperature, seed, sample, position, R, MP)
             best_id = tl.where(value > best, value_id, best_id)  # an equal one came earlier, with a lower id
             best = tl.maximum(best, value)
-    _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS, SLOTS)
-
-
-@triton.jit
-def _store_logits(logits, logits_ptr, rows, m, M, N, vocab_size):
-    """Stores one tile; returns it with -inf where there is no token."""
-    logits = tl.where((rows < vocab_size)[:, None], logits, float("-inf"))
-    address = logits_ptr + m.to(tl.int64)[None, :] * N + rows[:, None]
-    tl.store(address, logits, mask=(rows < N)[:, None] & (m < M)[None, :])
-    return logits
-
-
-@triton.jit
-def _store_candidates(best, best_id, max_ptr, id_ptr, m, M, PARTIALS: tl.constexpr, SLOTS: tl.constexpr):
-    """This program's candidate, and -inf in each num_programs-th slot after it, so that all PARTIALS are written."""
-    slot = tl.program_id(0) + tl.arange(0, SLOTS)[:, None] * tl.num_programs(0)
-    mine = slot == tl.program_id(0)
-    mask = (slot < PARTIALS) & (m < M)[None, :]
-    offset = m[None, :] * PARTIALS + slot
-    tl.store(max_ptr + offset, tl.where(mine, best[None, :], float("-inf")), mask=mask)
-    tl.store(id_ptr + offset, tl.where(mine, best_id[None, :], 0), mask=mask)
+    store_candidates(best, best_id, max_ptr, id_ptr, m, M, tl.arange(0, SLOTS), PARTIALS)
 
 
 @triton.jit

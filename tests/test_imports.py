@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = [
     {
         "kernels._advance",
+        "kernels._candidates",
         "kernels._common",
         "kernels.formats",
         "kernels._matmul",
