@@ -1,11 +1,11 @@
 # ruff: noqa: RUF005 (Triton knows no star in a tuple)
 """Linears of 9 to 64 rows on packed weights, on Hopper: a ring as in _ring.py, and wgmma with its first operand in registers.
 
-Owns the kernels that `linear`, `linear_folding` and `qkv_rope_append` launch for packed weights with a ring tile (tiles.py),
-written in Gluon, and their launch. Does not know the model. Needs a GPU of compute capability 9.0: there is no interpreter for
-it, so tests compile it anywhere and run it on a card.
-Letters as in _ring.py and _packed.py, and: ROWS weight rows of a program (16 for each of its W warps), in two boxes of HALF;
-UC units of columns that are multiplied at once, SUB such products of a stage.
+Owns the kernels that `linear`, `linear_folding`, `qkv_rope_append` and `head` launch for packed weights with a ring tile
+(tiles.py), written in Gluon, and their launch. Does not know the model. Needs a GPU of compute capability 9.0: there is no
+interpreter for it, so tests compile it anywhere and run it on a card.
+Letters as in _ring.py and _packed.py, and: ROWS weight rows of a program (16 for each of its W warps), in two boxes of HALF, of
+the head in one; UC units of columns that are multiplied at once, SUB such products of a stage; V = N.
 
 Codes come by TMA as they lie. A thread reads back its own 16 bytes of a half block (512 neighbouring bytes a warp), and they
 are what wgmma wants of its first operand from that thread, but for an order of columns: thread t of a row's four has columns
@@ -17,6 +17,8 @@ took 6% of a step (LOG.md).
 While a product of 8-bit codes is under way this program widens nothing: where two share a multiprocessor, the other one does.
 int4's products are a group's each, whose sums take its scale in float32.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,9 +33,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kernels._common import arrives_last, launch_options, pdl_trigger, pdl_wait, permuted
+from kernels._candidates import PARTIALS, load_draws, store_candidates, store_logits, with_noise
+from kernels._common import arrives_last, best_of, launch_options, pdl_trigger, pdl_wait, permuted
 from kernels._matmul import FoldedNorm, Operand, rms_factor, scratch, token_positions, x_scale
 from kernels._packed import FP8_BF16, FP8_FP16, INT4_BF16, INT4_FP16, INT8_BF16, INT8_FP16
+from kernels._random import gumbel_quads
 from kernels._ring import (
     add_parts,
     box_layout,
@@ -53,29 +57,29 @@ from kernels.tiles import Tile, ring_padded
 
 @gluon.constexpr_function
 def _half_blocks(PER, HB, W):
-    """Half block i of a box [PER, HB]: its bits as coordinates; which of them are a thread's registers', and which a warp's."""
-    bits = [[0, i // HB, i % HB, 0] for i in (1 << j for j in range((PER * HB).bit_length() - 1))] + [[1, 0, 0, 0]]
+    """Half block i of boxes [PER, HB]: its bits as coordinates; which of them are a thread's registers', and which a warp's."""
+    bits = [[i // (PER * HB), i // HB % PER, i % HB, 0] for i in (1 << j for j in range(W.bit_length()))]  # 2 W half blocks
     warps = 1 + W.bit_length() - 1
     return [bits[0]] + bits[warps:], bits[1:warps]
 
 
 @gluon.constexpr_function
-def _words_layout(PER, HB, UC, W):
-    """Of a stage's codes [2, PER, HB, UC * 128]: 16 bytes a thread, as they lie in wgmma's first operand."""
+def _words_layout(BOXES, PER, HB, UC, W):
+    """Of a stage's codes [BOXES, PER, HB, UC * 128]: 16 bytes a thread, as they lie in wgmma's first operand."""
     mine, warps = _half_blocks(PER, HB, W)
     units = [[0, 0, 0, 128 << i] for i in range(UC.bit_length() - 1)]
     lanes = [[0, 0, 0, 4 << i] for i in range(5)]
     return gl.DistributedLinearLayout(
-        [[0, 0, 0, 1], [0, 0, 0, 2], mine[0]] + units + mine[1:], lanes, warps, [], [2, PER, HB, UC * 128]
+        [[0, 0, 0, 1], [0, 0, 0, 2], mine[0]] + units + mine[1:], lanes, warps, [], [BOXES, PER, HB, UC * 128]
     )
 
 
 @gluon.constexpr_function
-def _groups_layout(PER, HB, W):
-    """Of int4's scales or zeros [2, PER, HB, 8], a group's: where the codes of their rows are."""
+def _groups_layout(BOXES, PER, HB, W):
+    """Of int4's scales or zeros [BOXES, PER, HB, 8], a group's: where the codes of their rows are."""
     mine, warps = _half_blocks(PER, HB, W)
     lanes = [[0, 0, 0, 0], [0, 0, 0, 0]] + [[0, 0, 0, 1 << i] for i in range(3)]
-    return gl.DistributedLinearLayout(mine, lanes, warps, [], [2, PER, HB, 8])
+    return gl.DistributedLinearLayout(mine, lanes, warps, [], [BOXES, PER, HB, 8])
 
 
 @gluon.jit
@@ -87,7 +91,7 @@ def _halves(pair, DTYPE: gl.constexpr):
 
 @gluon.jit
 def _operand(words, zeros, FORMAT: gl.constexpr, UC: gl.constexpr, MP: gl.constexpr, DTYPE: gl.constexpr):
-    """Codes as wgmma's first operand [ROWS, UC units]: words [2, PER, HB, UC * 128]; int4's zeros [2, PER, HB, 8] or None."""
+    """Codes as wgmma's first operand [ROWS, UC units]: words [BOXES, PER, HB, UC * 128]; int4's zeros or None."""
     W: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = 16 * W
     A: gl.constexpr = gl.DotOperandLayout(0, sums_layout(MP, W), 2)
@@ -133,7 +137,7 @@ def _weight_bytes(w_desc, scale_desc, zero_desc, SUB):
 
 @gluon.jit
 def _load_weights(ring, w_desc, scale_desc, zero_desc, bar, slot, group, unit, pred, SUB: gl.constexpr):
-    """Both boxes of W from `unit` on into a stage, and int4's scales and zeros."""
+    """A tile's boxes of W from `unit` on into a stage, and int4's scales and zeros."""
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
     for u in gl.static_range(SUB):
         at = slot * SUB + u
@@ -162,18 +166,19 @@ def _begin(
     """
     MP: gl.constexpr = x_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
+    BOXES: gl.constexpr = w_desc.block_type.shape[0]
     PER: gl.constexpr = w_desc.block_type.shape[1]
     HB: gl.constexpr = w_desc.block_type.shape[2]
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [S * SUB, 2, PER, HB, UC * 128], w_desc.layout)
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [S * SUB, BOXES, PER, HB, UC * 128], w_desc.layout)
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [S * SUB, MP, COLUMNS], x_desc.layout)
     w_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     x_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     scale_smem, zero_smem = w_smem, w_smem  # where there are none: a tuple takes no None
     if scale_desc is not None:
-        scale_smem = gl.allocate_shared_memory(scale_desc.dtype, [S * SUB, 2, PER, HB, 8], scale_desc.layout)
+        scale_smem = gl.allocate_shared_memory(scale_desc.dtype, [S * SUB, BOXES, PER, HB, 8], scale_desc.layout)
     if zero_desc is not None:
-        zero_smem = gl.allocate_shared_memory(zero_desc.dtype, [S * SUB, 2, PER, HB, 8], zero_desc.layout)
+        zero_smem = gl.allocate_shared_memory(zero_desc.dtype, [S * SUB, BOXES, PER, HB, 8], zero_desc.layout)
     ring = (w_smem, x_smem, w_bars, x_bars, scale_smem, zero_smem)
     for i in range(first):  # a stage after the other, so that the first load is out at once
         w_bar, x_bar = w_bars.index(i), x_bars.index(i)
@@ -200,12 +205,13 @@ def _multiply(
     W: gl.constexpr = gl.num_warps()
     MP: gl.constexpr = x_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
+    BOXES: gl.constexpr = w_desc.block_type.shape[0]
     PER: gl.constexpr = w_desc.block_type.shape[1]
     HB: gl.constexpr = w_desc.block_type.shape[2]
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
     MMA: gl.constexpr = sums_layout(MP, W)
-    WORDS: gl.constexpr = _words_layout(PER, HB, UC, W)
-    GROUPS: gl.constexpr = _groups_layout(PER, HB, W)
+    WORDS: gl.constexpr = _words_layout(BOXES, PER, HB, UC, W)
+    GROUPS: gl.constexpr = _groups_layout(BOXES, PER, HB, W)
     BY_GROUPS: gl.constexpr = scale_desc is not None
     sums = gl.zeros([16 * W, MP], gl.float32, MMA)
     slot = 0
@@ -264,11 +270,8 @@ def _merge(partial_ptr, tile, SPLIT: gl.constexpr, HALF: gl.constexpr, MP: gl.co
 
 
 @gluon.jit
-def _load_factors(scale_ptr, folded_ptr, first, second, M, FOLDED: gl.constexpr, MP: gl.constexpr):
-    """The scales of both boxes' rows `first` and `second`, and the squares of a FoldedNorm; () where there are none."""
-    scales = ()
-    if scale_ptr is not None:
-        scales = (gl.load(scale_ptr + first), gl.load(scale_ptr + second))
+def _load_squares(folded_ptr, M, FOLDED: gl.constexpr, MP: gl.constexpr):
+    """The squares of a FoldedNorm; () where there is none."""
     folded = ()
     if FOLDED > 0:
         BLOCKS: gl.constexpr = triton.next_power_of_2(FOLDED)
@@ -276,7 +279,23 @@ def _load_factors(scale_ptr, folded_ptr, first, second, M, FOLDED: gl.constexpr,
         m = gl.minimum(gl.arange(0, MP, gl.SliceLayout(1, L)), M - 1)[:, None]
         block = gl.arange(0, BLOCKS, gl.SliceLayout(0, L))[None, :]
         folded = (gl.load(folded_ptr + m * FOLDED + block, mask=block < FOLDED, other=0.0),)
-    return scales, folded
+    return folded
+
+
+@gluon.jit
+def _norm_factor(folded, eps, K: gl.constexpr, X_SCALE: gl.constexpr, LAYOUT: gl.constexpr):
+    """Of squares that are there, what sums [N, MP] in this layout are to be multiplied by, [1, MP]."""
+    factor = rms_factor(gl.sum(folded[0], 1), K, eps) / X_SCALE
+    return gl.convert_layout(factor, gl.SliceLayout(0, LAYOUT))[None, :]
+
+
+@gluon.jit
+def _load_factors(scale_ptr, folded_ptr, first, second, M, FOLDED: gl.constexpr, MP: gl.constexpr):
+    """The scales of both boxes' rows `first` and `second`, and the squares of a FoldedNorm; () where there are none."""
+    scales = ()
+    if scale_ptr is not None:
+        scales = (gl.load(scale_ptr + first), gl.load(scale_ptr + second))
+    return scales, _load_squares(folded_ptr, M, FOLDED, MP)
 
 
 @gluon.jit
@@ -288,8 +307,7 @@ def _scaled(sums, factors, eps, K: gl.constexpr, X_SCALE: gl.constexpr):
     if len(scales) > 0:
         a, b = a * scales[0][:, None], b * scales[1][:, None]
     if len(folded) > 0:
-        factor = rms_factor(gl.sum(folded[0], 1), K, eps) / X_SCALE
-        factor = gl.convert_layout(factor, gl.SliceLayout(0, Y))[None, :]
+        factor = _norm_factor(folded, eps, K, X_SCALE, Y)
         a, b = a * factor, b * factor
     return a, b
 
@@ -429,29 +447,100 @@ def _packed_ring_qkv_kernel(
             )
 
 
+# ---------------------------------------------------------------- head
+
+
+@gluon.constexpr_function
+def _ids_layout(EACH, MP, W):
+    """Of logits [16 * W, MP], with EACH 4: the ids whose random bits come together are in one thread, all of a row of x in one
+    warp. With EACH 1, of the quads of ids [4 * W, MP]: where their ids are."""
+    across = 2 if MP >= 2 * W else 1  # lanes along the rows of x
+    return gl.BlockedLayout([EACH, 1], [32 // across, across], [1, W], [0, 1])
+
+
+@gluon.jit(do_not_specialize=["M", "T", "first"])
+def _packed_ring_head_kernel(
+    w_desc, x_desc, scale_desc, zero_desc, scale_ptr, folded_ptr, temperature_ptr, seed_ptr, sample_ptr, lengths_ptr,
+    logits_ptr, max_ptr, id_ptr, partial_ptr, counter_ptr, M, T, V, eps, vocab_size, first,
+    PARTIALS: gl.constexpr, SLOTS: gl.constexpr,
+    K: gl.constexpr, FORMAT: gl.constexpr, FOLDED: gl.constexpr,
+    SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Logits and best candidate of ROWS rows of the vocabulary, which may end among them. x's columns are permuted."""
+    pdl_trigger(PDL)
+    gl.static_assert(SPLIT == 1)
+    W: gl.constexpr = gl.num_warps()
+    ROWS: gl.constexpr = 16 * W
+    CHUNKS: gl.constexpr = K // (x_desc.block_type.shape[1] * SUB)
+    Y: gl.constexpr = _ids_layout(4, MP, W)
+    QUADS: gl.constexpr = _ids_layout(1, MP, W)
+    tile = gl.program_id(0)
+    group = tile * (ROWS // 8)
+    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, group, 0, first, S, SUB, PDL)
+    m, rows = gl.arange(0, MP, gl.SliceLayout(0, Y)), tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Y))
+    if scale_ptr is not None:  # behind x, and there long before the sums are
+        scale = gl.load(scale_ptr + rows, mask=rows < V, other=0.0)
+    if MP <= 32:  # beyond, the loop has no registers to spare
+        folded = _load_squares(folded_ptr, M, FOLDED, MP)
+    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, group, 0, FORMAT, CHUNKS, S, SUB)
+    if MP > 32:
+        folded = _load_squares(folded_ptr, M, FOLDED, MP)
+    logits = gl.convert_layout(sums, Y)
+    if scale_ptr is not None:
+        logits *= scale[:, None]
+    if FOLDED > 0:
+        logits *= _norm_factor(folded, eps, K, X_SCALE, Y)
+    logits = store_logits(logits, logits_ptr, rows, m, M, V, vocab_size)
+    value = logits
+    if temperature_ptr is not None:
+        drawn = gl.arange(0, MP, gl.SliceLayout(0, QUADS))
+        temperature, seed, sample, position = load_draws(temperature_ptr, seed_ptr, sample_ptr, lengths_ptr, drawn, M, T)
+        if gl.max(temperature, 0) > 0:
+            quads = tile * (ROWS // 4) + gl.arange(0, ROWS // 4, gl.SliceLayout(1, QUADS))
+            noise = gumbel_quads(seed, sample, position, quads, gl.zeros([ROWS // 4, MP], gl.uint32, QUADS))
+            warm = gl.convert_layout(temperature, gl.SliceLayout(0, Y), assert_trivial=True)
+            value = with_noise(logits, warm, warm > 0, gl.convert_layout(noise, Y, assert_trivial=True))
+    best, best_id = best_of(value, rows[:, None])
+    store_candidates(best, best_id, max_ptr, id_ptr, m, M, gl.arange(0, SLOTS, gl.SliceLayout(1, Y)), PARTIALS)
+
+
 # ---------------------------------------------------------------- the launch
 
 
-def _launch(kernel, x: torch.Tensor, w: Operand, squares, apart: int, pitch: int, H: int, tile: Tile, **arguments) -> None:
+class Boxes(NamedTuple):
+    """W, in blocks of 8 rows, as a tensor of three dimensions of which a tile is a box."""
+
+    counts: list[int]
+    apart: list[int]  # blocks from an index to the next
+    box: list[int]
+
+    @classmethod
+    def pairs(cls, rows: int, tile: Tile, apart: int, pitch: int, H: int) -> "Boxes":
+        """Two boxes a tile; the rows between the two, between groups, and in a group. ValueError: tiles do not fit."""
+        if rows % tile.rows:
+            raise ValueError(f"weight: found {rows} rows, expected tiles of {tile.rows}")
+        return cls([2, rows // (2 * H), H // 8], [apart // 8, pitch // 8, 1], [2, tile.rows // 2 // H, H // 8])
+
+
+def _launch(kernel, x: torch.Tensor, w: Operand, squares, boxes: Boxes, tile: Tile, **arguments) -> None:
     """A kernel on x [M, K], its columns permuted, and W [N, K]: tile.chunk columns a stage, tile.stages of them, tile.split
-    programs a tile. apart, pitch, H: W's rows between the two boxes, between groups, and in a group."""
+    programs a tile."""
     (M, K), N, U, split, unit = x.shape, w.rows, w.weight.shape[1], tile.split, UNIT_COLUMNS[w.format]
     int4 = w.format == "int4"
     units, sub = (1, tile.chunk // unit) if int4 else (tile.chunk // unit, 1)
-    if N % tile.rows or K % (split * tile.chunk) or U * unit != K or tile.rows != 16 * tile.warps:
+    if K % (split * tile.chunk) or U * unit != K or tile.rows != 16 * tile.warps:
         raise ValueError(f"weight: found {N} x {K}, expected tiles of {tile.rows} rows and {split} times {tile.chunk} columns")
     if int4 and w.scale.shape[-1] != 1:
         raise ValueError(f"weight: found {w.scale.shape[-1]} groups in {unit} columns, expected 1")
-    MP, tiles, chunks = ring_padded(M), N // tile.rows, K // split // tile.chunk
+    MP, tiles, chunks = ring_padded(M), -(-N // tile.rows), K // split // tile.chunk
     stages = min(tile.stages, chunks - 1)  # with nothing to refill ptxas 12.8 crashes
     if stages < 2:
         raise ValueError(f"weight: found {chunks} chunks of columns a program, expected at least 3")
-    per = tile.rows // 2 // H
 
     def boxed(t: torch.Tensor, width: int, most: int):
-        """Two boxes of t [N / 8, U, width]."""
-        strides = [apart // 8 * U * width, pitch // 8 * U * width, U * width, 1]
-        return described(t, [2, N // (2 * H), H // 8, U * width], strides, [2, per, H // 8, most * width], swizzled=False)
+        """A tile's boxes of t [N / 8, U, width]."""
+        strides = [blocks * U * width for blocks in boxes.apart]
+        return described(t, [*boxes.counts, U * width], [*strides, 1], [*boxes.box, most * width], swizzled=False)
 
     kernel[(tiles * split,)](
         boxed(w.weight, 128, units),
@@ -492,8 +581,9 @@ def launch_packed_ring(
     x [M, K], its columns permuted; a FoldedNorm's where there are `squares`. permute: y of silu_mul, or folded.scaled, too.
     """
     half = tile.rows // 2
+    boxes = Boxes.pairs(w.rows, tile, *((w.rows // 2, half) if silu_mul else (half, tile.rows)), half)
     _launch(
-        _packed_ring_linear_kernel, x, w, squares, *((w.rows // 2, half) if silu_mul else (half, tile.rows)), half, tile,
+        _packed_ring_linear_kernel, x, w, squares, boxes, tile,
         residual_ptr=residual, y_ptr=y, gain_ptr=gain, scaled_ptr=folded and folded.scaled, sum_ptr=folded and folded.squares,
         F=y.shape[1], eps=eps, SILU_MUL=silu_mul, PERMUTE=permute,
     )  # fmt: skip
@@ -506,8 +596,24 @@ def launch_packed_ring_qkv(
     """Fills q [M, Hq, D] and appends to the caches: arguments as `qkv_rope_append` has them, x's columns permuted."""
     _, Hq, D = q.shape
     _launch(
-        _packed_ring_qkv_kernel, x, w, squares, D // 2, D, D // 2, tile,
+        _packed_ring_qkv_kernel, x, w, squares, Boxes.pairs(w.rows, tile, D // 2, D, D // 2), tile,
         bias_ptr=bias, q_norm_ptr=q_norm, k_norm_ptr=k_norm, cos_ptr=cos, sin_ptr=sin, lengths_ptr=lengths, table_ptr=table,
         q_ptr=q, k_ptr=k_cache, v_ptr=v_cache, T=x.shape[0] // lengths.numel(), P=table.shape[1], eps=eps, qk_eps=qk_eps,
         page_size=page_size, HQ=Hq, HKV=num_kv_heads, D=D,
+    )  # fmt: skip
+
+
+def launch_packed_ring_head(
+    x: torch.Tensor, w: Operand, squares, eps: float, vocab_size: int, temperature, seed, sample, lengths,
+    logits: torch.Tensor, best: torch.Tensor, best_id: torch.Tensor, tile: Tile,
+) -> None:  # fmt: skip
+    """Fills logits [M, V] and the candidates [M, PARTIALS]: arguments as `head` has them, x's columns permuted."""
+    if tile.split > 1:
+        raise ValueError(f"Tile.split: found {tile.split}, expected 1 of head")
+    blocks, programs = w.weight.shape[0], triton.cdiv(w.rows, tile.rows)
+    _launch(
+        _packed_ring_head_kernel, x, w, squares, Boxes([1, blocks, 1], [blocks, 1, 1], [1, tile.rows // 8, 1]), tile,
+        temperature_ptr=temperature, seed_ptr=seed, sample_ptr=sample, lengths_ptr=lengths,
+        logits_ptr=logits, max_ptr=best, id_ptr=best_id, T=x.shape[0] // lengths.numel(), V=w.rows, eps=eps,
+        vocab_size=vocab_size, PARTIALS=PARTIALS, SLOTS=triton.next_power_of_2(triton.cdiv(PARTIALS, programs)),
     )  # fmt: skip

@@ -24,6 +24,7 @@ from kernels._common import (
     num_sms,
     pdl_trigger,
     pdl_wait,
+    permute_columns,
     plan_prefetch,
     prefetch_share,
 )
@@ -43,7 +44,9 @@ from kernels._matmul import (
     uses_kernel,
 )
 from kernels._packed import multiply_packed, preload_packed, unit_starts
+from kernels._packed_ring import launch_packed_ring_head
 from kernels._random import gumbel_ref, gumbel_tile, token_positions
+from kernels._ring import tma_reads
 from kernels.formats import Weight
 
 # ---------------------------------------------------------------- reference
@@ -218,16 +221,26 @@ def _head(
     seed: torch.Tensor | None,
     sample: torch.Tensor | None,
     lengths: torch.Tensor,
+    permuted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     w = Operand(weight, scale, zero, format, rows)
     logits, partial_max, partial_id = _head_outputs(x, w, norm, squares, vocab_size, temperature, seed, sample, lengths)
     if not uses_kernel(x):
+        x = permute_columns(x) if permuted else x
         logits, best, best_id = head_ref(x, w.plain(x), norm, eps, vocab_size, temperature, seed, sample, lengths, squares)
         partial_max.fill_(-math.inf)[:, 0] = best
         partial_id.zero_()[:, 0] = best_id
         return logits, partial_max, partial_id
     M, V = logits.shape
-    tile = tile_of("head", x, w)
+    rings = w.is_packed and permuted and norm is None
+    tile = tile_of("head", x, w, rings=rings and tma_reads(x, w.weight, w.scale, w.zero))
+    if tile.ring:
+        launch_packed_ring_head(
+            x, w, squares, eps, vocab_size, temperature, seed, sample, lengths, logits, partial_max, partial_id, tile
+        )
+        return logits, partial_max, partial_id
+    if permuted:
+        x = permute_columns(x)
     arguments, options = matmul_arguments(tile, x, w, norm, squares)
     count = triton.cdiv(V, tile.rows)
     programs = min(count, tile.grid * num_sms(x.device.index or 0) or PARTIALS, PARTIALS)
@@ -256,7 +269,7 @@ def _head(
 
 
 @_head.register_fake
-def _(x, weight, scale, zero, format, rows, norm, squares, eps, vocab_size, temperature, seed, sample, lengths):
+def _(x, weight, scale, zero, format, rows, norm, squares, eps, vocab_size, temperature, seed, sample, lengths, permuted):
     w = Operand(weight, scale, zero, format, rows)
     return _head_outputs(x, w, norm, squares, vocab_size, temperature, seed, sample, lengths)
 
@@ -282,9 +295,9 @@ def head(
     ValueError: a shape or dtype that does not fit.
     """
     x, gain, squares, permuted = split_norm(x, norm)
-    if permuted:
-        raise ValueError("norm: found permuted columns, expected them in order")
-    return torch.ops.rooflama.head(x, *Operand.of(weight), gain, squares, eps, vocab_size, temperature, seed, sample, lengths)
+    return torch.ops.rooflama.head(
+        x, *Operand.of(weight), gain, squares, eps, vocab_size, temperature, seed, sample, lengths, permuted
+    )
 
 
 ARGMAX_BLOCK = 4096

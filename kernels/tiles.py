@@ -295,16 +295,17 @@ def _packed_ring_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) ->
     makes all run at once: x then weighs as much as the codes, and every program reads it. As many stages as there is room
     for."""
     height, widest = 64 if op == "linear" else 128, 2 * UNIT_COLUMNS[fmt]
-    if op == "head" or rows < RING_LEAST or N % height or K % widest:
+    programs, split = -(-N // height), 1
+    if rows < RING_LEAST or K % widest or (programs > 4096 if op == "head" else N % height):
         return None
-    programs, most = N // height, sms if rows > 32 else 2 * sms
+    most = sms if rows > 32 else 2 * sms
     found = []
     for chunk in (widest, widest // 2):
         split = 1
-        while op != "silu_mul" and split < 4 and 2 * split * programs <= most and K % (2 * split * chunk) == 0:
+        while op in ("linear", "qkv") and split < 4 and 2 * split * programs <= most and K % (2 * split * chunk) == 0:
             split *= 2
-        each = 1 if programs * split <= sms else 2
-        found.append(_deepest_packed_ring(fmt, rows, K, height, chunk, split, each))
+        each, registers = 1 if programs * split <= sms else 2, 128 if op == "head" else None
+        found.append(_deepest_packed_ring(fmt, rows, K, height, chunk, split, each, registers))
     return max((tile for tile in found if tile and tile.stages > 2), key=lambda tile: tile.split, default=None)
 
 
@@ -400,23 +401,29 @@ def packed_ring_bytes(tile: Tile, fmt: str, M: int) -> int:
     return tile.stages * _packed_stage_bytes(fmt, M, tile.rows, tile.chunk) + PACKED_RING_SPARE
 
 
-def _deepest_packed_ring(fmt: str, M: int, K: int, rows: int, chunk: int, split: int, each: int) -> Tile | None:
+def _deepest_packed_ring(
+    fmt: str, M: int, K: int, rows: int, chunk: int, split: int, each: int, registers: int | None
+) -> Tile | None:
     """The tile with as many stages, up to 16, as `each` programs have room for on a multiprocessor, and a chunk more to be
     filled again; None where that makes less than two."""
     room = (SHARED_BYTES // each - PACKED_RING_SPARE) // _packed_stage_bytes(fmt, M, rows, chunk)
     stages = min(16, room, K // (split * chunk) - 1)
-    return packed_ring_tile(rows, chunk, stages, split) if stages >= 2 else None
+    return packed_ring_tile(rows, chunk, stages, split, registers) if stages >= 2 else None
 
 
 def _packed_ring_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
-    if M < RING_LEAST or op == "head":
+    if M < RING_LEAST:
         return []
     tiles = []
     for height, each, units, split in itertools.product((64, 128), (1, 2, 4), (1, 2), (1, 2, 4, 8)):
         chunk = units * UNIT_COLUMNS[fmt]
-        tile = _deepest_packed_ring(fmt, M, K, height, chunk, split, each)
-        whole = N % height == 0 and K % (split * chunk) == 0 and (split == 1 or op != "silu_mul")
-        if tile and whole and (op == "linear" or height == 128) and N // height * split <= 1024:
+        tile = _deepest_packed_ring(fmt, M, K, height, chunk, split, each, 128 if op == "head" else None)
+        whole = K % (split * chunk) == 0 and (split == 1 or op not in ("silu_mul", "head"))
+        if op == "head":  # whose last tile need not be whole
+            fits = -(-N // height) <= 4096
+        else:
+            fits = N % height == 0 and N // height * split <= 1024
+        if tile and whole and fits and (op == "linear" or height == 128):
             tiles.append(tile)
     return tiles
 

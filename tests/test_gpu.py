@@ -228,6 +228,7 @@ def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
     engine.decoder.run(1)
     assert torch.equal(engine.decoder.logits, rings)
     rings_hidden = prefill()
+    assert kernels.reads_permuted("head", x, model.head)
     monkeypatch.setattr("kernels._matmul.has_wgmma", lambda x: False)
     launched.clear()
     start()

@@ -27,6 +27,7 @@ from kernels.tiles import (
     fold_block,
     override_tiles,
     packed_ring_bytes,
+    packed_ring_tile,
     ring_bytes,
     ring_tile,
 )
@@ -190,6 +191,61 @@ def test_packed_rings(launches, op, N, K, M, packed, more):
     assert packed.format == "int4" or registers * 32 * tile.warps * each <= 65536
     loop = "".join(compiled.asm["ptx"].split("wgmma.mma_async")[0].rsplit("mbarrier.try_wait", 2)[1:])
     assert not re.search("shfl|st.shared", loop)
+
+
+def call_packed_head(packed, V, K, M, drawn, T=1, dtype=torch.bfloat16, permuted=True):
+    """`head` on a packed weight as a step has it: a folded norm, by blocks of 64 columns."""
+    x, lengths = empty(M, K, dtype=dtype), empty(M // T, dtype=torch.int32)
+    draw = {"temperature": empty(M // T, dtype=torch.float32), "seed": empty(M // T, dtype=torch.int64), "sample": lengths}
+    weight = Weight(V, K, packed=packed, dtype=dtype)
+    weight.weight.zero_()
+    weight.tile()
+    norm = kernels.FoldedNorm(x, empty(M, K // 64, dtype=torch.float32), permuted)
+    kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=V, lengths=lengths, **(draw if drawn else {}))
+
+
+HEAD_RINGS = [  # format, V, K, M, T: the 8B's; vocabularies that end within a tile, or even a block; int4's
+    ("fp8", 128256, 4096, 16, 1), ("int8", 128256, 4096, 64, 1), ("int8", 32001, 4096, 16, 4), ("fp8", 32001, 2048, 64, 1),
+    ("fp8", 151936, 4096, 33, 3), ("int8", 152064, 3584, 9, 1), ("int4", 128256, 4096, 16, 1), ("int4", 128256, 4096, 64, 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
+@pytest.mark.parametrize(("fmt", "V", "K", "M", "T"), HEAD_RINGS, ids=str)
+def test_packed_head_rings(launches, fmt, V, K, M, T, drawn):
+    """Two programs fit on a multiprocessor, by registers and shared memory, and nothing is spilled for it; logits go out 16
+    bytes a thread where rows of them are aligned."""
+    packed = INT4[0] if fmt == "int4" else PackedFormat(fmt)
+    call_packed_head(packed, V, K, M, drawn, T)
+    (compiled,) = check(launches, 1)
+    ptx, remarks = compiled.asm["ptx"], assembler_says(compiled)
+    assert launches[0][0].__name__ == "_packed_ring_head_kernel"
+    assert compiled.metadata.num_warps == 8
+    assert ".maxnreg 128" in ptx
+    assert "0 bytes spill stores" in remarks
+    assert "serialized" not in remarks
+    assert 2 * (compiled.metadata.shared + 1024) <= SHARED_BYTES + 1024, "1 KB a program is the card's own"
+    assert len(re.findall(r"st\.global\.v4\.b32", ptx)) == (0 if V % 16 else max(16, 1 << (M - 1).bit_length()) // 8)
+    assert ptx.count("griddepcontrol.launch_dependents") == 1
+
+
+def test_what_the_heads_ring_cannot_do(launches):
+    """Columns in order, rows below 9 or a shape without a tile: the other kernel, x put in order. A split K: refused."""
+    call_packed_head(PackedFormat("int8"), 1000, 4096, 16, drawn=False, permuted=False)
+    call_packed_head(PackedFormat("int8"), 1000, 4096, 8, drawn=False)
+    call_packed_head(PackedFormat("int8"), 1000, 192, 16, drawn=True)
+    with kernels.batch_invariant():
+        call_packed_head(PackedFormat("fp8"), 1000, 4096, 16, drawn=False)
+    with override_tiles({"head": Tile(64, 256, 4, preload=4, dot=True)}):
+        call_packed_head(PackedFormat("fp8"), 1000, 4096, 16, drawn=False)
+    assert [kernel.__name__ for kernel, *_ in launches] == 5 * ["_head_kernel"]
+    for rows in (2, 8):
+        with override_tiles({"head": packed_ring_tile(128, 128, 5, registers=128)}):
+            call_packed_head(PackedFormat("int8"), 1000, 4096, rows, drawn=True)
+    assert [kernel.__name__ for kernel, *_ in launches[5:]] == 2 * ["_packed_ring_head_kernel"]
+    with override_tiles({"head": packed_ring_tile(128, 128, 5, 2)}), pytest.raises(ValueError, match=r"Tile\.split: found 2"):
+        call_packed_head(PackedFormat("int8"), 1000, 4096, 16, drawn=False)
+    check(launches, 7)
 
 
 def test_what_a_ring_cannot_do(launches):

@@ -8,7 +8,7 @@ import torch
 from tolerance import assert_within
 
 from kernels._matmul import Operand
-from kernels._random import gumbel_ref, philox_ref
+from kernels._random import gumbel_ref, philox_ref, token_positions
 from kernels.formats import Weight
 from kernels.head import ARGMAX_BLOCK, PARTIALS, advance, advance_ref, head, head_ref, partial_argmax
 from kernels.tiles import Tile, override_tiles
@@ -76,6 +76,19 @@ def test_partial_argmax(V):
         partial_argmax(logits.half())
 
 
+def check_candidates(logits, values, ids, lengths, temperature=None, seed=None, sample=None):
+    """They must be right for the kernel's own logits, draw by draw."""
+    want = logits
+    if temperature is not None:
+        sequence, position = token_positions(lengths, len(logits))
+        noise = gumbel_ref(seed[sequence], sample[sequence], position, logits.shape[1])
+        warm = temperature[sequence, None]
+        want = torch.where(warm > 0, logits / warm.clamp(min=1e-6) + noise, logits)
+    largest, chosen = best(values, ids)
+    torch.testing.assert_close(largest, want.max(dim=1).values, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(want.gather(1, chosen[:, None].long()).squeeze(1), largest, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("temperature", [None, 0.0, 0.8, "mixed"])
 @pytest.mark.parametrize(("M", "tile"), TILES, ids=lambda t: f"{t.rows}-{t.grid}-{t.dot}" if isinstance(t, Tile) else str(t))
 def test_head(M, tile, temperature, few_sms):
@@ -93,15 +106,7 @@ def test_head(M, tile, temperature, few_sms):
         (x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS) * norm).to(x.dtype), weight.weight
     )
     assert_within(logits[:, :vocab_size], working[:, :vocab_size], exact[:, :vocab_size].double())
-    # The candidates must be right for the kernel's own logits, draw by draw.
-    want = logits.clone()
-    if draw:
-        noise = gumbel_ref(draw["seed"], draw["sample"], lengths, V)
-        warm = draw["temperature"][:, None]
-        want = torch.where(warm > 0, logits / warm.clamp(min=1e-6) + noise, logits)
-    largest, chosen = best(values, ids)
-    torch.testing.assert_close(largest, want.max(dim=1).values, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(want.gather(1, chosen[:, None].long()).squeeze(1), largest, rtol=1e-5, atol=1e-5)
+    check_candidates(logits, values, ids, lengths, **draw)
 
 
 def test_philox_known_answers():
@@ -278,8 +283,9 @@ def test_opcheck():
     draw = sampling([0.0, 1.0])
     lengths = torch.ones(2, dtype=torch.int32, device=DEVICE)
     with override_tiles({"head": Tile(32, 64, 4)}):
-        arguments = (x, *Operand.of(weight), norm, None, EPS, 90, *draw.values(), lengths)
-        torch.library.opcheck(torch.ops.rooflama.head.default, arguments)
+        for permuted in (False, True):
+            arguments = (x, *Operand.of(weight), norm, None, EPS, 90, *draw.values(), lengths, permuted)
+            torch.library.opcheck(torch.ops.rooflama.head.default, arguments)
     value, ids, state = make_state(20)
     order = ("token", "ring", "cursor", "done", "flag", "lengths", "limit", "stop_ids", "embedding", "x")
     torch.library.opcheck(torch.ops.rooflama.advance.default, (value, ids, *(state[name] for name in order), None))

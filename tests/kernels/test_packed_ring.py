@@ -1,31 +1,41 @@
 """Packed linears of 9 to 64 rows: the order of columns that they read, and (on a Hopper card) the rings themselves."""
 
+import dataclasses
 import itertools
+import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from test_folding import TINY, random_model
+from test_head import check_candidates, sampling
 from test_linear import DEVICE, EPS, make_qkv, on_hopper, randn, wide
 from test_packed import FP8, INT4, INT8, exact_weight, make
 from tolerance import assert_within, unit_roundoff
 
 import kernels
+from decoding import Session, candidates
 from kernels._common import permute_columns, permuted
-from kernels._matmul import fold_norm_ref, x_scale
+from kernels._matmul import Operand, fold_norm_ref, x_scale
+from kernels._packed_ring import launch_packed_ring_head
 from kernels.flash_decode import flash_decode
 from kernels.formats import PackedFormat, Weight
+from kernels.head import PARTIALS, head_ref
 from kernels.linear import linear, linear_folding, linear_ref, qkv_rope_append, qkv_rope_append_ref
 from kernels.tiles import (
     SHARED_BYTES,
+    Tile,
     batch_invariant,
     candidate_tiles,
     choose_tile,
     override_tiles,
     packed_ring_bytes,
     packed_ring_tile,
+    packed_tile,
     tile_for,
 )
+from model import SHAPES, DecodeStep
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ZEROS = PackedFormat("int4", 128, False, BF16)
@@ -71,10 +81,41 @@ def test_linears_take_and_give_it(M, fmt):
     assert (folded.permuted, folded_too.permuted) == (False, True)
     reader = make(48, 64, INT8)
     assert torch.equal(linear(y, reader, norm=folded_too, eps=EPS), linear(y, reader, norm=folded, eps=EPS))
-    with pytest.raises(ValueError, match="norm: found permuted columns, expected them in order"):
-        kernels.head(
-            y, reader, norm=folded_too, eps=EPS, vocab_size=48, lengths=torch.ones(M, dtype=torch.int32, device=DEVICE)
-        )
+    draw = sampling([0.8] * M) | {"lengths": torch.ones(M, dtype=torch.int32, device=DEVICE)}
+    both = [kernels.head(y, reader, norm=norm, eps=EPS, vocab_size=45, **draw) for norm in (folded, folded_too)]
+    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+def test_head_takes_it_by_reference():
+    """Where no kernel runs: float32."""
+    x, weight = randn(3, 64, dtype=torch.float32), make(48, 64, INT8, torch.float32)
+    norm = fold_norm_ref(x, randn(64, dtype=torch.float32), 64)
+    turned = kernels.FoldedNorm(permute_columns(norm.scaled).contiguous(), norm.squares, True)
+    given = {"eps": EPS, "vocab_size": 48, "lengths": torch.ones(3, dtype=torch.int32, device=DEVICE)}
+    both = [kernels.head(x, weight, norm=n, **given) for n in (norm, turned)]
+    assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+@torch.no_grad()
+def test_it_goes_from_kernel_to_kernel(monkeypatch):
+    """A step in which every linear is given permuted columns: the same logits, bit for bit."""
+    config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY)
+    model = random_model(config, "int8")
+    model.tile_weights(), model.setup_rope(16)
+    x, asked = randn(17, config.hidden_size, dtype=BF16), []  # 17 rows: sums of squares by 64 columns either way
+
+    def logits():
+        session = Session(model, len(x), 16)
+        session.cache.lengths.fill_(1)
+        hidden, norm = model.run(x, DecodeStep(session.cache))
+        return norm.permuted, candidates(model, session, hidden, slice(None), "greedy", norm)[0]
+
+    in_order, expected = logits()
+    monkeypatch.setattr(kernels, "reads_permuted", lambda op, x, weight: asked.append((op, weight)) or True)
+    permuted, found = logits()
+    assert (in_order, permuted) == (False, True)
+    assert ("head", model.head) in asked
+    assert torch.equal(found, expected)
 
 
 def test_what_cannot_be_permuted():
@@ -111,7 +152,8 @@ def test_qkv_takes_and_attention_gives_it(D):
 
 LINEARS = [
     ("qkv", 6144, 4096), ("linear", 4096, 14336), ("silu_mul", 28672, 4096), ("linear", 2048, 2048), ("silu_mul", 16384, 2048),
-    ("linear", 3584, 18944), ("linear", 8192, 28672), ("linear", 4096, 11008),
+    ("linear", 3584, 18944), ("linear", 8192, 28672), ("linear", 4096, 11008), ("head", 128256, 4096), ("head", 152064, 3584),
+    ("head", 32001, 2048),
 ]  # fmt: skip
 
 
@@ -125,15 +167,16 @@ def test_choice_and_candidates_fit(op, N, K, rows, fmt):
     assert len(tiles) >= 3
     for tile in [chosen, *tiles]:
         assert tile.rows == 16 * tile.warps
-        assert N % tile.rows == 0
+        assert N % tile.rows == 0 or op == "head"
         assert K % (tile.chunk * tile.split) == 0
         assert K // (tile.chunk * tile.split) > 2, "a ring of one stage would wait for itself"
         assert packed_ring_bytes(tile, fmt, rows) <= SHARED_BYTES
-        assert tile.split == 1 or op != "silu_mul"
+        assert tile.split == 1 or op not in ("silu_mul", "head")
+        assert op != "head" or (tile.rows, tile.registers) == (128, 128)
 
 
 def test_who_reads_permuted_columns(monkeypatch):
-    """By rows, format, card and shape; never the head, nor where results shall not depend on the batch."""
+    """By rows, format, card and shape; never where results shall not depend on the batch."""
     x = torch.empty(16, 4096, dtype=BF16)
     weight = Weight(4096, 4096, packed=FP8, device="meta")
     weight.tiled = True
@@ -142,11 +185,18 @@ def test_who_reads_permuted_columns(monkeypatch):
     monkeypatch.setattr("kernels._matmul.num_sms", lambda device: 132)
     assert kernels.reads_permuted("linear", x, weight)
     assert kernels.reads_permuted("qkv", x[:9], weight)
-    refused = [("linear", x[:8]), ("linear", torch.empty(65, 4096, dtype=BF16)), ("head", x), ("linear", x.float())]
-    for op, rows in refused:
+    head = Weight(128256, 4096, packed=INT8, device="meta")
+    head.tiled = True
+    assert kernels.reads_permuted("head", x, head)
+    for tile, expected in ((packed_ring_tile(128, 64, 4, registers=128), True), (Tile(64, 256, 4, preload=4, dot=True), False)):
+        with override_tiles({"head": tile}):
+            assert kernels.reads_permuted("head", x, head) == expected
+    assert not choose_tile("head", "int8", 16, 4097 * 128, 4096, 132, rings=True).ring, "more programs than candidates"
+    for op, rows in itertools.product(("linear", "head"), (x[:8], torch.empty(65, 4096, dtype=BF16), x.float())):
         assert not kernels.reads_permuted(op, rows, weight), (op, rows.shape)
     with batch_invariant():
         assert not kernels.reads_permuted("linear", x, weight)
+        assert not kernels.reads_permuted("head", x, head)
         assert not tile_for("linear", "fp8", 16, 4096, 4096, 132, rings=True).ring
     for other in (
         Weight(4096, 4096, device="meta"),
@@ -176,10 +226,11 @@ ROWS = (9, 16, 21, 40, 64)
 
 
 def poisoned(t: torch.Tensor) -> torch.Tensor:
-    """t with rows of NaN before and behind it in memory."""
-    around = torch.full((len(t) + 70, *t.shape[1:]), float("nan"), dtype=t.dtype, device=t.device)
-    around[3 : len(t) + 3] = t
-    return around[3 : len(t) + 3]
+    """t with rows of NaN before and behind it in memory (of fp8's NaN, where t is codes)."""
+    fill = float("nan") if t.is_floating_point() else 0x7F7F7F7F >> 8 * (4 - t.element_size())
+    around = torch.full((len(t) + 200, *t.shape[1:]), fill, dtype=t.dtype, device=t.device)
+    around[4 : len(t) + 4] = t
+    return around[4 : len(t) + 4]
 
 
 @on_hopper
@@ -287,3 +338,130 @@ def test_every_code(fmt):
     for rows, x in itertools.product((64, 128), torch.eye(K, dtype=FP16, device=DEVICE).chunk(8)):
         with override_tiles({"linear": packed_ring_tile(rows, unit, 2)}):
             assert torch.equal(linear(permute_columns(x).contiguous(), weight, permuted=True), x @ expected.T)
+
+
+# ---------------------------------------------------------------- the head's
+
+HEAD_TILES = {
+    "int8": [packed_ring_tile(*t, registers=128) for t in ((128, 128, 5), (128, 64, 3))],
+    "int4": [packed_ring_tile(*t, registers=128) for t in ((128, 256, 4), (128, 128, 3))],
+}
+HEAD_TILES["fp8"] = HEAD_TILES["int8"]
+HEAD_RINGS = [(fmt, tile) for fmt in (INT8, FP8, INT4, ZEROS) for tile in HEAD_TILES[fmt.format]]
+HEADS = [  # M, T, K, V, vocab_size: every padding, one token a sequence and several, vocabularies that end anywhere in a tile
+    (2, 1, 2048, 1024, 1024), (8, 2, 1024, 2044, 2040), (9, 3, 2048, 1999, 1990), (16, 1, 4096, 2056, 2049),
+    (21, 1, 1024, 131, 130), (32, 4, 1024, 127, 127), (40, 8, 1536, 2111, 2111), (64, 1, 2048, 2047, 2000),
+]  # fmt: skip
+
+
+@pytest.fixture
+def rings_run(monkeypatch):
+    """Counts the launches of the head's ring."""
+    module, calls = sys.modules["kernels.head"], []
+    launch = module.launch_packed_ring_head
+    monkeypatch.setattr(module, "launch_packed_ring_head", lambda *arguments: calls.append(1) or launch(*arguments))
+    return calls
+
+
+def permuted_norm(x, gain):
+    """(a FoldedNorm with its columns in order, the same with them permuted)."""
+    folded = fold_norm_ref(x, gain, 64)
+    return folded, kernels.FoldedNorm(poisoned(permute_columns(folded.scaled)), folded.squares, True)
+
+
+def draws(M, T, temperature):
+    """lengths, and what a head that draws is given."""
+    lengths = torch.arange(T, T + M // T, dtype=torch.int32, device=DEVICE)
+    t = [[0.0, 0.7, 1.3][i % 3] if temperature == "mixed" else temperature for i in range(M // T)]
+    return {"lengths": lengths} | ({} if temperature is None else sampling(t))
+
+
+@on_hopper
+@pytest.mark.parametrize("temperature", [None, 0.0, 0.8, "mixed"])
+@pytest.mark.parametrize(("fmt", "tile"), HEAD_RINGS, ids=str)
+def test_head_rings(fmt, tile, temperature, rings_run):
+    """Logits against float64, candidates against those logits; the same bits every time; NaN around all that is read."""
+    for M, T, K, V, vocab_size in HEADS:
+        dtype = FP16 if M in (9, 40) else BF16
+        x, weight = randn(M, K, dtype=dtype), make(V, K, fmt, dtype)
+        folded, norm = permuted_norm(x, randn(K, dtype=dtype))
+        given = draws(M, T, temperature)
+        rest = (None, EPS, vocab_size, None, None, None, given["lengths"])
+        exact = head_ref(folded.scaled.double(), exact_weight(weight), *rest, folded.squares.double())[0]
+        working = head_ref(folded.scaled, weight.dequantized(), *rest, folded.squares)[0]
+        for name in ("weight", "scale", "zero"):
+            tensor = getattr(weight, name)
+            setattr(weight, name, None if tensor is None else poisoned(tensor))
+        rings_run.clear()
+        with override_tiles({"head": tile}):
+            runs = [
+                kernels.head(torch.full_like(x, torch.nan), weight, norm=norm, eps=EPS, vocab_size=vocab_size, **given)
+                for _ in range(3)
+            ]
+        assert len(rings_run) == 3
+        logits, values, ids = runs[0]
+        assert (logits[:, vocab_size:] == -torch.inf).all()
+        assert_within(logits[:, :vocab_size], working[:, :vocab_size], exact[:, :vocab_size].double())
+        check_candidates(logits, values, ids, **given)
+        assert not values.isnan().any(), "every slot is written"
+        for again in runs[1:]:
+            assert all(torch.equal(*pair) for pair in zip(again, runs[0], strict=True))
+
+
+@on_hopper
+@pytest.mark.parametrize("temperature", [None, 1.0, "mixed"])
+@pytest.mark.parametrize("fmt", [INT8, FP8, INT4], ids=str)
+def test_rings_choose_as_tiles_do(fmt, temperature, rings_run):
+    """Integers, whose sums are exact and often equal: the logits and candidates of the other kernel, in the same slots."""
+    K, V, generator = 1024, 5000, torch.Generator().manual_seed(0)
+    values = torch.randint(-1, 2, (V, K), generator=generator)
+    codes = {"int8": values.to(torch.int8), "fp8": values.float().to(torch.float8_e4m3fn), "int4": (values + 8).to(torch.uint8)}
+    scale = torch.ones(V, fmt.num_groups(K), dtype=fmt.scale_dtype)
+    weight = Weight(V, K).quantized(fmt, codes[fmt.format], scale).to(DEVICE)
+    weight.tile()
+    tile = HEAD_TILES[fmt.format][0]
+    for M, T in ((3, 1), (12, 3), (16, 1), (33, 1), (64, 4)):
+        x = torch.randint(-1, 2, (M, K), generator=generator).to(BF16).to(DEVICE)
+        _, norm = permuted_norm(x, torch.ones(K, dtype=BF16, device=DEVICE))
+        given, results = draws(M, T, temperature), []
+        for chosen in (tile, packed_tile(fmt.format, 128, 1, 4, 1, K)):
+            with override_tiles({"head": chosen}):
+                results.append(kernels.head(x, weight, norm=norm, eps=EPS, vocab_size=V - 3, **given))
+        (logits, best, ids), (other_logits, other_best, other_ids) = results
+        torch.testing.assert_close(logits, other_logits, rtol=1e-6, atol=0)
+        torch.testing.assert_close(best, other_best, rtol=1e-5, atol=1e-5)
+        assert torch.equal(best == -torch.inf, other_best == -torch.inf), "the same slots"
+        assert torch.equal(ids, other_ids)
+    assert len(rings_run) == 5
+
+
+@on_hopper
+def test_head_rings_write_their_own():
+    """No more logits or candidates than there are rows of x and of the vocabulary."""
+    for M, V in ((9, 1999), (16, 1024), (40, 131)):
+        x, weight = randn(M, 1024, dtype=BF16), make(V, 1024, FP8)
+        _, norm = permuted_norm(x, randn(1024, dtype=BF16))
+        lengths = torch.ones(M, dtype=torch.int32, device=DEVICE)
+        logits, best = (torch.full((M + 64, n), 7.0, device=DEVICE) for n in (V, PARTIALS))
+        ids = torch.full((M + 64, PARTIALS), 7, dtype=torch.int32, device=DEVICE)
+        launch_packed_ring_head(
+            norm.scaled, Operand.of(weight), norm.squares, EPS, V, None, None, None, lengths,
+            logits[32 : M + 32], best[32 : M + 32], ids[32 : M + 32], HEAD_TILES["fp8"][0],
+        )  # fmt: skip
+        for t in (logits, best, ids):
+            assert (t[:32] == 7).all()
+            assert (t[M + 32 :] == 7).all()
+        assert (best[32 : M + 32] != 7).all()
+        assert torch.equal(ids[32 : M + 32].gather(1, best[32 : M + 32].argmax(1, True))[:, 0], logits[32 : M + 32].argmax(1))
+
+
+@on_hopper
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_nan_reaches_the_candidates(temperature):
+    x, weight = randn(9, 1024, dtype=BF16), make(160, 1024, INT8)
+    weight.scale[77] = torch.nan
+    _, norm = permuted_norm(x, randn(1024, dtype=BF16))
+    with override_tiles({"head": HEAD_TILES["int8"][0]}):
+        logits, values, _ = kernels.head(x, weight, norm=norm, eps=EPS, vocab_size=160, **draws(9, 1, temperature))
+    assert logits[:, 77].isnan().all()
+    assert (values.max(1).values == torch.inf).all()
