@@ -468,16 +468,18 @@ def _has_ring(op: str, fmt: str, rows: int, N: int, K: int, device: int) -> bool
 
 
 def reads_permuted(op: str, x: torch.Tensor, weight: Weight) -> bool:
-    """Whether `op`, the linear that reads x [M, K] or what comes of it, wants its columns permuted: 9 to 64 rows of a packed
+    """Whether `op`, the linear that reads x [M, K] or what comes of it, wants its columns permuted: up to 64 rows of a packed
     weight, on Hopper. Whoever writes x can do that at no cost."""
     rows = x.shape[0]
-    if weight.packed is None or not weight.in_kernels or not RING_LEAST <= rows <= MAX_ROWS or is_batch_invariant():
+    if weight.packed is None or not weight.in_kernels or is_batch_invariant():
+        return False
+    if not RING_LEAST[weight.format] <= rows <= MAX_ROWS:
         return False
     if not has_wgmma(x) or x.dtype not in (torch.bfloat16, torch.float16):
         return False
     if weight.group_size not in (0, UNIT_COLUMNS["int4"]) or (weight.bias is not None and op != "qkv"):
         return False
-    padded = 16 if rows <= 16 else 32 if rows <= 32 else 64  # by comparisons: a constant to torch.compile, whatever rows is
+    padded = 8 if rows <= 8 else 16 if rows <= 16 else 32 if rows <= 32 else 64  # a constant to torch.compile, whatever rows is
     return _has_ring(op, weight.format, padded, weight.out_features, weight.in_features, x.device.index or 0)
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: RUF005 (Triton knows no star in a tuple)
-"""Linears of 9 to 64 rows on packed weights, on Hopper: a ring as in _ring.py, and wgmma with its first operand in registers.
+"""Linears of 2 to 64 rows on packed weights, on Hopper: a ring as in _ring.py, and wgmma with its first operand in registers.
 
 Owns the kernels that `linear`, `linear_folding`, `qkv_rope_append` and `head` launch for packed weights with a ring tile
 (tiles.py), written in Gluon, and their launch. Does not know the model. Needs a GPU of compute capability 9.0: there is no
@@ -11,7 +11,7 @@ Codes come by TMA as they lie. A thread reads back its own 16 bytes of a half bl
 are what wgmma wants of its first operand from that thread, but for an order of columns: thread t of a row's four has columns
 8 t to 8 t + 7 of each 32, wgmma asks for 2 t, 2 t + 1, 2 t + 8 and 2 t + 9 of each 16. So it is x whose columns are permuted,
 within each 32 (`_common.permuted`), and whoever writes x does that: nothing moves here between shared memory and the products.
-Widened in order, codes would do with x as it is; but the kernels of 1 to 8 rows would then load x four bytes at a time, which
+Widened in order, codes would do with x as it is; but the kernels of one row would then load x four bytes at a time, which
 took 6% of a step (LOG.md).
 
 While a product of 8-bit codes is under way this program widens nothing: where two share a multiprocessor, the other one does.

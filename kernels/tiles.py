@@ -20,7 +20,7 @@ MAX_ROWS = 64  # of x: beyond, a matmul is no longer bound by the weights' bytes
 SHARED_BYTES = 227 * 1024  # shared memory a program may have (Hopper)
 RING_BYTES = SHARED_BYTES - 1024  # less barriers, and what the compiler needs
 RING_ROWS = 128  # weight rows of a program whose plain weights go through a ring (_ring.py)
-RING_LEAST = 9  # rows of x from which on packed weights go through a ring (_packed_ring.py)
+RING_LEAST = {"int8": 2, "fp8": 2, "int4": 9}  # rows of x from which on packed weights go through a ring (_packed_ring.py)
 
 
 def floor_power_of_two(n: int) -> int:
@@ -136,7 +136,12 @@ MEASURED = {
     (132, "int4", 1, "silu_mul", 16384, 2048): Tile(32, 512, 4, preload=4, dot=True, registers=128),
     (132, "int4", 1, "linear", 2048, 8192): Tile(16, 2048, 16, preload=4, dot=True),
     # Llama-3.1-8B through rings: without them, by the rule, and so: fp8 64 rows 7937, 3889, 3827; int4 16 rows 2707, 2202,
-    # 2110; 64 rows 7949, 3552, 3503. At 16 rows of fp8 (without, 3108) nothing was found beside the rule's 2593.
+    # 2110; 64 rows 7949, 3552, 3503; fp8 8 rows 2770, 2598, 2466, and int4 1815, 2028, 1961, so that it has none there. At 16
+    # rows of fp8 (without, 3108) nothing was found beside the rule's 2593.
+    (132, "fp8", 8, "qkv", 6144, 4096): packed_ring_tile(128, 128, 6, 4),
+    (132, "fp8", 8, "linear", 4096, 4096): packed_ring_tile(128, 128, 7, 4),
+    (132, "fp8", 8, "silu_mul", 28672, 4096): packed_ring_tile(128, 128, 6),
+    (132, "fp8", 8, "linear", 4096, 14336): packed_ring_tile(128, 128, 6, 8),
     (132, "fp8", 64, "qkv", 6144, 4096): packed_ring_tile(128, 128, 7, 2),
     (132, "fp8", 64, "linear", 4096, 4096): packed_ring_tile(64, 128, 4, 4),
     (132, "fp8", 64, "silu_mul", 28672, 4096): packed_ring_tile(128, 128, 3),
@@ -295,8 +300,8 @@ def _packed_ring_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) ->
     makes all run at once: x then weighs as much as the codes, and every program reads it. As many stages as there is room
     for."""
     height, widest = 64 if op == "linear" else 128, 2 * UNIT_COLUMNS[fmt]
-    programs, split = -(-N // height), 1
-    if rows < RING_LEAST or K % widest or (programs > 4096 if op == "head" else N % height):
+    programs = -(-N // height)
+    if rows < RING_LEAST[fmt] or K % widest or (programs > 4096 if op == "head" else N % height):
         return None
     most = sms if rows > 32 else 2 * sms
     found = []
@@ -412,7 +417,7 @@ def _deepest_packed_ring(
 
 
 def _packed_ring_candidates(op: str, fmt: str, M: int, N: int, K: int) -> list[Tile]:
-    if M < RING_LEAST:
+    if RING_LEAST[fmt] > M:
         return []
     tiles = []
     for height, each, units, split in itertools.product((64, 128), (1, 2, 4), (1, 2), (1, 2, 4, 8)):

@@ -188,7 +188,8 @@ def test_the_host_waits_for_nothing_but_the_status():
 
 
 PACKED_STEPS = [
-    ("llama-3.2-1b", "fp8", 9), ("qwen3-8b", "int4", 16), ("qwen2.5-7b", "int8", 40), ("heads of 80", "fp8", 16),
+    ("llama-3.2-1b", "fp8", 9), ("llama-3.1-8b", "fp8", 5), ("qwen3-8b", "int4", 16), ("qwen2.5-7b", "int8", 40),
+    ("heads of 80", "fp8", 16),
 ]  # fmt: skip
 
 
