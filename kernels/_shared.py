@@ -11,14 +11,15 @@ import triton.language as tl
 from kernels._common import NVIDIA
 
 BINS = tl.constexpr(1024)
-LISTS = tl.constexpr(2)
+LISTS = tl.constexpr(3)
+FEW = tl.constexpr(256)  # numbers that fit where the bins were
 
 
 @triton.jit
 def open_bins():
     """Empty bins. On NVIDIA cards this is their address, behind which are the lengths of LISTS lists; once a kernel."""
     if NVIDIA:
-        asm: tl.constexpr = "{ .shared .align 16 .b8 bins[4104]; mov.u32 $0, bins; }"
+        asm: tl.constexpr = "{ .shared .align 16 .b8 bins[4108]; mov.u32 $0, bins; }"
         bins = tl.inline_asm_elementwise(asm, "=r,r", [tl.full([], 0, tl.int32)], tl.int32, is_pure=False, pack=1)
         zero: tl.constexpr = "st.shared.u32 [$1], 0; mov.u32 $0, 0;"
         tl.inline_asm_elementwise(zero, "=r,r", [bins + 4 * tl.arange(0, BINS)], tl.int32, is_pure=False, pack=1)
@@ -93,3 +94,50 @@ def read_length(length):
     if NVIDIA:
         length = _read_shared(length)
     return length
+
+
+@triton.jit
+def open_few(bins):
+    """No numbers yet, of at most FEW, where the bins were, which are lost; and how many these are, for `read_length`."""
+    if NVIDIA:
+        few, length = bins, bins + 4 * (BINS + LISTS - 1)
+        tl.debug_barrier()  # behind what was read there
+        tl.inline_asm_elementwise("st.shared.u32 [$1], 0; mov.u32 $0, 0;", "=r,r", [length], tl.int32, is_pure=False, pack=1)
+        tl.debug_barrier()
+    else:
+        few, length = tl.zeros([FEW], tl.int32), tl.full([], 0, tl.int32)
+    return few, length
+
+
+@triton.jit
+def add_few(few, length, numbers, mask):
+    """Puts the numbers where `mask` behind the few, in any order. There must be room."""
+    if NVIDIA:
+        asm: tl.constexpr = """{
+        .reg .pred p; .reg .u32 place;
+        setp.ne.u32 p, $4, 0;
+        @p atom.shared.add.u32 place, [$2], 1;
+        @p mad.lo.u32 place, place, 4, $1;
+        @p st.shared.u32 [place], $3;
+        mov.u32 $0, 0;
+        }"""
+        arguments = [few, length, numbers, mask.to(tl.int32)]
+        tl.inline_asm_elementwise(asm, "=r,r,r,r,r", arguments, tl.int32, is_pure=False, pack=1)
+    else:
+        rank = length + tl.cumsum(mask.to(tl.int32), 0) - 1
+        here = mask[:, None] & (rank[:, None] == tl.arange(0, FEW)[None, :])
+        few += tl.sum(tl.where(here, numbers[:, None], 0), 0)
+        length += tl.sum(mask.to(tl.int32), 0)
+    return few, length
+
+
+@triton.jit
+def read_few(few, length, i):
+    """The numbers at `i`, below FEW; anything from `length` on, which `read_length` has given: it is read before they are."""
+    if NVIDIA:  # pure: each layout reads for itself, in place of moving them between threads
+        few = tl.inline_asm_elementwise(
+            "ld.shared.u32 $0, [$1];", "=r,r,r", [few + 4 * i, length], tl.int32, is_pure=True, pack=1
+        )
+    else:
+        few = tl.gather(few, i, 0)
+    return few

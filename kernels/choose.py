@@ -51,12 +51,25 @@ from kernels._common import (
     zeroed_workspace,
 )
 from kernels._random import gumbel_ids, gumbel_ref, gumbel_tile, token_positions
-from kernels._shared import BINS, add_to_bins, append, open_bins, open_list, read_bins, read_length
+from kernels._shared import (
+    BINS,
+    FEW,
+    add_few,
+    add_to_bins,
+    append,
+    open_bins,
+    open_few,
+    open_list,
+    read_bins,
+    read_few,
+    read_length,
+)
 from kernels.formats import Weight
 
 UNIT = tl.constexpr(1 << 20)  # units in a distance of 1.0
 LIMIT = tl.constexpr((64 << 20) - 1)  # units; farther is as far
 MASS = tl.constexpr(1 << 40)  # of the largest token; V < 2^22 of these fit int64
+MOST_MASS = tl.constexpr(1 << 62)
 BIN_SHIFT = tl.constexpr(17)  # a float32's bits from here on tell its octave and which 64th of it
 BIN_BASE = tl.constexpr((127 - 11) << 6)  # those bits of 2^-11, where the first bin ends; the last one begins just below 2^5
 SLACK = tl.constexpr(1e-4)  # of the whole mass: more than float32 loses on the way to a bin's bounds
@@ -172,11 +185,16 @@ def _larger_of_pairs(a, b, c, d):
 
 
 @triton.jit
-def _sums(a, b):
+def _smaller_of_pairs(a, b, c, d):
+    return tl.minimum(a, c), tl.minimum(b, d)
+
+
+@triton.jit
+def _sums(a, b, AXIS: tl.constexpr):
     if INTERPRETED:
-        sums = tl.sum(a, 0), tl.sum(b, 0)
+        sums = tl.sum(a, AXIS), tl.sum(b, AXIS)
     else:
-        sums = tl.reduce((a, b), 0, _add_pairs)
+        sums = tl.reduce((a, b), AXIS, _add_pairs)
     return sums
 
 
@@ -187,6 +205,15 @@ def _maxima(a, b):
     else:
         maxima = tl.reduce((a, b), 0, _larger_of_pairs)
     return maxima
+
+
+@triton.jit
+def _minima(a, b):
+    if INTERPRETED:
+        minima = tl.min(a, 0), tl.min(b, 0)
+    else:
+        minima = tl.reduce((a, b), 0, _smaller_of_pairs)
+    return minima
 
 
 # Bins
@@ -235,7 +262,7 @@ def _find_cuts(counts, whole, top_k, top_p):
     b, whole = tl.arange(0, BINS), whole.to(tl.float32) * (1 / MASS)
     least = counts.to(tl.float32) * tl.exp2(_bin_start(b + 1) * -1.4426950408889634)
     most = counts.to(tl.float32) * tl.exp2(_bin_start(b) * -1.4426950408889634)
-    all_least, all_most = _sums(least, most)
+    all_least, all_most = _sums(least, most, 0)
     if INTERPRETED:  # the interpreter takes a tuple one element at a time
         n, least, most = tl.cumsum(counts, 0), tl.cumsum(least, 0), tl.cumsum(most, 0)
     else:  # at once: each costs two barriers
@@ -262,18 +289,25 @@ def _find_cuts(counts, whole, top_k, top_p):
     return k_bin, k - k_count, p_first, p_last, last, tl.max(tl.where(b <= last, n, 0), 0)
 
 
-# Lists
+# Lists: (where they are, the first tile of them, the number of all tokens, and of the longest list's)
 
 
 @triton.jit
-def _read_lists(lists, start, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
-    """COLUMNS tokens of each program's list from `start` on: ids, logits, u; LIMIT where there is none."""
-    logits_ptr, list_ptr, numbers, largest, _ = lists
-    column = start + tl.arange(0, COLUMNS)[None, :]
-    there = column < numbers[:, None]
-    ids = tl.load(list_ptr + tl.arange(0, numbers.shape[0])[:, None] * SPAN + column, mask=there, other=0)
+def _read_lists(where, start, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
+    """A tile: COLUMNS tokens of each program's list from `start` on: ids, logits, u; LIMIT where there is none."""
+    logits_ptr, list_ptr, numbers, largest, _ = where
+    i = tl.arange(0, numbers.shape[0])
+    column = start + i % COLUMNS
+    there = column < numbers
+    ids = tl.load(list_ptr + i // COLUMNS * SPAN + column, mask=there, other=0)
     logits = tl.load(logits_ptr + ids, mask=there, other=float("-inf"))
     return ids, logits, _units(logits, largest)
+
+
+@triton.jit
+def _inside(u, least, most, first_bin, last_bin, temperature):
+    bins = _bin(u, temperature)
+    return (u < LIMIT) & (u >= least) & (u <= most) & (bins >= first_bin) & (bins <= last_bin)
 
 
 @triton.jit
@@ -284,8 +318,7 @@ def _combine_sums(count_a, mass_a, least_a, most_a, count_b, mass_b, least_b, mo
 @triton.jit
 def _sum_tile(u, first_bin, last_bin, most, temperature):
     """Of the tokens in these bins with u <= most: their number, their mass, the smallest and the largest u."""
-    bins, u = _bin(u, temperature).ravel(), u.ravel()
-    inside = (u < LIMIT) & (bins >= first_bin) & (bins <= last_bin) & (u <= most)
+    inside = _inside(u, 0, most, first_bin, last_bin, temperature)
     count, mass = inside.to(tl.int32), tl.where(inside, _mass(u, temperature), 0)
     least_u, most_u = tl.where(inside, u, LIMIT), tl.where(inside, u, 0)
     if INTERPRETED:
@@ -296,62 +329,105 @@ def _sum_tile(u, first_bin, last_bin, most, temperature):
 
 
 @triton.jit
-def _sum_lists(lists, first_u, first_bin, last_bin, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
-    """`_sum_tile` of the whole lists, the first tile of which is in registers."""
-    count, mass, least_u, most_u = _sum_tile(first_u, first_bin, last_bin, most, lists[4])
-    for start in tl.range(COLUMNS, tl.max(lists[2], 0), COLUMNS):
-        _, _, u = _read_lists(lists, start, COLUMNS, SPAN)
-        more = _sum_tile(u, first_bin, last_bin, most, lists[4])
+def _sum_lists(lists, first_bin, last_bin, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
+    """`_sum_tile` of the whole lists."""
+    where, first, _number, longest = lists
+    count, mass, least_u, most_u = _sum_tile(first[2], first_bin, last_bin, most, where[4])
+    for start in tl.range(COLUMNS, longest, COLUMNS):
+        _, _, u = _read_lists(where, start, COLUMNS, SPAN)
+        more = _sum_tile(u, first_bin, last_bin, most, where[4])
         count, mass = count + more[0], mass + more[1]
         least_u, most_u = tl.minimum(least_u, more[2]), tl.maximum(most_u, more[3])
     return count, mass, least_u, most_u
 
 
 @triton.jit
-def _cut_lists(lists, first_u, first_bin, last_bin, number, mass, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
+def _cut_few(few, length, number, mass, temperature):
+    """The smallest of the first `length` u in `few` that `number` and `mass` of them reach, and the mass up to it. Each u is
+    compared with each, ABREAST at a time: a step of a search would cost a reduction, which takes longer than all of this."""
+    ABREAST: tl.constexpr = 8
+    i = tl.arange(0, FEW)
+    own = read_few(few, length, i)
+    count, upto = tl.zeros([FEW, ABREAST], tl.int32), tl.zeros([FEW, ABREAST], tl.int64)
+    for start in tl.range(0, length, ABREAST):
+        j = start + tl.arange(0, ABREAST)
+        other = tl.where(j < length, read_few(few, length, j), LIMIT)
+        reached = other[None, :] <= own[:, None]
+        count += reached.to(tl.int32)
+        upto += tl.where(reached, _mass(other, temperature)[None, :], 0)
+    count, upto = _sums(count, upto, 1)
+    enough = (i < length) & (count >= number) & (upto >= mass)
+    return _minima(tl.where(enough, own, LIMIT), tl.where(enough, upto, MOST_MASS))
+
+
+@triton.jit
+def _cut_lists(lists, bins, first_bin, last_bin, number, mass, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """The smallest u of the listed tokens in these bins that `number` and `mass` of theirs reach, and the mass up to it."""
-    _count, upto, low, high = _sum_lists(lists, first_u, first_bin, last_bin, LIMIT, COLUMNS, SPAN)
-    while low < high:
+    where, first, left, longest = lists
+    low, high, before = tl.full([], 0, tl.int32), tl.full([], LIMIT, tl.int32), tl.full([], 0, tl.int32)
+    upto, mass_before = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
+    if left > FEW:
+        left, upto, low, high = _sum_lists(lists, first_bin, last_bin, LIMIT, COLUMNS, SPAN)
+    while (left > FEW) & (low < high):  # until it is one of few, or equal ones: `left` are from low to high, `before` below
         middle = (low + high) // 2
-        count, reached, _least, _most = _sum_lists(lists, first_u, first_bin, last_bin, middle, COLUMNS, SPAN)
+        count, reached, _least, _most = _sum_lists(lists, first_bin, last_bin, middle, COLUMNS, SPAN)
         enough = (count >= number) & (reached >= mass)
+        left = tl.where(enough, count - before, left + before - count)
+        before, mass_before = tl.where(enough, before, count), tl.where(enough, mass_before, reached)
         low, high, upto = tl.where(enough, low, middle + 1), tl.where(enough, middle, high), tl.where(enough, reached, upto)
+    if left <= FEW:
+        few, length = open_few(bins)
+        few, length = add_few(few, length, first[2], _inside(first[2], low, high, first_bin, last_bin, where[4]))
+        for start in tl.range(COLUMNS, longest, COLUMNS):
+            _, _, u = _read_lists(where, start, COLUMNS, SPAN)
+            few, length = add_few(few, length, u, _inside(u, low, high, first_bin, last_bin, where[4]))
+        low, upto = _cut_few(few, read_length(length), number - before, mass - mass_before, where[4])
+        upto += mass_before
     return low, upto
+
+
+@triton.jit
+def _best_of_tile(tile, seed, sample, position, most, temperature):
+    ids, logits, u = tile
+    value = logits / temperature + gumbel_ids(seed, sample, position, ids)
+    return tl.max(_key(tl.where((u < LIMIT) & (u <= most), value, float("-inf")), ids), 0)
 
 
 @triton.jit
 def _best_listed(lists, seed, sample, position, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """The key of the best of the listed tokens with u <= most."""
-    best = tl.full([], LOWEST, tl.int64)
-    for start in tl.range(0, tl.max(lists[2], 0), COLUMNS):
-        ids, logits, u = _read_lists(lists, start, COLUMNS, SPAN)
-        value = logits / lists[4] + gumbel_ids(seed, sample, position, ids)
-        value = tl.where((u < LIMIT) & (u <= most), value, float("-inf"))
-        best = tl.maximum(best, tl.max(_key(value, ids).ravel(), 0))
+    where, first, _number, longest = lists
+    best = _best_of_tile(first, seed, sample, position, most, where[4])
+    for start in tl.range(COLUMNS, longest, COLUMNS):
+        tile = _read_lists(where, start, COLUMNS, SPAN)
+        best = tl.maximum(best, _best_of_tile(tile, seed, sample, position, most, where[4]))
     return best
 
 
 @triton.jit
 def _resolve(
-    logits_ptr, list_ptr, part_ptr, programs,
+    logits_ptr, list_ptr, part_ptr, programs, bins, embedding_ptr, K,
     largest, temperature, seed, sample, position, top_p, within, whole, k_bin, k_left, p_first, p_last,
-    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr,
+    PROGRAMS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The row's candidate: the best certain one, unless a listed token beats it and lies within the cuts."""
+    of = tl.arange(0, PROGRAMS * COLUMNS) // COLUMNS
+    numbers = tl.load(part_ptr + of * PART + 4, mask=of < programs, other=0).to(tl.int32)  # arrives with the others
     part_ptr += tl.arange(0, PROGRAMS) * PART
     there = tl.arange(0, PROGRAMS) < programs
     best, listed = _maxima(tl.load(part_ptr, mask=there, other=LOWEST), tl.load(part_ptr + 1, mask=there, other=LOWEST))
     if listed > best:
-        numbers = tl.load(part_ptr + 4, mask=there, other=0).to(tl.int32)
-        lists = (logits_ptr, list_ptr, numbers, largest, temperature)
-        _ids, _logits, first_u = _read_lists(lists, 0, COLUMNS, SPAN)
+        _prefetch_embedding(listed, embedding_ptr, K, PDL)
+        where = (logits_ptr, list_ptr, numbers, largest, temperature)
+        first = _read_lists(where, 0, COLUMNS, SPAN)
+        lists = (where, first, tl.sum(numbers, 0) // COLUMNS, tl.max(numbers, 0))
         most, mass = tl.minimum(within, LIMIT).to(tl.int32), whole  # mass: what top-k keeps
         if k_bin < BINS:
-            k_u, upto = _cut_lists(lists, first_u, k_bin, k_bin, k_left, 0, COLUMNS, SPAN)
+            k_u, upto = _cut_lists(lists, bins, k_bin, k_bin, k_left, 0, COLUMNS, SPAN)
             most, mass = tl.minimum(most, k_u), upto + tl.sum(tl.load(part_ptr + 2, mask=there, other=0), 0)
         if p_first < BINS:
             needed = _needed(mass, top_p) - tl.sum(tl.load(part_ptr + 3, mask=there, other=0), 0)
-            p_u, _upto = _cut_lists(lists, first_u, p_first, p_last, 0, needed, COLUMNS, SPAN)
+            p_u, _upto = _cut_lists(lists, bins, p_first, p_last, 0, needed, COLUMNS, SPAN)
             most = tl.minimum(most, p_u)
         best = tl.maximum(best, _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN))
     return _value_and_id(best)
@@ -370,6 +446,17 @@ def _arrive(arrived_ptr):
 @triton.jit
 def _load_tile(logits_ptr, ids, V):
     return tl.load(logits_ptr + ids, mask=ids < V, other=float("-inf"))
+
+
+@triton.jit
+def _prefetch_embedding(key, embedding_ptr, K, PDL: tl.constexpr):
+    """Brings the embedding of a key's token into L2. It is read at once where it is chosen, and would take 0.8 us to come."""
+    if embedding_ptr is not None:
+        value, token = _value_and_id(key)
+        if value > float("-inf"):
+            SECTOR: tl.constexpr = 256 // embedding_ptr.dtype.element_ty.primitive_bitwidth  # columns in 32 bytes
+            sector = tl.minimum(tl.arange(0, 512) * SECTOR, K - 1)  # the first 16 KB
+            prefetch(embedding_ptr + token.to(tl.int64) * K + sector, PDL)
 
 
 @triton.jit
@@ -464,7 +551,7 @@ def _choose_kernel(
 
         within = _min_p_units(min_p, temperature)
         best, best_listed = tl.full([BLOCK], float("-inf"), tl.float32), tl.full([BLOCK], float("-inf"), tl.float32)
-        best_id, length = tl.zeros([BLOCK], tl.int32), open_list(filled, 0)
+        best_id, listed_id, length = tl.zeros([BLOCK], tl.int32), tl.zeros([BLOCK], tl.int32), open_list(filled, 0)
         k_mass, p_mass = tl.zeros([BLOCK], tl.int64), tl.zeros([BLOCK], tl.int64)  # before the cuts
         for start in tl.range(0, left, BLOCK):
             i = start + tl.arange(0, BLOCK)
@@ -497,20 +584,16 @@ def _choose_kernel(
             value = tl.where(value == value, value, float("inf"))
             better = certain & ((value > best) | ((value == best) & (ids < best_id)))  # lists have no order
             best, best_id = tl.where(better, value, best), tl.where(better, ids, best_id)
-            best_listed = tl.where(maybe, tl.maximum(value, best_listed), best_listed)
+            better = maybe & ((value > best_listed) | ((value == best_listed) & (ids < listed_id)))
+            best_listed, listed_id = tl.where(better, value, best_listed), tl.where(better, ids, listed_id)
 
         mine = part_ptr + g * PART
-        best_key, listed_key = _maxima(_key(best, best_id), _key(best_listed, best_id * 0))
-        if ADVANCES:  # its embedding is read at once where it is chosen, and would take 0.8 us to come
-            likely_value, likely = _value_and_id(best_key)
-            if likely_value > float("-inf"):
-                SECTOR: tl.constexpr = 256 // embedding_ptr.dtype.element_ty.primitive_bitwidth  # columns in 32 bytes
-                sector = tl.minimum(tl.arange(0, 512) * SECTOR, K - 1)  # the first 16 KB
-                prefetch(embedding_ptr + likely.to(tl.int64) * K + sector, PDL)
+        best_key, listed_key = _maxima(_key(best, best_id), _key(best_listed, listed_id))
+        _prefetch_embedding(best_key, embedding_ptr, K, PDL)
         tl.store(mine, best_key)
         tl.store(mine + 1, listed_key)
         if top_p < 1:
-            all_k_mass, all_p_mass = _sums(k_mass, p_mass)
+            all_k_mass, all_p_mass = _sums(k_mass, p_mass, 0)
             tl.store(mine + 2, all_k_mass)
             tl.store(mine + 3, all_p_mass)
         tl.store(mine + 4, read_length(length).to(tl.int64))
@@ -520,9 +603,9 @@ def _choose_kernel(
             tl.store(whole_ptr, tl.full([], 0, tl.int64))
             tl.store(count_ptr + b, tl.zeros([BINS], tl.int32))
             value, chosen = _resolve(
-                logits_ptr, lists_ptr, part_ptr, programs,
+                logits_ptr, lists_ptr, part_ptr, programs, filled, embedding_ptr, K,
                 largest, temperature, seed, sample, position, top_p, within, whole, k_bin, k_left, p_first, p_last,
-                PROGRAMS, COLUMNS, SPAN,
+                PROGRAMS, COLUMNS, SPAN, PDL,
             )  # fmt: skip
             if ADVANCES:
                 advance_sequence(

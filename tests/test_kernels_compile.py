@@ -462,10 +462,13 @@ def test_bins_in_shared_memory(launches, M):
     ((_, _, options),) = launches
     (compiled,) = check(launches, 1)
     ptx = compiled.asm["ptx"]
-    assert ptx.count(".b8 bins[4104]") == 1
+    assert ptx.count(".b8 bins[4108]") == 1
     tokens = options["BLOCK"] // (32 * options["num_warps"])
     assert ptx.count("red.shared.add.u32") == tokens
-    assert ptx.count("atom.shared.add.u32") == tokens * (2 if options["TILES"] > 1 else 1)
+    assert ptx.count("mad.wide.u32 address, place") == tokens * (2 if options["TILES"] > 1 else 1)
+    listed = options["PROGRAMS"] * options["COLUMNS"] // (32 * options["num_warps"])
+    assert listed * 32 * options["num_warps"] == options["PROGRAMS"] * options["COLUMNS"]
+    assert ptx.count("mad.lo.u32 place, place") == 4 * listed  # for two cuts, the first tile's and the others'
 
 
 def test_accept_and_lookup(launches):

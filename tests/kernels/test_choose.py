@@ -233,7 +233,6 @@ def test_choose_and_advance_checks():
 
 def test_lists_longer_than_a_tile(monkeypatch):
     """Listed tokens that do not fit the registers are read again: the choice is the same."""
-    monkeypatch.setattr(module, "LEAN_TILE", 256)
     monkeypatch.setattr(module, "TILE", 512)
     logits = logits_of("flat") * 0.0001  # all tokens are in a few bins
     for seed in range(2):
@@ -262,6 +261,37 @@ def test_mass_beyond_the_cut_counts(monkeypatch):
     logits = 10 - distance[torch.randperm(9000)].repeat(8, 1).to(DEVICE)
     for cut in [{"top_p": 0.5}, {"top_p": 0.5, "top_k": 250}]:
         check(logits, parameters(8, **cut))
+
+
+FEW = module.FEW.value
+
+
+@pytest.mark.parametrize("sms", [4, 20])  # a row has one program of three tiles, or five of one
+@pytest.mark.parametrize(("number", "steps", "width"), [
+    (12, 0, 1e-3), (60, 9, 1e-3), (FEW, 0, 1e-3), (FEW + 1, 0, 1e-3), (1000, 0, 1e-3),  # few, and those to search among
+    (60, 1, 1e-3), (1000, 1, 1e-3), (1000, 3, 1e-3), (1000, 100, 1e-3),  # all equal; more than few that are; groups of ten
+    (60, 0, 0.2), (1000, 0, 0.2),  # top-p's bins are several
+])  # fmt: skip
+def test_cuts_within_a_bin(monkeypatch, number, steps, width, sms):
+    """A token, `number` 0.5 below it, and the rest 12: each cut is among these `number`, which share a bin of 1/128, or are in
+    26. The cut is the reference's, and matters: without it others would be chosen."""
+    monkeypatch.setattr(module, "num_sms", lambda index: sms)
+    torch.manual_seed(number)
+    u = torch.rand(number)
+    distance = torch.cat(
+        [torch.zeros(1), 0.51 + width * ((u * steps).floor() / steps if steps else u), torch.full((4499 - number,), 12.0)]
+    )
+    logits = 10 - distance[torch.randperm(4500)].repeat(4, 1).to(DEVICE)
+    order = ("temperature", "seed", "sample", "lengths", "top_k", "top_p", "min_p")
+    cuts = [{"top_k": number // 2}, {"top_p": 0.5}, {"top_k": number // 2, "top_p": 0.6}, {"top_k": number, "top_p": 0.6}]
+    chosen = {}
+    for top_k, top_p in [(c.get("top_k", 0), c.get("top_p", 1.0)) for c in [{"top_k": number + 1}, *cuts]]:
+        arguments = parameters(4, top_k=top_k, top_p=top_p)
+        check(logits, arguments)
+        chosen[top_k, top_p] = module.choose_ref(logits, *(arguments[n] for n in order))[1].long().unsqueeze(1)
+    uncut, *cut = chosen.values()
+    assert all((logits.gather(1, index) < 9.8).any() for index in cut), "a listed token is chosen"
+    assert steps == 1 or sum((index != uncut).sum().item() for index in cut) > 2, "a listed token that is better is cut"
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 16, 64, 100, 132, 256])
