@@ -13,6 +13,13 @@ from kernels._common import NVIDIA
 BINS = tl.constexpr(1024)
 LISTS = tl.constexpr(3)
 FEW = tl.constexpr(256)  # numbers that fit where the bins were
+_QUADS = [f"{{r{4 * i}, r{4 * i + 1}, r{4 * i + 2}, r{4 * i + 3}}}" for i in range(16)]
+_HOLD_64 = tl.constexpr(
+    "{ .reg .pred p; .reg .u32 z, r<64>; mov.u32 z, %ctaid.z; setp.ne.u32 p, z, 7; @p bra none; "
+    + " ".join(f"ld.volatile.shared.v4.u32 {quad}, [$1 + {16 * i}];" for i, quad in enumerate(_QUADS))
+    + " ".join(f"st.volatile.shared.v4.u32 [$1 + {16 * i}], {quad};" for i, quad in enumerate(_QUADS))
+    + " none: mov.u32 $0, 0; }"
+)
 
 
 @triton.jit
@@ -141,3 +148,11 @@ def read_few(few, length, i):
     else:
         few = tl.gather(few, i, 0)
     return few
+
+
+@triton.jit
+def take_registers(bins):
+    """Has ptxas give a thread more than 64 registers: 16 warps of them are more than half of a multiprocessor's, so that none
+    gets two programs. A branch that no launch takes, as none has an eighth plane of programs, holds 64 beside the stack's."""
+    if NVIDIA:
+        tl.inline_asm_elementwise(_HOLD_64, "=r,r", [bins], tl.int32, is_pure=False, pack=1)

@@ -63,6 +63,7 @@ from kernels._shared import (
     read_bins,
     read_few,
     read_length,
+    take_registers,
 )
 from kernels.formats import Weight
 
@@ -80,8 +81,9 @@ PART = tl.constexpr(5)  # numbers that a program leaves: see the end of the seco
 WARPS = 16
 TILE = 2048  # listed tokens that are held in registers
 # Of few tokens, a program is to start while some of head's still run on its multiprocessor: it takes few registers, though more
-# than half, so that none gets two programs and another none, and few KiB of shared memory (Triton 3.6 takes 8 bytes a listed
-# token). 1.6 to 2.6 us a step of the 1B. With more than four tokens a thread the limit costs spills.
+# than half (`take_registers`: of half, one multiprocessor got two programs and another none, which cost 2.5 us), and few KiB of
+# shared memory (Triton 3.6 takes 8 bytes a listed token). 1.6 to 2.6 us a step of the 1B. With more than four tokens a thread
+# the limit costs spills.
 LEAN_TOKENS, LEAN_TILE, LEAN_REGISTERS = 4 * 32 * WARPS, 512, 72
 
 
@@ -615,6 +617,8 @@ def _choose_kernel(
             else:
                 tl.store(value_ptr + row, value)
                 tl.store(id_ptr + row, chosen)
+        else:
+            take_registers(filled)
 
 
 # ---------------------------------------------------------------- operator

@@ -452,7 +452,11 @@ def test_choose_and_advance(launches, M, V, K):
     assert "griddepcontrol.launch_dependents" not in ptx, "the next step reads lengths before it waits"
     assert ptx.count("cp.async.bulk.prefetch.L2") == 2
     assert "prefetch.global.L2 [" in ptx
-    assert "0 bytes spill stores" in assembler_says(compiled)
+    remarks = assembler_says(compiled)
+    assert "0 bytes spill stores" in remarks
+    registers = int(re.search(r"Used (\d+) registers", remarks)[1])
+    assert registers > 64, "two programs would share a multiprocessor, and another would have none"
+    assert registers <= 72 or M > 2, "a program would not start beside head's"
 
 
 @pytest.mark.parametrize("M", [1, 3, 16, 64])
