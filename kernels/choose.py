@@ -291,13 +291,13 @@ def _find_cuts(counts, whole, top_k, top_p):
     return k_bin, k - k_count, p_first, p_last, last, tl.max(tl.where(b <= last, n, 0), 0)
 
 
-# Lists: (where they are, the first tile of them, the number of all tokens, and of the longest list's)
+# Lists: (logits, ids, the lists' lengths, the row's largest logit, temperature, the longest list's length)
 
 
 @triton.jit
-def _read_lists(where, start, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
+def _read_lists(lists, start, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """A tile: COLUMNS tokens of each program's list from `start` on: ids, logits, u; LIMIT where there is none."""
-    logits_ptr, list_ptr, numbers, largest, _ = where
+    logits_ptr, list_ptr, numbers, largest, _temperature, _longest = lists
     i = tl.arange(0, numbers.shape[0])
     column = start + i % COLUMNS
     there = column < numbers
@@ -333,11 +333,11 @@ def _sum_tile(u, first_bin, last_bin, most, temperature):
 @triton.jit
 def _sum_lists(lists, first_bin, last_bin, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """`_sum_tile` of the whole lists."""
-    where, first, _number, longest = lists
-    count, mass, least_u, most_u = _sum_tile(first[2], first_bin, last_bin, most, where[4])
-    for start in tl.range(COLUMNS, longest, COLUMNS):
-        _, _, u = _read_lists(where, start, COLUMNS, SPAN)
-        more = _sum_tile(u, first_bin, last_bin, most, where[4])
+    count, mass = tl.full([], 0, tl.int32), tl.full([], 0, tl.int64)
+    least_u, most_u = tl.full([], LIMIT, tl.int32), tl.full([], 0, tl.int32)
+    for start in tl.range(0, lists[5], COLUMNS):
+        _, _, u = _read_lists(lists, start, COLUMNS, SPAN)
+        more = _sum_tile(u, first_bin, last_bin, most, lists[4])
         count, mass = count + more[0], mass + more[1]
         least_u, most_u = tl.minimum(least_u, more[2]), tl.maximum(most_u, more[3])
     return count, mass, least_u, most_u
@@ -365,7 +365,7 @@ def _cut_few(few, length, number, mass, temperature):
 @triton.jit
 def _cut_lists(lists, bins, first_bin, last_bin, number, mass, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """The smallest u of the listed tokens in these bins that `number` and `mass` of theirs reach, and the mass up to it."""
-    where, first, left, longest = lists
+    left = tl.sum(lists[2], 0) // COLUMNS
     low, high, before = tl.full([], 0, tl.int32), tl.full([], LIMIT, tl.int32), tl.full([], 0, tl.int32)
     upto, mass_before = tl.full([], 0, tl.int64), tl.full([], 0, tl.int64)
     if left > FEW:
@@ -379,30 +379,22 @@ def _cut_lists(lists, bins, first_bin, last_bin, number, mass, COLUMNS: tl.const
         low, high, upto = tl.where(enough, low, middle + 1), tl.where(enough, middle, high), tl.where(enough, reached, upto)
     if left <= FEW:
         few, length = open_few(bins)
-        few, length = add_few(few, length, first[2], _inside(first[2], low, high, first_bin, last_bin, where[4]))
-        for start in tl.range(COLUMNS, longest, COLUMNS):
-            _, _, u = _read_lists(where, start, COLUMNS, SPAN)
-            few, length = add_few(few, length, u, _inside(u, low, high, first_bin, last_bin, where[4]))
-        low, upto = _cut_few(few, read_length(length), number - before, mass - mass_before, where[4])
+        for start in tl.range(0, lists[5], COLUMNS):
+            _, _, u = _read_lists(lists, start, COLUMNS, SPAN)
+            few, length = add_few(few, length, u, _inside(u, low, high, first_bin, last_bin, lists[4]))
+        low, upto = _cut_few(few, read_length(length), number - before, mass - mass_before, lists[4])
         upto += mass_before
     return low, upto
 
 
 @triton.jit
-def _best_of_tile(tile, seed, sample, position, most, temperature):
-    ids, logits, u = tile
-    value = logits / temperature + gumbel_ids(seed, sample, position, ids)
-    return tl.max(_key(tl.where((u < LIMIT) & (u <= most), value, float("-inf")), ids), 0)
-
-
-@triton.jit
 def _best_listed(lists, seed, sample, position, most, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
     """The key of the best of the listed tokens with u <= most."""
-    where, first, _number, longest = lists
-    best = _best_of_tile(first, seed, sample, position, most, where[4])
-    for start in tl.range(COLUMNS, longest, COLUMNS):
-        tile = _read_lists(where, start, COLUMNS, SPAN)
-        best = tl.maximum(best, _best_of_tile(tile, seed, sample, position, most, where[4]))
+    best = tl.full([], LOWEST, tl.int64)
+    for start in tl.range(0, lists[5], COLUMNS):
+        ids, logits, u = _read_lists(lists, start, COLUMNS, SPAN)
+        value = logits / lists[4] + gumbel_ids(seed, sample, position, ids)
+        best = tl.maximum(best, tl.max(_key(tl.where((u < LIMIT) & (u <= most), value, float("-inf")), ids), 0))
     return best
 
 
@@ -420,17 +412,16 @@ def _resolve(
     best, listed = _maxima(tl.load(part_ptr, mask=there, other=LOWEST), tl.load(part_ptr + 1, mask=there, other=LOWEST))
     if listed > best:
         _prefetch_embedding(listed, embedding_ptr, K, PDL)
-        where = (logits_ptr, list_ptr, numbers, largest, temperature)
-        first = _read_lists(where, 0, COLUMNS, SPAN)
-        lists = (where, first, tl.sum(numbers, 0) // COLUMNS, tl.max(numbers, 0))
+        lists = (logits_ptr, list_ptr, numbers, largest, temperature, tl.max(numbers, 0))
         most, mass = tl.minimum(within, LIMIT).to(tl.int32), whole  # mass: what top-k keeps
-        if k_bin < BINS:
-            k_u, upto = _cut_lists(lists, bins, k_bin, k_bin, k_left, 0, COLUMNS, SPAN)
-            most, mass = tl.minimum(most, k_u), upto + tl.sum(tl.load(part_ptr + 2, mask=there, other=0), 0)
-        if p_first < BINS:
-            needed = _needed(mass, top_p) - tl.sum(tl.load(part_ptr + 3, mask=there, other=0), 0)
-            p_u, _upto = _cut_lists(lists, bins, p_first, p_last, 0, needed, COLUMNS, SPAN)
-            most = tl.minimum(most, p_u)
+        k_mass, p_mass = tl.load(part_ptr + 2, mask=there, other=0), tl.load(part_ptr + 3, mask=there, other=0)
+        k_before, p_before = _sums(k_mass, p_mass, 0)  # of no use where top-p is off
+        first_cut, cuts = tl.where(k_bin < BINS, 0, 1), tl.where(p_first < BINS, 2, 1)
+        for cut in tl.range(first_cut, cuts, disable_licm=True):  # k's, p's; what is moved out of it would take registers
+            number, needed = tl.where(cut == 0, k_left, 0), tl.where(cut == 0, 0, _needed(mass, top_p) - p_before)
+            first_bin, last_bin = tl.where(cut == 0, k_bin, p_first), tl.where(cut == 0, k_bin, p_last)
+            u, upto = _cut_lists(lists, bins, first_bin, last_bin, number, needed, COLUMNS, SPAN)
+            most, mass = tl.minimum(most, u), upto + k_before
         best = tl.maximum(best, _best_listed(lists, seed, sample, position, most, COLUMNS, SPAN))
     return _value_and_id(best)
 

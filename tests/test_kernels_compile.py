@@ -472,7 +472,7 @@ def test_bins_in_shared_memory(launches, M):
     assert ptx.count("mad.wide.u32 address, place") == tokens * (2 if options["TILES"] > 1 else 1)
     listed = options["PROGRAMS"] * options["COLUMNS"] // (32 * options["num_warps"])
     assert listed * 32 * options["num_warps"] == options["PROGRAMS"] * options["COLUMNS"]
-    assert ptx.count("mad.lo.u32 place, place") == 4 * listed  # for two cuts, the first tile's and the others'
+    assert ptx.count("mad.lo.u32 place, place") == listed
 
 
 def test_accept_and_lookup(launches):
