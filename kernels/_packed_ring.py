@@ -579,7 +579,10 @@ def launch_packed_ring(
     """Fills y [M, F] with act(norm(x) @ W.T) + residual, and of a `gain` the FoldedNorm `folded` of y, by blocks of 64.
 
     x [M, K], its columns permuted; a FoldedNorm's where there are `squares`. permute: y of silu_mul, or folded.scaled, too.
+    ValueError: `folded` has other blocks.
     """
+    if folded is not None and 64 * folded.squares.shape[1] != y.shape[1]:
+        raise ValueError(f"squares: found {folded.squares.shape[1]} blocks of {y.shape[1]} features, expected blocks of 64")
     half = tile.rows // 2
     boxes = Boxes.pairs(w.rows, tile, *((w.rows // 2, half) if silu_mul else (half, tile.rows)), half)
     _launch(

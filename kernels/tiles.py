@@ -189,6 +189,7 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: b
     """The tile for `rows` rows of x: the measured one where there is one, else the rule; with a ring only if `rings`. Pure."""
     assert op in OPS, f"op: found {op!r}, expected one of {', '.join(OPS)}"
     alike = {"fp16": "bf16", "int8": "fp8"}  # the same bytes in the same order
+    rings = rings and rows >= RING_LEAST.get(fmt, 0)  # the tile for 16 rows may have one that 8 are not to have
     for name, padded in itertools.product((fmt, alike.get(fmt)), measured_rows(rows)):
         measured = MEASURED.get((sms, name, padded, op, N, K))
         if measured is not None and (rings or not measured.ring):
@@ -301,7 +302,7 @@ def _packed_ring_rule(op: str, fmt: str, rows: int, N: int, K: int, sms: int) ->
     for."""
     height, widest = 64 if op == "linear" else 128, 2 * UNIT_COLUMNS[fmt]
     programs = -(-N // height)
-    if rows < RING_LEAST[fmt] or K % widest or (programs > 4096 if op == "head" else N % height):
+    if K % widest or (programs > 4096 if op == "head" else N % height):
         return None
     most = sms if rows > 32 else 2 * sms
     found = []

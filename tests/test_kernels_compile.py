@@ -248,6 +248,22 @@ def test_what_the_heads_ring_cannot_do(launches):
     check(launches, 7)
 
 
+def test_a_packed_ring_folds_by_blocks_of_64(launches):
+    """Sums of squares are by blocks of 16 for fewer rows than int4 has rings for: an override's ring is refused there."""
+    weight = Weight(256, 4096, packed=INT4[0])
+    weight.weight.zero_()
+    weight.tile()
+    for rows, refused in ((8, True), (9, False)):
+        given = {"residual": empty(rows, 256), "gain": empty(256), "permuted": True, "permute": True}
+        with override_tiles({"linear": packed_ring_tile(64, 128, 4)}):
+            if refused:
+                with pytest.raises(ValueError, match="squares: found 16 blocks of 256 features, expected blocks of 64"):
+                    kernels.linear_folding(empty(rows, 4096), weight, **given)
+            else:
+                kernels.linear_folding(empty(rows, 4096), weight, **given)
+    assert [kernel.__name__ for kernel, *_ in launches] == ["_packed_ring_linear_kernel"]
+
+
 def test_what_a_ring_cannot_do(launches):
     """The same shape with a bias, a folded norm, an odd address; with half heads, qk-norm of two heads a tile."""
     x, odd, weight = empty(5, 4096), empty(5 * 4096 + 1)[1:].view(5, 4096), Weight(4096, 4096)
