@@ -218,10 +218,10 @@ def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
         cache = KVCache(model.config, 1, 512, x.device, x.dtype)
         return Prefiller(model, cache).run([Piece(0, list(range(rows)))])
 
-    launched = []
+    module, launched = sys.modules["kernels.linear"], []  # by its path it would be the function
     for name in ("launch_packed_ring", "launch_packed_ring_qkv"):
-        real = getattr(sys.modules["kernels.linear"], name)
-        monkeypatch.setattr(f"kernels.linear.{name}", lambda *a, real=real, **k: (launched.append(real), real(*a, **k)))
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **k: (launched.append(real), real(*a, **k)))
     start()
     rings = decode_one_token(model, session, "greedy").clone()
     assert len(launched) == (6 if config.head_dim == 80 else 11), "all but the first qkv; of odd heads the feed-forwards"
