@@ -382,18 +382,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def linear(
-    x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None, permuted=False, permute=False
+    x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None, x_permuted=False, y_permuted=False
 ) -> torch.Tensor:
     """x [N, K] -> [N, out]: RMSNorm (if `norm`; a FoldedNorm only where `fused`), product, bias, SiLU x up (if activation is
-    "silu_mul"), plus residual. permuted, permute: the order of columns, as kernels.linear has it; only where `fused`.
+    "silu_mul"), plus residual. x_permuted, y_permuted: the order of columns, as kernels.linear has it; only where `fused`.
 
     `residual`, of many rows, is overwritten with the result.
     """
     if fused(x, weight):
-        options = {"activation": activation, "residual": residual, "permuted": permuted, "permute": permute}
+        options = {"activation": activation, "residual": residual, "x_permuted": x_permuted, "y_permuted": y_permuted}
         return kernels.linear(x, weight, norm=norm, eps=eps, **options)
-    assert not permuted, "columns out of order, for a product that takes them in order"
-    assert not permute, "columns in order, for one that takes them out of order"
+    assert not x_permuted, "columns out of order, for a product that takes them in order"
+    assert not y_permuted, "columns in order, for one that takes them out of order"
     if norm is not None:
         x = rms_norm(x, norm, eps)
     if residual is not None and many(x) and weight.bias is None:  # the sum is the product's epilogue
@@ -562,7 +562,7 @@ class Attention(nn.Module):
         permutes = isinstance(step, DecodeStep) and c.head_dim % 32 == 0 and kernels.reads_permuted("linear", q, self.wo)
         order = {"permute": True} if permutes else {}
         attended = step.attend(self.layer, q, k, v, self.window, self.scale, **order)
-        return add_projection(x, attended.flatten(1), self.wo, reader, permuted=permutes)
+        return add_projection(x, attended.flatten(1), self.wo, reader, x_permuted=permutes)
 
     def _project(self, x, norm, rope, positions):
         """q [N, Hq, D], k and v [N, Hkv, D] in plain PyTorch, normed and rotated."""
@@ -588,21 +588,22 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, norm: Norm, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] -> x + feed_forward(norm(x)) [N, H], and its reader's norm."""
-        permute = kernels.reads_permuted("linear", x, self.w2)
-        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", permute=permute)
-        return add_projection(x, hidden, self.w2, reader, permuted=permute)
+        permuted = kernels.reads_permuted("linear", x, self.w2)
+        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", y_permuted=permuted)
+        return add_projection(x, hidden, self.w2, reader, x_permuted=permuted)
 
 
-def add_projection(residual, x: torch.Tensor, weight: Weight, reader: Reader, permuted: bool) -> tuple[torch.Tensor, Norm]:
+def add_projection(residual, x: torch.Tensor, weight: Weight, reader: Reader, x_permuted: bool) -> tuple[torch.Tensor, Norm]:
     """residual + all_reduce(x @ weight.T), and its reader's norm. On one device the sum is the kernel's own epilogue, and so is
-    the norm, where the reader's kernel would have to repeat it in every program. permuted: x's columns are."""
+    the norm, where the reader's kernel would have to repeat it in every program."""
     if WORLD_SIZE > 1:
-        return residual + all_reduce(linear(x, weight, permuted=permuted)), reader.gain
+        return residual + all_reduce(linear(x, weight, x_permuted=x_permuted)), reader.gain
     folds = kernels.folds_norm(weight.packed, reader.weight.packed)
     if folds and fused(x, weight) and fused(residual, reader.weight):
-        permute = reader.op is not None and kernels.reads_permuted(reader.op, residual, reader.weight)
-        return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain, permuted=permuted, permute=permute)
-    return linear(x, weight, residual=residual, permuted=permuted), reader.gain
+        y_permuted = reader.op is not None and kernels.reads_permuted(reader.op, residual, reader.weight)
+        order = {"x_permuted": x_permuted, "y_permuted": y_permuted}
+        return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain, **order)
+    return linear(x, weight, residual=residual, x_permuted=x_permuted), reader.gain
 
 
 class Scale(nn.Module):

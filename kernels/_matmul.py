@@ -437,9 +437,9 @@ def x_scale(dtype: torch.dtype) -> float:
     return 1.0 / 64 if dtype == torch.float16 else 1.0
 
 
-def split_norm(x: torch.Tensor, norm: torch.Tensor | FoldedNorm | None, permuted: bool = False) -> tuple:
-    """(x, norm, squares, permuted) as the operators take them: of a FoldedNorm, x is the scaled one."""
-    return (norm.scaled, None, *norm[1:]) if isinstance(norm, FoldedNorm) else (x, norm, None, permuted)
+def split_norm(x: torch.Tensor, norm: torch.Tensor | FoldedNorm | None, x_permuted: bool = False) -> tuple:
+    """(x, norm, squares, x_permuted) as the operators take them: of a FoldedNorm, x is the scaled one."""
+    return (norm.scaled, None, *norm[1:]) if isinstance(norm, FoldedNorm) else (x, norm, None, x_permuted)
 
 
 def fold_norm_ref(x, gain, block):

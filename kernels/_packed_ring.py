@@ -573,13 +573,13 @@ def described_by(w: Operand) -> tuple:
 
 
 def launch_packed_ring(
-    x: torch.Tensor, w: Operand, squares, eps: float, silu_mul: bool, residual, y: torch.Tensor, permute: bool, tile: Tile,
+    x: torch.Tensor, w: Operand, squares, eps: float, silu_mul: bool, residual, y: torch.Tensor, y_permuted: bool, tile: Tile,
     gain=None, folded: FoldedNorm | None = None,
 ) -> None:  # fmt: skip
     """Fills y [M, F] with act(norm(x) @ W.T) + residual, and of a `gain` the FoldedNorm `folded` of y, by blocks of 64.
 
-    x [M, K], its columns permuted; a FoldedNorm's where there are `squares`. permute: y of silu_mul, or folded.scaled, too.
-    ValueError: `folded` has other blocks.
+    x [M, K], its columns permuted; a FoldedNorm's where there are `squares`. y_permuted: so are those of y, or with
+    a `gain` of folded.scaled. ValueError: `folded` has other blocks.
     """
     if folded is not None and 64 * folded.squares.shape[1] != y.shape[1]:
         raise ValueError(f"squares: found {folded.squares.shape[1]} blocks of {y.shape[1]} features, expected blocks of 64")
@@ -588,7 +588,7 @@ def launch_packed_ring(
     _launch(
         _packed_ring_linear_kernel, x, w, squares, boxes, tile,
         residual_ptr=residual, y_ptr=y, gain_ptr=gain, scaled_ptr=folded and folded.scaled, sum_ptr=folded and folded.squares,
-        F=y.shape[1], eps=eps, SILU_MUL=silu_mul, PERMUTE=permute,
+        F=y.shape[1], eps=eps, SILU_MUL=silu_mul, PERMUTE=y_permuted,
     )  # fmt: skip
 
 

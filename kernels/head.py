@@ -221,25 +221,25 @@ def _head(
     seed: torch.Tensor | None,
     sample: torch.Tensor | None,
     lengths: torch.Tensor,
-    permuted: bool,
+    x_permuted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     w = Operand(weight, scale, zero, format, rows)
     logits, partial_max, partial_id = _head_outputs(x, w, norm, squares, vocab_size, temperature, seed, sample, lengths)
     if not uses_kernel(x):
-        x = permute_columns(x) if permuted else x
+        x = permute_columns(x) if x_permuted else x
         logits, best, best_id = head_ref(x, w.plain(x), norm, eps, vocab_size, temperature, seed, sample, lengths, squares)
         partial_max.fill_(-math.inf)[:, 0] = best
         partial_id.zero_()[:, 0] = best_id
         return logits, partial_max, partial_id
     M, V = logits.shape
-    rings = w.is_packed and permuted and norm is None
+    rings = w.is_packed and x_permuted and norm is None
     tile = tile_of("head", x, w, rings=rings and tma_reads(x, w.weight, w.scale, w.zero))
     if tile.ring:
         launch_packed_ring_head(
             x, w, squares, eps, vocab_size, temperature, seed, sample, lengths, logits, partial_max, partial_id, tile
         )
         return logits, partial_max, partial_id
-    if permuted:
+    if x_permuted:
         x = permute_columns(x)
     arguments, options = matmul_arguments(tile, x, w, norm, squares)
     count = triton.cdiv(V, tile.rows)
@@ -269,7 +269,7 @@ def _head(
 
 
 @_head.register_fake
-def _(x, weight, scale, zero, format, rows, norm, squares, eps, vocab_size, temperature, seed, sample, lengths, permuted):
+def _(x, weight, scale, zero, format, rows, norm, squares, eps, vocab_size, temperature, seed, sample, lengths, x_permuted):
     w = Operand(weight, scale, zero, format, rows)
     return _head_outputs(x, w, norm, squares, vocab_size, temperature, seed, sample, lengths)
 
@@ -294,9 +294,9 @@ def head(
     lowest id, is the choice.
     ValueError: a shape or dtype that does not fit.
     """
-    x, gain, squares, permuted = split_norm(x, norm)
+    x, gain, squares, x_permuted = split_norm(x, norm)
     return torch.ops.rooflama.head(
-        x, *Operand.of(weight), gain, squares, eps, vocab_size, temperature, seed, sample, lengths, permuted
+        x, *Operand.of(weight), gain, squares, eps, vocab_size, temperature, seed, sample, lengths, x_permuted
     )
 
 

@@ -368,14 +368,14 @@ def _qkv_kernel(
 # ---------------------------------------------------------------- operators
 
 
-def _linear_output(x, w: Operand, bias, norm, squares, activation, residual, permute):
+def _linear_output(x, w: Operand, bias, norm, squares, activation, residual, y_permuted):
     check_matmul(x, w, bias, norm, squares)
     if activation not in ("none", "silu_mul"):
         raise ValueError(f"activation: found {activation!r}, expected 'none' or 'silu_mul'")
     if activation == "silu_mul" and w.is_packed and w.rows % 16:
         raise ValueError(f"weight: found {w.rows} packed rows, expected a multiple of 16 for silu_mul")
     y = x.new_empty(x.shape[0], w.rows // (2 if activation == "silu_mul" else 1))
-    if permute and y.shape[1] % 32:
+    if y_permuted and y.shape[1] % 32:
         raise ValueError(f"weight: found {y.shape[1]} outputs, expected a multiple of 32 where columns are permuted")
     if residual is not None and (residual.shape != y.shape or residual.dtype != y.dtype or not residual.is_contiguous()):
         raise ValueError(
@@ -392,22 +392,22 @@ def _adds_residual_first(x, tile: Tile, norm, activation: str) -> bool:
 
 
 def _launch_linear(
-    x, w: Operand, bias, norm, squares, eps, activation, residual, y, is_permuted, permute, gain=None, folded=None, block=0
+    x, w: Operand, bias, norm, squares, eps, activation, residual, y, x_permuted, y_permuted, gain=None, folded=None, block=0
 ):  # fmt: skip
     """The kernel that fills y, and of a `gain` the FoldedNorm `folded` of y."""
     op = activation if activation == "silu_mul" else "linear"
     if w.is_packed:
-        tile = tile_of(op, x, w, rings=is_permuted and bias is norm is None and tma_reads(x, *described_by(w)))
+        tile = tile_of(op, x, w, rings=x_permuted and bias is norm is None and tma_reads(x, *described_by(w)))
     else:
-        serves = bias is gain is squares is None and not is_permuted and not permute
+        serves = bias is gain is squares is None and not x_permuted and not y_permuted
         tile = tile_of(op, x, w, rings=serves and tma_reads(x, w.weight, norm))
     if tile.ring and w.is_packed:
-        launch_packed_ring(x, w, squares, eps, op == "silu_mul", residual, y, permute, tile, gain, folded)
+        launch_packed_ring(x, w, squares, eps, op == "silu_mul", residual, y, y_permuted, tile, gain, folded)
         return
     if tile.ring:
         launch_ring(x, w, norm, eps, op == "silu_mul", residual, y, tile)
         return
-    if is_permuted:
+    if x_permuted:
         x = permute_columns(x)
     if gain is not None and (tile.rows % block or tile.grid):
         raise ValueError(f"Tile.rows: found {tile.rows}, expected a multiple of {block} (and no grid) where a norm is folded")
@@ -428,7 +428,7 @@ def _launch_linear(
         SILU_MUL=activation == "silu_mul",
         ADD=_adds_residual_first(x, tile, norm, activation),
         BLOCK=block,
-        PERMUTE=permute,
+        PERMUTE=y_permuted,
         GRID=tile.grid,
         SPLIT=tile.split,
         **arguments,
@@ -451,22 +451,22 @@ def _linear(
     eps: float,
     activation: str,
     residual: torch.Tensor | None,
-    permuted: bool,
-    permute: bool,
+    x_permuted: bool,
+    y_permuted: bool,
 ) -> torch.Tensor:
     w = Operand(weight, scale, zero, format, rows)
-    y = _linear_output(x, w, bias, norm, squares, activation, residual, permute)
+    y = _linear_output(x, w, bias, norm, squares, activation, residual, y_permuted)
     if not uses_kernel(x):
-        x = permute_columns(x) if permuted else x
+        x = permute_columns(x) if x_permuted else x
         y = linear_ref(x, w.plain(x), bias, norm, eps, activation, residual, squares)
-        return permute_columns(y) if permute else y
-    _launch_linear(x, w, bias, norm, squares, eps, activation, residual, y, permuted, permute)
+        return permute_columns(y) if y_permuted else y
+    _launch_linear(x, w, bias, norm, squares, eps, activation, residual, y, x_permuted, y_permuted)
     return y
 
 
 @_linear.register_fake
-def _(x, weight, scale, zero, format, rows, bias, norm, squares, eps, activation, residual, permuted, permute):
-    return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, squares, activation, residual, permute)
+def _(x, weight, scale, zero, format, rows, bias, norm, squares, eps, activation, residual, x_permuted, y_permuted):
+    return _linear_output(x, Operand(weight, scale, zero, format, rows), bias, norm, squares, activation, residual, y_permuted)
 
 
 def linear(
@@ -477,24 +477,24 @@ def linear(
     eps: float = 0.0,
     activation: str = "none",
     residual: torch.Tensor | None = None,
-    permuted: bool = False,
-    permute: bool = False,
+    x_permuted: bool = False,
+    y_permuted: bool = False,
 ) -> torch.Tensor:
     """activation(rmsnorm(x) @ weight.T + bias) + residual, in x.dtype.
 
     x [M, K], M of 1 to MAX_ROWS; norm: the gain [K], or x's FoldedNorm, or None for no RMSNorm; residual [M, N].
     activation "none" gives [M, N]; "silu_mul" gives silu(gate) * up [M, N / 2] of a weight whose first half is gate.
-    permuted: x's columns (a FoldedNorm says so itself) are in the order that `reads_permuted` is about; permute: the result's
-    are to be. ValueError: a shape, dtype or activation that does not fit.
+    x_permuted: x's columns (a FoldedNorm says so itself) are in the order that `reads_permuted` is about; y_permuted: the
+    result's are to be. ValueError: a shape, dtype or activation that does not fit.
     """
-    x, gain, squares, permuted = split_norm(x, norm, permuted)
+    x, gain, squares, x_permuted = split_norm(x, norm, x_permuted)
     return torch.ops.rooflama.linear(
-        x, *Operand.of(weight), weight.bias, gain, squares, eps, activation, residual, permuted, permute
+        x, *Operand.of(weight), weight.bias, gain, squares, eps, activation, residual, x_permuted, y_permuted
     )  # fmt: skip
 
 
-def _folding_output(x, w: Operand, bias, residual, gain, block, permute) -> tuple[torch.Tensor, FoldedNorm]:
-    y = _linear_output(x, w, bias, None, None, "none", residual, permute)
+def _folding_output(x, w: Operand, bias, residual, gain, block, y_permuted) -> tuple[torch.Tensor, FoldedNorm]:
+    y = _linear_output(x, w, bias, None, None, "none", residual, y_permuted)
     if gain.shape != y.shape[1:] or gain.dtype != x.dtype:
         raise ValueError(f"gain: found {gain.dtype} {list(gain.shape)}, expected {x.dtype} [{w.rows}]")
     return y, FoldedNorm(torch.empty_like(y), y.new_empty(y.shape[0], -(-w.rows // block), dtype=torch.float32))
@@ -512,23 +512,23 @@ def _linear_folding(
     residual: torch.Tensor,
     gain: torch.Tensor,
     block: int,
-    permuted: bool,
-    permute: bool,
+    x_permuted: bool,
+    y_permuted: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     w = Operand(weight, scale, zero, format, rows)
-    y, folded = _folding_output(x, w, bias, residual, gain, block, permute)
+    y, folded = _folding_output(x, w, bias, residual, gain, block, y_permuted)
     if not uses_kernel(x):
-        x = permute_columns(x) if permuted else x
+        x = permute_columns(x) if x_permuted else x
         y = linear_ref(x, w.plain(x), bias, residual=residual)
         scaled, squares, _ = fold_norm_ref(y, gain, block)
-        return y, permute_columns(scaled) if permute else scaled, squares
-    _launch_linear(x, w, bias, None, None, 0.0, "none", residual, y, permuted, permute, gain, folded, block)
+        return y, permute_columns(scaled) if y_permuted else scaled, squares
+    _launch_linear(x, w, bias, None, None, 0.0, "none", residual, y, x_permuted, y_permuted, gain, folded, block)
     return y, folded.scaled, folded.squares
 
 
 @_linear_folding.register_fake
-def _(x, weight, scale, zero, format, rows, bias, residual, gain, block, permuted, permute):
-    y, folded = _folding_output(x, Operand(weight, scale, zero, format, rows), bias, residual, gain, block, permute)
+def _(x, weight, scale, zero, format, rows, bias, residual, gain, block, x_permuted, y_permuted):
+    y, folded = _folding_output(x, Operand(weight, scale, zero, format, rows), bias, residual, gain, block, y_permuted)
     return y, folded.scaled, folded.squares
 
 
@@ -538,21 +538,21 @@ def linear_folding(
     *,
     residual: torch.Tensor,
     gain: torch.Tensor,
-    permuted: bool = False,
-    permute: bool = False,
+    x_permuted: bool = False,
+    y_permuted: bool = False,
 ) -> tuple[torch.Tensor, FoldedNorm]:
     """y = x @ weight.T + bias + residual [M, N], and the FoldedNorm of y for a norm of this gain [N]: what the operators that
     read y take as their `norm`. Pays where tiles.folds_norm says so.
 
-    x [M, K], M of 1 to MAX_ROWS; residual [M, N]. permuted, permute: the columns of x, and of what the FoldedNorm holds, as for
-    `linear`. ValueError: a shape or dtype that does not fit.
+    x [M, K], M of 1 to MAX_ROWS; residual [M, N]. x_permuted, y_permuted: as for `linear`, but that y's own columns stay in
+    order, and what the FoldedNorm holds is permuted. ValueError: a shape or dtype that does not fit.
     """
-    ring = permuted and reads_permuted("linear", x, weight)
+    ring = x_permuted and reads_permuted("linear", x, weight)
     block = fold_block(x.shape[0], weight.packed, ring)
     y, *folded = torch.ops.rooflama.linear_folding(
-        x, *Operand.of(weight), weight.bias, residual, gain, block, permuted, permute
+        x, *Operand.of(weight), weight.bias, residual, gain, block, x_permuted, y_permuted
     )
-    return y, FoldedNorm(*folded, permute)
+    return y, FoldedNorm(*folded, y_permuted)
 
 
 def _qkv_output(
@@ -609,7 +609,7 @@ def _qkv_rope_append(
     num_heads: int,
     num_kv_heads: int,
     head_dim: int,
-    permuted: bool,
+    x_permuted: bool,
 ) -> torch.Tensor:
     Hq, Hkv, D = num_heads, num_kv_heads, head_dim
     w = Operand(weight, scale, zero, format, rows)
@@ -617,16 +617,16 @@ def _qkv_rope_append(
         x, w, bias, norm, squares, q_norm, k_norm, cos, sin, lengths, table, k_cache, v_cache, page_size, Hq, Hkv, D
     )  # fmt: skip
     if not uses_kernel(x):
-        x = permute_columns(x) if permuted else x
+        x = permute_columns(x) if x_permuted else x
         return qkv_rope_append_ref(
             x, w.plain(x), bias, norm, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table, k_cache, v_cache,
             page_size, Hq, Hkv, D, squares,
         )  # fmt: skip
     serves = ring_serves_qkv(D, q_norm is not None)
     if w.is_packed:
-        tile = tile_of("qkv", x, w, rings=serves and permuted and norm is None and tma_reads(x, *described_by(w)))
+        tile = tile_of("qkv", x, w, rings=serves and x_permuted and norm is None and tma_reads(x, *described_by(w)))
     else:
-        tile = tile_of("qkv", x, w, rings=serves and squares is None and not permuted and tma_reads(x, w.weight, norm))
+        tile = tile_of("qkv", x, w, rings=serves and squares is None and not x_permuted and tma_reads(x, w.weight, norm))
     if tile.ring:
         launch, of_norm = (launch_packed_ring_qkv, squares) if w.is_packed else (launch_ring_qkv, norm)
         launch(
@@ -634,7 +634,7 @@ def _qkv_rope_append(
             page_size, Hkv, tile,
         )  # fmt: skip
         return q
-    if permuted:
+    if x_permuted:
         x = permute_columns(x)
     tile = fit_to_head(tile, D)
     if q_norm is not None and D & (D - 1):
@@ -674,7 +674,7 @@ def _qkv_rope_append(
 @_qkv_rope_append.register_fake
 def _(
     x, weight, scale, zero, format, rows, bias, norm, squares, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table,
-    k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim, permuted,
+    k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim, x_permuted,
 ):  # fmt: skip
     Hq, Hkv, D, w = num_heads, num_kv_heads, head_dim, Operand(weight, scale, zero, format, rows)
     return _qkv_output(
@@ -717,8 +717,8 @@ def qkv_rope_append(
     is written where p is below 0. lengths [B], table [B, P] int32.
     ValueError: a shape or dtype that does not fit.
     """
-    x, gain, squares, permuted = split_norm(x, norm)
+    x, gain, squares, x_permuted = split_norm(x, norm)
     return torch.ops.rooflama.qkv_rope_append(
         x, *Operand.of(weight), weight.bias, gain, squares, eps, q_norm, k_norm, qk_eps, cos, sin, lengths, table,
-        k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim, permuted,
+        k_cache, v_cache, page_size, num_heads, num_kv_heads, head_dim, x_permuted,
     )  # fmt: skip

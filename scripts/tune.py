@@ -109,9 +109,9 @@ def run_operator(op: str, c, x, weight: Weight, norm, lengths) -> None:
     elif op == "head":
         kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)  # greedy, as the steps are that count
     elif op == "silu_mul":
-        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", permute=permuted)
+        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", y_permuted=permuted)
     elif isinstance(norm, kernels.FoldedNorm):
-        order = {"permuted": permuted, "permute": permuted}
+        order = {"x_permuted": permuted, "y_permuted": permuted}
         kernels.linear_folding(x, weight, residual=make(rows, N, dtype=x.dtype), gain=make(N, dtype=x.dtype), **order)
     else:
         kernels.linear(x, weight, residual=make(rows, N, dtype=x.dtype))

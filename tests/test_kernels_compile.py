@@ -119,11 +119,11 @@ def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torc
         norm = kernels.FoldedNorm(x, empty(M, blocks, dtype=torch.float32), permuted)
     lengths = empty(M, dtype=torch.int32)
     if op == "linear" and fold:
-        kernels.linear_folding(x, weight, residual=empty(M, N), gain=empty(N), permuted=permuted, permute=permuted)
+        kernels.linear_folding(x, weight, residual=empty(M, N), gain=empty(N), x_permuted=permuted, y_permuted=permuted)
     elif op == "linear":
         kernels.linear(x, weight, residual=empty(M, N))
     elif op == "silu_mul":
-        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", permute=permuted)
+        kernels.linear(x, weight, norm=norm, eps=1e-5, activation="silu_mul", y_permuted=permuted)
     elif op == "head":
         kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=N, lengths=lengths)
     else:
@@ -254,7 +254,7 @@ def test_a_packed_ring_folds_by_blocks_of_64(launches):
     weight.weight.zero_()
     weight.tile()
     for rows, refused in ((8, True), (9, False)):
-        given = {"residual": empty(rows, 256), "gain": empty(256), "permuted": True, "permute": True}
+        given = {"residual": empty(rows, 256), "gain": empty(256), "x_permuted": True, "y_permuted": True}
         with override_tiles({"linear": packed_ring_tile(64, 128, 4)}):
             if refused:
                 with pytest.raises(ValueError, match="squares: found 16 blocks of 256 features, expected blocks of 64"):

@@ -66,16 +66,16 @@ def test_linears_take_and_give_it(M, fmt):
     """Without a ring the columns of x are put back first. The numbers are the same, bit for bit."""
     x, weight, residual, gain = randn(M, 256, dtype=BF16), make(64, 256, fmt), randn(M, 64, dtype=BF16), randn(64, dtype=BF16)
     turned = permute_columns(x).contiguous()
-    assert torch.equal(linear(turned, weight, residual=residual, permuted=True), linear(x, weight, residual=residual))
+    assert torch.equal(linear(turned, weight, residual=residual, x_permuted=True), linear(x, weight, residual=residual))
     gated = linear(x, weight, activation="silu_mul")
-    assert torch.equal(linear(x, weight, activation="silu_mul", permute=True), permute_columns(gated))
-    both = linear(turned, weight, residual=residual, permuted=True, permute=True)
+    assert torch.equal(linear(x, weight, activation="silu_mul", y_permuted=True), permute_columns(gated))
+    both = linear(turned, weight, residual=residual, x_permuted=True, y_permuted=True)
     assert torch.equal(both, permute_columns(linear(x, weight, residual=residual)))
     y, folded = linear_folding(x, weight, residual=residual, gain=gain)
-    y_turned, folded_turned = linear_folding(turned, weight, residual=residual, gain=gain, permuted=True)
+    y_turned, folded_turned = linear_folding(turned, weight, residual=residual, gain=gain, x_permuted=True)
     assert torch.equal(y_turned, y)
     assert torch.equal(folded_turned.squares, folded.squares)
-    y_too, folded_too = linear_folding(x, weight, residual=residual, gain=gain, permute=True)
+    y_too, folded_too = linear_folding(x, weight, residual=residual, gain=gain, y_permuted=True)
     assert torch.equal(y, y_too)
     assert torch.equal(permute_columns(folded.scaled), folded_too.scaled)
     assert torch.equal(folded.squares, folded_too.squares)
@@ -121,7 +121,7 @@ def test_it_goes_from_kernel_to_kernel(monkeypatch):
 
 def test_what_cannot_be_permuted():
     with pytest.raises(ValueError, match="found 24 outputs, expected a multiple of 32 where columns are permuted"):
-        linear(randn(2, 128, dtype=BF16), make(24, 128, INT8), permute=True)
+        linear(randn(2, 128, dtype=BF16), make(24, 128, INT8), y_permuted=True)
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -246,12 +246,10 @@ def test_rings(fmt, tile):
         x, weight = randn(M, K, dtype=dtype), make(256, K, fmt, dtype)
         gain, residual = randn(256, dtype=dtype), randn(M, 256, dtype=dtype, scale=3)
         with override_tiles({"linear": tile}):
-            runs = [
-                linear_folding(poisoned(permute_columns(x)), weight, residual=residual, gain=gain, permuted=True, permute=True)
-                for _ in range(4)
-            ]
+            given = {"residual": residual, "gain": gain, "x_permuted": True, "y_permuted": True}
+            runs = [linear_folding(poisoned(permute_columns(x)), weight, **given) for _ in range(4)]
             y, folded = runs[0]
-            assert torch.equal(y, linear(permute_columns(x).contiguous(), weight, residual=residual, permuted=True))
+            assert torch.equal(y, linear(permute_columns(x).contiguous(), weight, residual=residual, x_permuted=True))
         for again, folded_again in runs[1:]:
             assert torch.equal(again, y)
             assert torch.equal(folded_again.scaled, folded.scaled)
@@ -275,7 +273,7 @@ def test_gated_rings(fmt, tile):
         folded = fold_norm_ref(x, randn(K, dtype=dtype), 64)
         norm = kernels.FoldedNorm(poisoned(permute_columns(folded.scaled)), folded.squares, True)
         with override_tiles({"silu_mul": tile}):
-            y = linear(torch.full_like(x, torch.nan), weight, norm=norm, eps=EPS, activation="silu_mul", permute=permute)
+            y = linear(torch.full_like(x, torch.nan), weight, norm=norm, eps=EPS, activation="silu_mul", y_permuted=permute)
             residual = randn(M, 128, dtype=dtype)
             summed = linear(x, weight, norm=norm, eps=EPS, activation="silu_mul", residual=residual)
         rest = (None, None, EPS, "silu_mul", None)
@@ -341,7 +339,7 @@ def test_every_code(fmt):
     unit = 128 if fmt.format == "int4" else 64
     for rows, x in itertools.product((64, 128), torch.eye(K, dtype=FP16, device=DEVICE).chunk(8)):
         with override_tiles({"linear": packed_ring_tile(rows, unit, 2)}):
-            assert torch.equal(linear(permute_columns(x).contiguous(), weight, permuted=True), x @ expected.T)
+            assert torch.equal(linear(permute_columns(x).contiguous(), weight, x_permuted=True), x @ expected.T)
 
 
 # ---------------------------------------------------------------- the head's
