@@ -80,6 +80,28 @@ def test_padding_goes_nowhere(model):
         close(model, a.nan_to_num(), b.nan_to_num())
 
 
+@pytest.mark.parametrize(
+    ("ours", "pieces", "tokens_each", "started"),
+    [(True, 3, 9, True), (True, 20, 2, False), (False, 3, 9, False), (False, 20, 2, True), (False, 20, 1, True)],
+)
+def test_last_rows_alone(model, monkeypatch, ours, pieces, tokens_each, started):
+    """What a forward gives at the pieces' last rows, where nothing else is computed from there on: many rows or few after many,
+    by our kernels or by cuBLAS, which adds in place. The embeddings stay as they are."""
+    most = kernels.MAX_ROWS if ours else kernels.PLAIN_ROWS
+    monkeypatch.setattr(sys.modules["kernels._matmul"], "kernel_rows", lambda N, K, sms: most)
+    caches = [KVCache(model.config, 20, 32, DEVICE, model.config.dtype) for _ in range(2)]
+    x, found = model.embed(torch.arange(pieces * tokens_each, device=DEVICE) * 7 % 300), []
+    before = x.clone()
+    for cache, last_only in zip(caches, (False, True), strict=True):
+        if started:
+            Prefiller(model, cache).run([Piece(slot, range(slot % 3 + 1)) for slot in range(pieces)])
+        step = PackStep.of(cache, [(slot, tokens_each, started * (slot % 3 + 1)) for slot in range(pieces)])
+        found.append(model(x, step, last_only))
+    assert torch.equal(x, before)
+    close(model, found[1], found[0][step.last])
+    assert torch.equal(caches[0].k0, caches[1].k0)
+
+
 @pytest.mark.parametrize("ours", [(), ("qkv", "down"), ("wo", "gate/up"), ("qkv", "wo", "gate/up", "down")], ids=str)
 def test_a_step_of_many_rows_equals_prefill(model, monkeypatch, ours):
     """Decode beyond PLAIN_ROWS: 20 sequences, some absent, through cuBLAS' place and the kernels between the products, or
