@@ -452,7 +452,8 @@ class PackStep:
 
     slot, start [P] int32: the cache slot that a piece goes to, and the position of its first token; offsets [P + 1] int32: its
     first row, the next one's being its end. Rows behind the last piece are computed and go nowhere. longest: the tokens of a
-    piece, or more. fresh: every start is 0, there are no older rows to attend to.
+    piece, or more. fresh: every start is 0, there are no older rows to attend to. last [P] int32: the row of each piece's last
+    token; of a piece without tokens, some row.
     """
 
     def __init__(self, cache: KVCache, slot, start, offsets, *, num_rows: int, longest: int, fresh: bool):
@@ -461,13 +462,13 @@ class PackStep:
         piece = (torch.searchsorted(offsets, row, right=True, out_int32=True) - 1).clamp(max=len(start) - 1)
         position = torch.where(row < offsets[-1], row - offsets[piece] + start[piece], -1)
         self._place = position, slot[piece]
-        self.k_first, self.k_lengths = offsets, None
+        self.fresh, self.last = fresh, offsets[1:] - 1
+        self.k_first, self.k_lengths = offsets, start + offsets.diff()
         self.widened = slot if cache.k0.dtype.itemsize == 1 else None  # slots whose rows attention cannot read as they are
-        if not fresh:  # where in kv_cache.as_rows a slot begins, and how many rows it has now
+        if not fresh:  # where in kv_cache.as_rows a slot begins
             first = slot if self.widened is None else torch.arange(len(slot), dtype=torch.int32, device=slot.device)
             first = first * math.prod(cache.k0.shape[1:3])
             self.k_first = torch.cat([first, first[:1]])
-            self.k_lengths = start + offsets.diff()
 
     @classmethod
     def of(cls, cache: KVCache, pieces: list[tuple[int, int, int]]) -> "PackStep":
@@ -487,15 +488,19 @@ class PackStep:
         for cached, new in zip(self.cache.layer(layer), (k, v), strict=True):
             cached[slot, :, position] = saturated(new, cached.dtype)
 
-    def attend(self, layer: int, q, k, v, window: int | None, scale: float) -> torch.Tensor:
-        """q [N, Hq, D] -> [N, Hq, D]; k and v [N, Hkv, D] are the new rows'."""
-        if self.k_lengths is not None:
+    def attend(self, layer: int, q, k, v, window: int | None, scale: float, last_only: bool = False) -> torch.Tensor:
+        """q [N, Hq, D] -> [N, Hq, D]; k and v [N, Hkv, D] are the new rows'. last_only: q is of the rows `last`, [P, Hq, D]."""
+        if not self.fresh:
             k, v = self.cache.layer(layer)
             if self.widened is not None:
                 k, v = k[self.widened].to(q.dtype), v[self.widened].to(q.dtype)
             k, v = kv_cache.as_rows(k), kv_cache.as_rows(v)
-        ends = self.offsets, self.k_first, self.k_lengths
-        return kernels.flash_prefill(q, k, v, *ends, longest=self.longest, scale=scale, window=window)
+        if last_only:  # a query each, over the same keys
+            ends, longest = torch.arange(len(self.offsets), dtype=torch.int32, device=q.device), 1
+        else:
+            ends, longest = self.offsets, self.longest
+        lengths = None if self.fresh and not last_only else self.k_lengths
+        return kernels.flash_prefill(q, k, v, ends, self.k_first, lengths, longest=longest, scale=scale, window=window)
 
 
 @dataclass(frozen=True)
@@ -535,8 +540,11 @@ class Attention(nn.Module):
         self.q_norm = Scale(config.head_dim, **where) if config.qk_norm else None
         self.k_norm = Scale(config.head_dim, **where) if config.qk_norm else None
 
-    def forward(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
-        """x [N, H] -> x + attention(norm(x)) [N, H], and its reader's norm."""
+    def forward(
+        self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader, last_only: bool = False
+    ) -> tuple[torch.Tensor, Norm]:
+        """x [N, H] -> x + attention(norm(x)) [N, H], and its reader's norm. last_only: of the rows step.last alone, [P, H]; k
+        and v of all rows go to the cache."""
         c = self.config
         if fused(x, self.wqkv) and isinstance(step, DecodeStep):  # a few rows: all of it in one kernel, k and v to the cache
             k_cache, v_cache = step.cache.layer(self.layer)
@@ -560,8 +568,10 @@ class Attention(nn.Module):
             q, k, v = self._project(x, norm, rope, step.place()[0])
             step.append(self.layer, k, v)
         permutes = isinstance(step, DecodeStep) and c.head_dim % 32 == 0 and kernels.reads_permuted("linear", q, self.wo)
-        order = {"permute": True} if permutes else {}
-        attended = step.attend(self.layer, q, k, v, self.window, self.scale, **order)
+        options = {"permute": True} if permutes else {}
+        if last_only:
+            x, q, options = x[step.last], q[step.last], {"last_only": True}
+        attended = step.attend(self.layer, q, k, v, self.window, self.scale, **options)
         return add_projection(x, attended.flatten(1), self.wo, reader, x_permuted=permutes)
 
     def _project(self, x, norm, rope, positions):
@@ -632,9 +642,12 @@ class Layer(nn.Module):
         """x [N, H] -> [N, H]: this layer alone, whoever reads it."""
         return self.run(x, self.reader.gain, rope, step, self.reader)[0]
 
-    def run(self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader) -> tuple[torch.Tensor, Norm]:
-        """x [N, H] and this layer's first norm -> x [N, H], and its reader's norm."""
-        x, norm = self.attention(x, norm, rope, step, Reader(self.ffn_norm.weight, self.feed_forward.w13, "silu_mul"))
+    def run(
+        self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader, last_only: bool = False
+    ) -> tuple[torch.Tensor, Norm]:
+        """x [N, H] and this layer's first norm -> x [N, H] (last_only: [P, H]), and its reader's norm."""
+        ffn_reader = Reader(self.ffn_norm.weight, self.feed_forward.w13, "silu_mul")
+        x, norm = self.attention(x, norm, rope, step, ffn_reader, last_only)
         return self.feed_forward(x, norm, reader)
 
 
@@ -677,17 +690,20 @@ class Transformer(nn.Module):
         """tokens [N] -> [N, H]."""
         return F.embedding(tokens, self.tok_embeddings.weight)
 
-    def forward(self, x: torch.Tensor, step: Step) -> torch.Tensor:
-        """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm."""
-        return self.run(x, step)[0]
+    def forward(self, x: torch.Tensor, step: Step, last_only: bool = False) -> torch.Tensor:
+        """x [N, H], embedded tokens (or any embeddings) -> hidden states [N, H] before the final norm.
 
-    def run(self, x: torch.Tensor, step: Step) -> tuple[torch.Tensor, Norm]:
+        last_only, of a PackStep: of each piece's last token alone, [P, H]. Of the others the last layer makes k and v, no more.
+        """
+        return self.run(x, step, last_only)[0]
+
+    def run(self, x: torch.Tensor, step: Step, last_only: bool = False) -> tuple[torch.Tensor, Norm]:
         """What `forward` gives, and the final norm, as `linear` takes it."""
         x = x.clone() if many(x) else x  # products will be added to it in place
         readers = [*(layer.reader for layer in self.layers), Reader(self.norm.weight, self.head, "head")]
         norm = readers[0].gain
         for layer, reader in zip(self.layers, readers[1:], strict=True):
-            x, norm = layer.run(x, norm, (self.cos, self.sin), step, reader)
+            x, norm = layer.run(x, norm, (self.cos, self.sin), step, reader, last_only and layer is self.layers[-1])
         return x, norm
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:

@@ -69,10 +69,10 @@ def graph_bucket(rows: int, pieces: int) -> tuple[int, int] | None:
     return max(16, 1 << (rows - 1).bit_length()), next(n for n in GRAPH_PIECES if n >= pieces)
 
 
-def forward_pack(model: Transformer, cache: KVCache, x, slot, start, offsets, last, longest: int, fresh: bool):
-    """Rows x [N, H] of a pack -> hidden states of rows `last` [P], [P, H]; the rest as PackStep has it."""
+def forward_pack(model: Transformer, cache: KVCache, x, slot, start, offsets, longest: int, fresh: bool):
+    """Rows x [N, H] of a pack -> hidden states of its pieces' last tokens [P, H]; the rest as PackStep has it."""
     step = PackStep(cache, slot, start, offsets, num_rows=x.shape[0], longest=longest, fresh=fresh)
-    return model(x, step)[last]
+    return model(x, step, last_only=True)
 
 
 class Prefiller:
@@ -98,10 +98,10 @@ class Prefiller:
             self.make_buffers()
 
     def make_buffers(self) -> None:
-        """What graphs read: the rows of a pack, and offsets, slots, starts and last rows of its pieces."""
+        """What graphs read: the rows of a pack, and offsets, slots and starts of its pieces."""
         weight = self.model.norm.weight
         self.x = torch.zeros(GRAPH_ROWS, len(weight), dtype=weight.dtype, device=weight.device)
-        self.index = torch.zeros(4, GRAPH_PIECES[-1] + 1, dtype=torch.int32, device=weight.device)
+        self.index = torch.zeros(3, GRAPH_PIECES[-1] + 1, dtype=torch.int32, device=weight.device)
 
     @property
     def path(self) -> str:
@@ -139,16 +139,15 @@ class Prefiller:
         rows, fresh = sum(counts), not any(part.start for part in parts)
         bucket = graph_bucket(rows, len(parts)) if self.use_graphs else None
         P = bucket[1] if bucket else len(parts)
-        ends = list(itertools.accumulate(counts))
-        offsets, last = [0, *ends, *[rows] * (P - len(parts))], [end - 1 for end in ends]
-        index = [offsets, [part.slot for part in parts], [part.start for part in parts], last]
+        offsets = [0, *itertools.accumulate(counts), *[rows] * (P - len(parts))]
+        index = [offsets, [part.slot for part in parts], [part.start for part in parts]]
         index = upload([row + [0] * (P + 1 - len(row)) for row in index], torch.int32, self.cache.lengths.device)
         if not bucket:
-            offsets, slot, start, last = index[0], *index[1:, :P]
+            offsets, slot, start = index[0], *index[1:, :P]
             if self.compiled:  # torch.compile guards on where in its storage a view begins
-                offsets, slot, start, last = (t.clone() for t in (offsets, slot, start, last))
+                offsets, slot, start = (t.clone() for t in (offsets, slot, start))
             x = self._embed(parts)
-            return self.forward(self.model, self.cache, x, slot, start, offsets, last, max(counts), fresh)
+            return self.forward(self.model, self.cache, x, slot, start, offsets, max(counts), fresh)
         self.index[:, : P + 1].copy_(index)
         self.x[:rows].copy_(self._embed(parts))
         graph, hidden = self._graph(*bucket, fresh)
@@ -169,8 +168,8 @@ class Prefiller:
 
     def _graph_arguments(self, rows: int, pieces: int, fresh: bool) -> tuple:
         """Of `forward`: the buffers that such a graph reads."""
-        offsets, slot, start, last = (row[: pieces + (i == 0)] for i, row in enumerate(self.index))
-        return self.model, self.cache, self.x[:rows], slot, start, offsets, last, rows, fresh
+        offsets, slot, start = (row[: pieces + (i == 0)] for i, row in enumerate(self.index))
+        return self.model, self.cache, self.x[:rows], slot, start, offsets, rows, fresh
 
     def _graph(self, rows: int, pieces: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The graph of a pack of so many rows and pieces, which reads `x` and `index`, and its output [pieces, H]."""

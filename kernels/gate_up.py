@@ -1,11 +1,12 @@
-"""SiLU(x @ gate.T) * (x @ up.T) of 65 to 256 rows in one kernel on Hopper, where a measured table says so; else cuBLAS does it.
+"""SiLU(x @ gate.T) * (x @ up.T) of 65 rows or more in one kernel on Hopper, where a measured table says so; else it is cuBLAS'.
 
 Owns the operator, its Gluon kernel, and the choice of its ring. Does not know the model. Needs a GPU of compute capability
 9.0: there is no interpreter for it, so tests compile it anywhere and run it on a card.
-Letters: M rows of x, BM of them padded (128 or 256), K input features, N weight rows, F = N / 2 output features, S stages.
+Letters: M rows of x, BM of a tile (128 or 256), K input features, N weight rows, F = N / 2 output features, S stages.
 
-A program owns all rows of x and 224 of the weight: of 28,672, the 8B's, that makes 128 programs for 132 SMs, in one wave.
-Tiles of 128 rows would take two; of 256 (112 programs), a thread has no registers for the sums. The 224 come as 14 groups of 8
+A program owns a tile of x, which up to 256 rows is all of it, and 224 rows of the weight: of 28,672, the 8B's, that makes 128
+programs for 132 SMs, in one wave. 128 rows would take two; 256 (112 programs), and a thread has no registers for the sums. More
+rows of x take a wave for each 256, of programs that share what they read in L2 (`_tile_of`). The 224 come as 14 groups of 8
 rows of gate and the 8 of up that belong to them, by a 5-D TMA box: so both sums of an output are in one thread, which stores
 one number in place of two.
 Triton's tensors are of powers of two, wgmma's need not be: the products are inline PTX, which has 224 columns of sums as seven
@@ -17,6 +18,7 @@ it writes its address into each 1,024 bytes, and reads the ring's beginning (`_m
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -29,7 +31,7 @@ from kernels.tiles import GATE_UP_ROWS, is_batch_invariant
 
 PROGRAM_ROWS = 224  # of the weight
 CHUNK = gl.constexpr(64)  # columns of a stage: a swizzled line of 128 bytes
-MIN_ROWS, MAX_ROWS = 65, 256  # of x
+MIN_ROWS = 65  # of x
 DTYPES = (torch.bfloat16, torch.float16)
 
 # ---------------------------------------------------------------- reference
@@ -111,8 +113,25 @@ def _join(a, b):
 
 
 @gluon.jit
-def _finish(sums, y_smem, y_desc, f0):
-    """silu(gate) * up of sums [BM, groups of 8 of each], to y's columns f0 on.
+def _tile_of(row_tiles, GROUP: gl.constexpr):
+    """A program's tile of x and of the weight. GROUP tiles of x meet all of the weight before the next do, each tile of the
+    weight all of them in turn: what runs at the same time reads few tiles of either. GROUP 0: there is one tile of x."""
+    if GROUP == 0:
+        m = 0
+        n = gl.program_id(0)
+    else:
+        tiles = gl.num_programs(0) // row_tiles  # of the weight
+        first = gl.program_id(0) // (GROUP * tiles) * GROUP
+        inside = gl.program_id(0) - first * tiles
+        together = gl.minimum(GROUP, row_tiles - first)
+        m = first + inside % together
+        n = inside // together
+    return m, n
+
+
+@gluon.jit
+def _finish(sums, y_smem, y_desc, m0, f0):
+    """silu(gate) * up of sums [BM, groups of 8 of each], to y's rows m0 and columns f0 on.
 
     By the exp and reciprocal of the special function unit: without range checks, for an infinite exp is a sigmoid of 0.
     """
@@ -125,16 +144,16 @@ def _finish(sums, y_smem, y_desc, f0):
     y_smem.store(gl.convert_layout(y, _sums_layout(BM, COLUMNS), assert_trivial=True))
     fence_async_shared()
     tl.debug_barrier()
-    tma.async_copy_shared_to_global(y_desc, [0, f0], y_smem)
+    tma.async_copy_shared_to_global(y_desc, [m0, f0], y_smem)
 
 
-@gluon.jit(do_not_specialize=["first"])
+@gluon.jit(do_not_specialize=["row_tiles", "first"])
 def _gate_up_kernel(
-    w_desc, x_desc, y0_desc, y1_desc, y2_desc, first,
-    K: gl.constexpr, S: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    w_desc, x_desc, y0_desc, y1_desc, y2_desc, row_tiles, first,
+    K: gl.constexpr, S: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """y [BM, 112 of F], stored in pieces of 64, 32 and 16 columns. first: stages filled before the loop, no constant, for LLVM
-    would unroll the loops over it."""
+    """y [BM of M, 112 of F], stored in pieces of 64, 32 and 16 columns. first: stages filled before the loop, no constant, for
+    LLVM would unroll the loops over it."""
     pdl_trigger(PDL)
     BM: gl.constexpr = x_desc.block_type.shape[0]
     CHUNKS: gl.constexpr = K // CHUNK
@@ -142,7 +161,8 @@ def _gate_up_kernel(
     PIECE: gl.constexpr = _sums_layout(BM, 32)
     PTX: gl.constexpr = _product(BM, DTYPE)
     OPERANDS: gl.constexpr = _product_operands(BM)
-    tile = gl.program_id(0)
+    row_tile, tile = _tile_of(row_tiles, GROUP)
+    m0 = row_tile * BM
 
     x_smem = gl.allocate_shared_memory(DTYPE, [S, BM, CHUNK], x_desc.layout)
     w_smem = gl.allocate_shared_memory(DTYPE, [S, 1, 16, 2, 8, CHUNK], w_desc.layout)  # 14 groups, and zeros
@@ -165,7 +185,7 @@ def _gate_up_kernel(
         tma.async_copy_global_to_shared(w_desc, [tile, 0, 0, 0, i * CHUNK], w_bars.index(i), w_smem.index(i))
     pdl_wait(PDL)
     for i in range(first):
-        tma.async_copy_global_to_shared(x_desc, [0, i * CHUNK], x_bars.index(i), x_smem.index(i))
+        tma.async_copy_global_to_shared(x_desc, [m0, i * CHUNK], x_bars.index(i), x_smem.index(i))
 
     s0 = gl.zeros([BM, 32], gl.float32, PIECE)
     s1, s2, s3, s4, s5, s6 = s0, s0, s0, s0, s0, s0
@@ -188,7 +208,7 @@ def _gate_up_kernel(
         mbarrier.expect(x_bars.index(free), x_desc.block_type.nbytes, pred=more)
         tl.debug_barrier()  # by every warp
         tma.async_copy_global_to_shared(w_desc, [tile, 0, 0, 0, k], w_bars.index(free), w_smem.index(free), pred=more)
-        tma.async_copy_global_to_shared(x_desc, [0, k], x_bars.index(free), x_smem.index(free), pred=more)
+        tma.async_copy_global_to_shared(x_desc, [m0, k], x_bars.index(free), x_smem.index(free), pred=more)
         wraps = slot == S - 1
         phase = gl.where(wraps, phase ^ 1, phase)
         slot = gl.where(wraps, 0, slot + 1)
@@ -200,9 +220,9 @@ def _gate_up_kernel(
     y0 = gl.allocate_shared_memory(DTYPE, y0_desc.block_type.shape, y0_desc.layout)
     y1 = gl.allocate_shared_memory(DTYPE, y1_desc.block_type.shape, y1_desc.layout)
     y2 = gl.allocate_shared_memory(DTYPE, y2_desc.block_type.shape, y2_desc.layout)
-    _finish(_join(_join(s0, s1), _join(s2, s3)), y0, y0_desc, tile * 112)
-    _finish(_join(s4, s5), y1, y1_desc, tile * 112 + 64)
-    _finish(s6, y2, y2_desc, tile * 112 + 96)
+    _finish(_join(_join(s0, s1), _join(s2, s3)), y0, y0_desc, m0, tile * 112)
+    _finish(_join(s4, s5), y1, y1_desc, m0, tile * 112 + 64)
+    _finish(s6, y2, y2_desc, m0, tile * 112 + 96)
     tma.store_wait(0)
     y0._keep_alive()  # the stores read them until now: none may lie in another
     y1._keep_alive()
@@ -214,8 +234,9 @@ def _gate_up_kernel(
 
 @dataclass(frozen=True)
 class Ring:
-    rows: int  # of x, padded: 128 or 256
+    rows: int  # of x in a tile: 128 or 256
     stages: int  # of 64 columns
+    group: int = 0  # tiles of x that meet the whole weight together; 0: there is but one
 
     @property
     def num_bytes(self) -> int:
@@ -225,12 +246,14 @@ class Ring:
 
 def choose_ring(M: int) -> Ring:
     """For M rows of x: what fits into shared memory."""
-    return Ring(128, 4) if M <= 128 else Ring(256, 3)
+    if M <= 128:
+        return Ring(128, 4)
+    return Ring(256, 3, group=0 if M <= 256 else 8)  # 8: 132 programs read 17 MB of x and 30 of the weight, of 50 MB of L2
 
 
 def fits(M: int, N: int, K: int) -> bool:
-    """Whether the kernel can multiply x [M, K] by a weight [N, K]."""
-    return MIN_ROWS <= M <= MAX_ROWS and N % PROGRAM_ROWS == 0 and K % CHUNK.value == 0
+    """Whether the kernel can multiply x [M, K] by a weight [N, K]: fewer rows of x would be padded to 128."""
+    return MIN_ROWS <= M and N % PROGRAM_ROWS == 0 and K % CHUNK.value == 0
 
 
 @torch.compiler.assume_constant_result
@@ -253,7 +276,7 @@ def takes_gate_up(x: torch.Tensor, weight: Weight) -> bool:
 def _output(x, weight):
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1] or not fits(len(x), *weight.shape):
         raise ValueError(
-            f"x and weight: found {list(x.shape)} and {list(weight.shape)}, expected [{MIN_ROWS} to {MAX_ROWS}, K] and "
+            f"x and weight: found {list(x.shape)} and {list(weight.shape)}, expected [{MIN_ROWS} or more, K] and "
             f"[multiple of {PROGRAM_ROWS}, K], K a multiple of 64"
         )
     if x.dtype != weight.dtype or not (x.is_contiguous() and weight.is_contiguous()):
@@ -269,14 +292,17 @@ def _gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not tma_reads(x, weight):
         raise ValueError("x and weight: found an address that is no multiple of 16 bytes, expected one, for TMA")
     (M, F), K, ring = y.shape, x.shape[1], choose_ring(len(x))
+    row_tiles = triton.cdiv(M, ring.rows)
     groups, boxes = [F // 112, 14, 2, 8, K], [1, 16, 2, 8, CHUNK.value]  # gate, up; 8 rows each
-    _gate_up_kernel[(F // 112,)](
+    _gate_up_kernel[(row_tiles * (F // 112),)](
         described(weight, groups, [112 * K, 8 * K, F * K, K, 1], boxes),
         described(x, [M, K], [K, 1], [ring.rows, CHUNK.value]),
         *(described(y, [M, F], [F, 1], [ring.rows, columns]) for columns in (64, 32, 16)),
+        row_tiles,
         min(ring.stages, K // CHUNK.value),
         K=K,
         S=ring.stages,
+        GROUP=ring.group,
         num_warps=8,
         **launch_options(x),
     )
@@ -291,7 +317,7 @@ def _(x, weight):
 def gate_up(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up [M, F] in x.dtype, where [gate, up] = x @ weight.T, summed in float32 and rounded once.
 
-    x [M, K] of 65 to 256 rows, weight [2 F, K], gate's rows before up's, both contiguous; F a multiple of 112, K of 64.
+    x [M, K] of 65 rows or more, weight [2 F, K], gate's rows before up's, both contiguous; F a multiple of 112, K of 64.
     ValueError: a shape or dtype that does not fit. Pays where `takes_gate_up` says so.
     """
     return torch.ops.rooflama.gate_up(x, weight)

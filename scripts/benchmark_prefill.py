@@ -22,11 +22,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import roofline
 from benchmark import stamp
 
 from generate import Engine, add_flag, default_device, fill_randomly
 from kv_cache import KVCache
-from model import SHAPES, ModelConfig, PrefillStep, Transformer
+from model import SHAPES, PrefillStep, Transformer
 from prefill import Piece, Prefiller
 from sampling import SamplingParams
 
@@ -38,14 +39,6 @@ VLLM_MS = {  # model: batch x prompt tokens: ms
 RAGGED = [5, 700, 130, 1, 33, 64, 257, 12]  # what is checked: 1,202 rows, then the last six, which a graph takes
 CHECKED_LAYERS = 4  # rounding grows with the layers, to 5% of the norm after the 8B's 32; a fault would show after one
 TOLERANCE = 0.02  # of the norm of hidden states, bf16 products in another order
-
-
-def flops(config: ModelConfig, batch: int, length: int) -> float:
-    """Of a prefill: the layers' products, attention's pairs that the causal mask leaves, the head for one row a prompt."""
-    c = config
-    weights = c.num_layers * c.hidden_size * (2 * (c.q_size + c.kv_size) + 3 * c.intermediate_size)
-    attention = c.num_layers * 4 * c.q_size * length * (length + 1) / 2
-    return batch * (2 * weights * length + attention + 2 * c.vocab_size * c.hidden_size)
 
 
 def check(engine: Engine) -> dict[str, float]:
@@ -85,7 +78,8 @@ def measure(engine: Engine, model: str, row: str, repeats: int) -> dict:
     engine.prefiller.run([Piece(slot, ids) for slot, ids in enumerate(prompts)])
     launch_sec = time.perf_counter() - started
     ms = statistics.median(seconds) * 1e3
-    tflops = flops(engine.model.config, batch, length) / ms / 1e9
+    work = roofline.stages(roofline.Model(engine.model.config), roofline.prefill(batch, length))
+    tflops = sum(stage.flops for stage in work) / ms / 1e9
     vllm = VLLM_MS.get(model, {}).get(row)
     return {
         "model": model, "batch_size": batch, "prompt_len": length, "ttft_ms": ms, "least_ms": min(seconds) * 1e3,

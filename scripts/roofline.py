@@ -8,7 +8,8 @@
 The whole theory (the rest of this file is its bookkeeping):
 
 1. FLOPs. A linear layer multiplies and adds once per weight and token: 2 N K for a weight [N, K] [1]. Attention multiplies each
-   query head by every key that it sees and adds up as many values: 4 D a head and key [1]. Prefill sees T (T + 1) / 2 pairs.
+   query head by every key that it sees and adds up as many values: 4 D a head and key [1]. Prefill sees T (T + 1) / 2 pairs;
+   its last layer makes q, k and v of every token, and from there on works for the last one alone, which is all that is read.
 2. Bytes. One step reads every weight once, however many tokens share the read. It reads K and V of every cached token of every
    sequence: 2 (K and V) x layers x Hkv x D x 2 bytes a token [2]. A stage's input and output rows are small beside these.
 3. The roofline [3]. Memory and arithmetic work at the same time, so a stage takes max(bytes / bandwidth, FLOPs / peak). Its
@@ -177,6 +178,11 @@ class Work:
     def rows(self) -> int:
         return self.sequences * self.tokens
 
+    @property
+    def last(self) -> "Work":
+        """The same for the last token of each sequence alone."""
+        return dataclasses.replace(self, tokens=1)
+
     def pairs(self, window: int | None) -> int:
         """Query and key pairs of one head and sequence: token t sees min(t, window) keys, itself included."""
         first = self.context - self.tokens + 1
@@ -242,27 +248,29 @@ def stages(model: Model, work: Work) -> list[Stage]:
     """The stages of one forward, in order."""
     c, L, H, F = model.config, model.config.num_layers, model.config.hidden_size, model.config.intermediate_size
     qkv, V = c.q_size + 2 * c.kv_size, c.vocab_size
-    M, B = work.rows, work.sequences  # the head works on the last token of each sequence alone
+    M, B = work.rows, work.sequences  # the head works on the last token of each sequence alone,
+    works = [work] * (L - 1) + [work.last]  # and so does the last layer, once it has q, k and v
+    rows = sum(each.rows for each in works)
     fused = work.phase == "decode" and M <= MAX_ROWS  # else norms, RoPE and SiLU are kernels beside the products
     vectors = H + qkv * c.qkv_bias + 2 * c.head_dim * c.qk_norm  # the norm, the biases, the qk-norms
 
     def linear(name, N, K, rows, layers, kernels, values, vectors=0, format_name=model.body):
-        """values: numbers that go in and come out for each row, 16 bits wide; vectors: 16-bit parameters beside the weight."""
+        """rows: of all layers; values: numbers that go in and come out for each, 16 bits wide; vectors: 16-bit parameters
+        beside the weight."""
         weight = FORMATS[format_name]
         weight_bytes, activation_bytes = weight.num_bytes(N, K) + 2 * vectors, 2 * rows * values
         flops = 2 * rows * N * K
-        return Stage(name, layers * kernels, layers * weight_bytes, 0, layers * activation_bytes, layers * flops, weight.math)
+        return Stage(name, layers * kernels, layers * weight_bytes, 0, activation_bytes, flops, weight.math)
 
-    windows = [c.layer_window(layer) for layer in range(L)]
-    kv_bytes = B * sum(map(work.cached, windows)) * model.kv_bytes_per_token / L
-    attention_flops = 4 * c.q_size * B * sum(map(work.pairs, windows))
+    kv_bytes = B * sum(each.cached(c.layer_window(i)) for i, each in enumerate(works)) * model.kv_bytes_per_token / L
+    attention_flops = 4 * c.q_size * B * sum(each.pairs(c.layer_window(i)) for i, each in enumerate(works))
     return [
         Stage("embedding", 1, 0, 0, 2 * M * 2 * H, 0),  # a row gathered for each token
-        linear("qkv", qkv, H, M, L, 1 if fused else 3, H + qkv, vectors),
-        Stage("attention", L, 0, kv_bytes, L * 2 * M * 2 * c.q_size, attention_flops),
-        linear("output", H, c.q_size, M, L, 1, c.q_size + 2 * H),  # reads and writes the residual
-        linear("gate/up", 2 * F, H, M, L, 1 if fused else 3, H + F, H),
-        linear("down", H, F, M, L, 1, F + 2 * H),
+        linear("qkv", qkv, H, L * M, L, 1 if fused else 3, H + qkv, vectors),
+        Stage("attention", L, 0, kv_bytes, 2 * rows * 2 * c.q_size, attention_flops),
+        linear("output", H, c.q_size, rows, L, 1, c.q_size + 2 * H),  # reads and writes the residual
+        linear("gate/up", 2 * F, H, rows, L, 1 if fused else 3, H + F, H),
+        linear("down", H, F, rows, L, 1, F + 2 * H),
         linear("head", V, H, B, 1, 1 if fused else 3, H + 2 * V, H, model.head),  # logits are 32 bits wide
     ]
 

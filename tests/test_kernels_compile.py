@@ -395,7 +395,7 @@ def test_between_the_products(launches, Hq, Hkv, head_dim):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("M", [65, 256])
+@pytest.mark.parametrize("M", [65, 256, 8192])
 def test_gate_up(launches, M, dtype):
     """Sums stay in registers, and the products follow each other without a wait; where the ring lies is read, not assumed."""
     kernels.gate_up(empty(M, 4096, dtype=dtype), empty(28672, 4096, dtype=dtype))

@@ -62,6 +62,30 @@ def test_a_pack_equals_one_by_one(model):
     assert_same(model, (Prefiller(model, cache).run(pieces), cache))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("started", [False, True])
+def test_the_last_layer_works_for_last_tokens_alone(model, dtype, started):
+    """What all rows give, at those rows, and the same cache; the feed-forward of the last layer has no other row."""
+    caches = [KVCache(model.config, 6, 80, dtype=dtype) for _ in range(2)]
+    starts = [20 * (started and len(ids) > 20) for ids in PROMPTS]
+    pieces = [(slot, len(ids) - start, start) for slot, ids, start in zip(SLOTS, PROMPTS, starts, strict=True)]
+    x = model.embed(torch.tensor([t for ids, start in zip(PROMPTS, starts, strict=True) for t in ids[start:]]))
+    found, counts = [], []
+    hook = model.layers[-1].feed_forward.register_forward_pre_hook(lambda module, inputs: counts.append(len(inputs[0])))
+    for cache, last_only in zip(caches, (False, True), strict=True):
+        begun = [Piece(slot, ids[:start]) for slot, ids, start in zip(SLOTS, PROMPTS, starts, strict=True) if start]
+        if begun:
+            Prefiller(model, cache).run(begun)
+        counts.clear()
+        step = PackStep.of(cache, pieces)
+        found.append(model(x, step, last_only))
+    hook.remove()
+    assert counts == [len(PROMPTS)], "of the second forward"
+    torch.testing.assert_close(found[1], found[0][step.last], atol=2e-5, rtol=2e-5)
+    for a, b in zip(caches[0].buffers(), caches[1].buffers(), strict=True):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
 def test_alone_no_piece_shares_a_forward(model):
     prefiller, packs = Prefiller(model, poisoned(model), alone=True), []
     run_pack = prefiller._run_pack

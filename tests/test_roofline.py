@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import timing
 from kv_cache import KVCache
-from model import SHAPES, ModelConfig, PrefillStep, Transformer
+from model import SHAPES, ModelConfig, PackStep, Transformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
@@ -112,25 +112,26 @@ def test_sliding_layers_read_no_more_than_their_window():
 
 
 def test_flops_agree_with_the_model_itself():
-    """torch counts the products of a real forward; the head is asked for one position of each sequence."""
+    """torch counts the products of a real prefill; the head is asked for one position of each sequence."""
     transformer = Transformer(TINY)
     for weight in transformer.state_dict().values():
         weight.normal_()
     transformer.setup_rope(24)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        hidden = transformer(transformer.embed(torch.arange(24)), PrefillStep(24))
-        transformer.logits(hidden[-1:])
+        step = PackStep.of(KVCache(TINY, 1, 24), [(0, 24, 0)])
+        transformer.logits(transformer(transformer.embed(torch.arange(24)), step, last_only=True))
     counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     products = [s for s in roofline.stages(Model(TINY), prefill(1, 24)) if s.weight_bytes]
     assert sum(s.flops for s in products) == counted > 0
 
 
 def test_prefill_flops_by_hand():
-    """8B, 2048 tokens: 2 FLOPs a weight and token, half of the square of attention's pairs, the head once."""
+    """8B, 2048 tokens: 2 FLOPs a weight and token, half of the square of attention's pairs; the head, and what the last layer
+    does behind q, k and v, once."""
     prediction = roofline.predict(H200, of("llama-3.1-8b"), prefill(1, 2048))
-    weights, head = 32 * (6144 * 4096 + 4096 * 4096 + 28672 * 4096 + 4096 * 14336), 128256 * 4096
-    pairs = 2048 * 2049 // 2
-    assert prediction.flops == 2 * weights * 2048 + 2 * head + 4 * 4096 * 32 * pairs
+    qkv, behind, head = 6144 * 4096, 4096 * 4096 + 28672 * 4096 + 4096 * 14336, 128256 * 4096
+    rows, pairs = 31 * 2048 + 1, 31 * 2048 * 2049 // 2 + 2048
+    assert prediction.flops == 2 * (32 * 2048 * qkv + rows * behind + head) + 4 * 4096 * pairs
     assert prediction.bound == "compute"
     kernels = 32 * (3 + 1 + 1 + 3 + 1) + 1 + 3
     head_sec = 2 * head / 4.44e12  # one position: memory-bound

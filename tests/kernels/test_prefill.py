@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import kernels
+import quantize
+from generate import fill_randomly
 from kv_cache import KVCache
 from model import SHAPES, DecodeStep, PackStep, Transformer
 from prefill import Piece, Prefiller
@@ -78,6 +80,43 @@ def test_padding_goes_nowhere(model):
     for a, b in zip(caches[0].layer(0), caches[1].layer(0), strict=True):
         assert torch.equal(a.isnan(), b.isnan()), "rows that no token has"
         close(model, a.nan_to_num(), b.nan_to_num())
+
+
+def check_last_rows(model, pieces: int, tokens_each: int, started: bool):
+    """What a forward gives at the pieces' last rows, where nothing else is computed from there on. The embeddings stay."""
+    caches = [KVCache(model.config, 20, 32, DEVICE, model.config.dtype) for _ in range(2)]
+    x, found = model.embed(torch.arange(pieces * tokens_each, device=DEVICE) * 7 % 300), []
+    before = x.clone()
+    for cache, last_only in zip(caches, (False, True), strict=True):
+        if started:
+            Prefiller(model, cache).run([Piece(slot, range(slot % 3 + 1)) for slot in range(pieces)])
+        step = PackStep.of(cache, [(slot, tokens_each, started * (slot % 3 + 1)) for slot in range(pieces)])
+        found.append(model(x, step, last_only))
+    assert torch.equal(x, before)
+    close(model, found[1], found[0][step.last])
+    assert torch.equal(caches[0].k0, caches[1].k0)
+
+
+@pytest.mark.parametrize(
+    ("ours", "pieces", "tokens_each", "started"),
+    [(True, 3, 9, True), (True, 20, 2, False), (False, 3, 9, False), (False, 20, 2, True), (False, 20, 1, True)],
+)
+def test_last_rows_alone(model, monkeypatch, ours, pieces, tokens_each, started):
+    """Many rows, or few after many, by our kernels or by cuBLAS, which adds in place."""
+    most = kernels.MAX_ROWS if ours else kernels.PLAIN_ROWS
+    monkeypatch.setattr(sys.modules["kernels._matmul"], "kernel_rows", lambda N, K, sms: most)
+    check_last_rows(model, pieces, tokens_each, started)
+
+
+@pytest.mark.parametrize(("pieces", "tokens_each"), [(12, 3), (5, 14)])
+def test_last_rows_alone_of_packed_weights(pieces, tokens_each):
+    """Other rows than the layer's first product has, and so other kernels, and another order of columns on a Hopper card."""
+    config = dataclasses.replace(SHAPES["llama-3.2-1b"], **TINY | {"num_layers": 2})
+    model = Transformer(quantize.make_recipe("int8", config).config(config), device=DEVICE)
+    fill_randomly(model)
+    model.tile_weights()
+    model.setup_rope(64)
+    check_last_rows(model, pieces, tokens_each, True)
 
 
 @pytest.mark.parametrize("ours", [(), ("qkv", "down"), ("wo", "gate/up"), ("qkv", "wo", "gate/up", "down")], ids=str)
