@@ -42,6 +42,7 @@ from benchmark import stamp
 from generate import DTYPES, add_flag
 from kernels import advance, choose, choose_and_advance, flash_decode, pdl_disabled
 from kernels._common import num_sms
+from kernels._flash_ring import FlashRing
 from kernels.choose import choose_ref
 from kernels.flash_decode import Launch, choose_launch, flash_decode_ref, override_launch
 
@@ -647,9 +648,11 @@ def sanitize(device: str = "cuda") -> None:
     """
     torch.manual_seed(0)
     lengths = torch.tensor([700, 0, 1, 1100], dtype=torch.int32)
-    for head_dim, tokens, page_size, options in [
-        (64, 1, 1152, {}), (64, 1, 128, {}), (128, 1, 1152, {}), (96, 2, 128, {}), (64, 1, 128, {"window": 130}),
-        (128, 4, 1152, {"split_size": 128}), (64, 16, 1152, {}),
+    cluster, last = FlashRing(64, 3, 4, programs=8, cluster=True), FlashRing(64, 3, 4, programs=37)
+    for head_dim, tokens, page_size, options, ring in [
+        (64, 1, 1152, {}, None), (64, 1, 128, {}, None), (128, 1, 1152, {}, None), (96, 2, 128, {}, None),
+        (64, 1, 128, {"window": 130}, None), (128, 4, 1152, {"split_size": 128}, None), (64, 16, 1152, {}, None),
+        (128, 1, 1152, {}, cluster), (64, 4, 1152, {"window": 130}, cluster), (128, 1, 1152, {}, last), (64, 4, 1152, {}, last),
     ]:  # fmt: skip
         pages = 1152 // page_size
         table = torch.randperm(4 * pages).view(4, pages).int()
@@ -657,10 +660,11 @@ def sanitize(device: str = "cuda") -> None:
         k, v = (torch.randn(4 * pages, 2, page_size, head_dim).bfloat16() for _ in range(2))
         tensors = [q, k, v, lengths, table]
         settings = {"scale": head_dim**-0.5, **options}
-        results = [flash_decode(*(t.to(device) for t in tensors), **settings).cpu() for _ in range(2)]
+        with override_launch(ring=ring):
+            results = [flash_decode(*(t.to(device) for t in tensors), **settings).cpu() for _ in range(2)]
         settings.pop("split_size", None)
         exact = flash_decode_ref(*(t.double() if t.is_floating_point() else t for t in tensors), **settings)
-        name = f"flash_decode, head size {head_dim}, {tokens} tokens, pages of {page_size}, {options}"
+        name = f"flash_decode, head size {head_dim}, {tokens} tokens, pages of {page_size}, {options}, {ring}"
         error = ((results[0].double() - exact).norm() / exact.norm()).item()
         if not error <= TOLERANCE[torch.bfloat16] or not torch.equal(*results):
             raise ValueError(f"{name}: found a relative error of {error:.1e}, or two results that differ")
