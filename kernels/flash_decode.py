@@ -287,8 +287,8 @@ def _flash_decode_kernel(
     item_begin = tl.program_id(0)
     item_end, item_step = item_begin + 1, 1
     if SPLIT_ROWS > 0:
-        parts = all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
-        item_end = tl.maximum(item_end, (batch + tl.sum(parts - 1, 0)) * HKV)
+        of_all = all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
+        item_end = tl.maximum(item_end, (batch + tl.sum(of_all - 1, 0)) * HKV)
         item_step = tl.num_programs(0)
     for item in tl.range(item_begin, item_end, item_step, num_stages=1):
         unit, head = item // HKV, item % HKV
