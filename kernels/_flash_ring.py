@@ -33,6 +33,7 @@ from kernels._hopper import (
     launch_clusters,
     mark_shared,
     open_inbox,
+    prefetch_descriptors,
     receive,
     send,
     shared_address,
@@ -317,10 +318,13 @@ def _flash_ring_kernel(
     counter_ptr,  # [B, Hkv], zero before and after every launch
     scale_log2, window, batch, page_size, max_parts, spare_programs,
     HKV: gl.constexpr, G: gl.constexpr, T: gl.constexpr, SEQUENCES: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr,
+    TRIGGER: gl.constexpr,
     CLUSTER: gl.constexpr,  # programs of a (sequence, KV head) that merge within their cluster; 0: merged by the last
     MERGED: gl.constexpr, WINDOWED: gl.constexpr, PERMUTE: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    pdl_trigger(PDL)
+    if TRIGGER == 0:
+        pdl_trigger(PDL)
+    prefetch_descriptors("_flash_ring_kernel", (0, 5))
     N: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[1]
     W: gl.constexpr = num_warps
@@ -351,12 +355,14 @@ def _flash_ring_kernel(
     blocks = (length - start + N - 1) >> _log2(N)
     if CLUSTER:
         parts = gl.maximum(gl.minimum(blocks, CLUSTER), 1)
+        first_block = gl.where(blocks < CLUSTER, part, part * blocks >> _log2(CLUSTER))
+        end_block = gl.where(blocks < CLUSTER, gl.minimum(part + 1, blocks), (part + 1) * blocks >> _log2(CLUSTER))
     else:
         parts = parts_of(length - start, split, T, HKV, SEQUENCES, 0, N, WINDOWED)
-    first_block = (part * blocks).to(gl.uint32) // parts.to(gl.uint32)
-    end_block = ((part + 1) * blocks).to(gl.uint32) // parts.to(gl.uint32)
-    count = gl.where(part < parts, end_block.to(gl.int32) - first_block.to(gl.int32), 0)
-    row = start + first_block.to(gl.int32) * N
+        first_block = ((part * blocks).to(gl.uint32) // parts.to(gl.uint32)).to(gl.int32)
+        end_block = (((part + 1) * blocks).to(gl.uint32) // parts.to(gl.uint32)).to(gl.int32)
+    count = gl.where(part < parts, end_block - first_block, 0)
+    row = start + first_block * N
     base = (page * HKV + head) * page_size
     first = gl.minimum(count, S)
     ready = first  # blocks without rows that this step appends: no kernel writes them now
@@ -375,10 +381,18 @@ def _flash_ring_kernel(
         for i in range(ready, first):
             _load_block(k_desc, v_desc, ring, i, base + row + i * N, True)
 
+    if TRIGGER == 1:
+        if count <= S:
+            pdl_trigger(PDL)
     if CLUSTER or part < parts:
         HALVES: gl.constexpr = 2 if D == 128 and N // W == 16 else 1
         q = _load_q(q_ptr, b, head, HALVES, gl.DotOperandLayout(0, _mma_layout(W), 2), W, D, T, HKV, G)
         top, total, acc = _attend(q, ring, k_desc, v_desc, base, row, count, length, window, scale_log2, T, G, S, WINDOWED, W)
+        if TRIGGER == 1:
+            if count > S:
+                pdl_trigger(PDL)
+        if TRIGGER == 2:
+            pdl_trigger(PDL)
         top, total, acc = _add_warps(top, total, acc, ROWS)
         m = gl.arange(0, ROWS, gl.SliceLayout(1, OWN))
         column = gl.arange(0, D, gl.SliceLayout(0, OWN))
@@ -419,6 +433,7 @@ class FlashRing:
     warps: int
     programs: int  # of all pairs of a sequence and a KV head; of clusters, those in one
     cluster: bool = False  # a pair's programs are a cluster
+    trigger: int = 0
 
 
 @functools.cache
@@ -434,7 +449,7 @@ def choose_flash_ring(*, batch: int, num_kv_heads: int, head_dim: int, capacity:
         return FlashRing(2 * rows, 3, 8, programs=sms)
     if pairs <= 2 * sms:
         return FlashRing(rows, 3, 4, programs=2 * sms)
-    return FlashRing(rows // 2, 2, 2, programs=pairs + (2 * sms if capacity > 1024 else 0))
+    return FlashRing(rows // 2, 2, 2, programs=pairs + (2 * sms if capacity > 4096 else 0))
 
 
 def flash_ring_serves(q, k_cache, v_cache, table, k_scale, split_size) -> bool:
@@ -469,6 +484,7 @@ def launch_flash_ring(q, k_cache, v_cache, lengths, table, ring: FlashRing, *, s
         "SEQUENCES": triton.next_power_of_2(B),
         "ROWS": rows,
         "S": ring.stages,
+        "TRIGGER": ring.trigger,
         "CLUSTER": ring.programs if ring.cluster else 0,
         # All parts at a time, up to 64 KiB.
         "MERGED": max(1, min(triton.next_power_of_2(-(-programs // pairs)), 16384 // (rows * D))),

@@ -60,9 +60,9 @@ def parts_of(
     ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """Parts of one sequence, which reads `rows`."""
-    all_rows = rows * 0
+    all_rows = rows * 0 + 2**28  # one part, whatever the others read
     if SPLIT_ROWS == 0 and SEQUENCES > 1:
-        if rows >> split[6] > 1:  # else it is one part whatever the others read
+        if (rows >> split[6] > 1) & (split[5] >= HKV):
             all_rows = _sum_rows(_load_rows(split, T, ALIGNMENT, WINDOWED))
     return _count_parts(rows, all_rows, split, HKV, SEQUENCES, SPLIT_ROWS)
 

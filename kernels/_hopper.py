@@ -35,6 +35,19 @@ def shared_address(buffer, LAYOUT: gl.constexpr):
     return buffer._reinterpret(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).load(LAYOUT)
 
 
+@gluon.constexpr_function
+def _prefetching(kernel, parameters):
+    return "".join(f"prefetch.param.tensormap [{kernel}_param_{i}]; " for i in parameters) + "mov.b32 $0, $1;"
+
+
+@gluon.jit
+def prefetch_descriptors(KERNEL: gl.constexpr, PARAMETERS: gl.constexpr):
+    """TMA's descriptors among a kernel's parameters, by its name and their numbers in its PTX: else the first load waits for
+    them, too. Triton passes a descriptor of two dimensions as five parameters."""
+    asm: gl.constexpr = _prefetching(KERNEL, PARAMETERS)
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+
+
 # ---------------------------------------------------------------- clusters
 
 

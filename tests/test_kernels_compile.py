@@ -440,6 +440,8 @@ def test_flash_ring(launches, head_dim, B, T, G, capacity, dtype, window):
     ring = choose_flash_ring(batch=B, num_kv_heads=8, head_dim=head_dim, capacity=capacity)
     assert {kernel.__name__ for kernel, _, _ in launches} == {"_flash_ring_kernel"}
     compiled = check(launches[-1:], 1)[0]  # of clusters the first is the warm-up
+    descriptors = re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", compiled.asm["ptx"])
+    assert descriptors == re.findall(r"prefetch\.param\.tensormap \[(\w+)\]", compiled.asm["ptx"]), "what the kernel calls them"
     remarks = assembler_says(compiled)
     assert int(re.search(r"(\d+) bytes spill stores", remarks)[1]) <= (16 if window else 0)
     registers = int(re.search(r"Used (\d+) registers", remarks)[1])
