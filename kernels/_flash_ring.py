@@ -26,7 +26,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from kernels._common import arrives_last, has_wgmma, launch_options, pdl_trigger, pdl_wait, permuted, zeroed_workspace
+from kernels._common import (
+    arrives_last,
+    has_wgmma,
+    launch_options,
+    pdl_trigger,
+    pdl_wait,
+    permuted,
+    prefetch_share,
+    zeroed_workspace,
+)
 from kernels._flash_split import MAX_COUNTERS, find_part, first_row, parts_of, query_rows, second_unit
 from kernels._hopper import (
     expect_bytes,
@@ -312,17 +321,17 @@ def _exchange(
 
 @gluon.jit(do_not_specialize=["window", "batch", "page_size", "max_parts", "spare_programs"])
 def _flash_ring_kernel(
-    k_desc, v_desc, q_ptr, lengths_ptr, table_ptr, out_ptr,
+    k_desc, v_desc, q_ptr, k_ptr, v_ptr, lengths_ptr, table_ptr, out_ptr,
     partial_ptr,  # [items, ROWS, D] fp32: weighted values; not in a cluster
     stats_ptr,  # [items, 2, ROWS] fp32: maximum and sum
     counter_ptr,  # [B, Hkv], zero before and after every launch
     scale_log2, window, batch, page_size, max_parts, spare_programs,
     HKV: gl.constexpr, G: gl.constexpr, T: gl.constexpr, SEQUENCES: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr,
-    TRIGGER: gl.constexpr,
+    LATE: gl.constexpr,  # the next kernel may start when a program's last rows have been asked for
     CLUSTER: gl.constexpr,  # programs of a (sequence, KV head) that merge within their cluster; 0: merged by the last
     MERGED: gl.constexpr, WINDOWED: gl.constexpr, PERMUTE: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    if TRIGGER == 0:
+    if not LATE:
         pdl_trigger(PDL)
     prefetch_descriptors("_flash_ring_kernel", (0, 5))
     N: gl.constexpr = k_desc.block_type.shape[0]
@@ -340,8 +349,10 @@ def _flash_ring_kernel(
     else:
         head = item % HKV
         b, part = find_part(item // HKV, split, T, HKV, SEQUENCES, 0, N, WINDOWED)
-    length = gl.load(lengths_ptr + b, mask=b < batch, other=0)
-    page = gl.load(table_ptr + b, mask=b < batch, other=0)
+    if CLUSTER:
+        length, page = gl.load(lengths_ptr + b), gl.load(table_ptr + b)
+    else:
+        length, page = gl.load(lengths_ptr + b, mask=b < batch, other=0), gl.load(table_ptr + b, mask=b < batch, other=0)
 
     k_smem = gl.allocate_shared_memory(DTYPE, [S, N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, [S, N, D], v_desc.layout)
@@ -376,23 +387,28 @@ def _flash_ring_kernel(
         mbarrier.expect(v_bars.index(i), v_desc.block_type.nbytes)
         tl.debug_barrier()
         _load_block(k_desc, v_desc, ring, i, base + row + i * N, i < ready)
+    if PDL:
+        if ready < first:  # these wait, but not for memory
+            late = row + ready * N
+            offset = (base + late).to(gl.int64) * D
+            late_bytes = gl.minimum((first - ready) * N, length - late) * (2 * D)
+            prefetch_share(k_ptr + offset, late_bytes, item * 0, 1, PDL)
+            prefetch_share(v_ptr + offset, late_bytes, item * 0, 1, PDL)
     pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
     if PDL:
         for i in range(ready, first):
             _load_block(k_desc, v_desc, ring, i, base + row + i * N, True)
 
-    if TRIGGER == 1:
+    if LATE:
         if count <= S:
             pdl_trigger(PDL)
     if CLUSTER or part < parts:
         HALVES: gl.constexpr = 2 if D == 128 and N // W == 16 else 1
         q = _load_q(q_ptr, b, head, HALVES, gl.DotOperandLayout(0, _mma_layout(W), 2), W, D, T, HKV, G)
         top, total, acc = _attend(q, ring, k_desc, v_desc, base, row, count, length, window, scale_log2, T, G, S, WINDOWED, W)
-        if TRIGGER == 1:
+        if LATE:
             if count > S:
                 pdl_trigger(PDL)
-        if TRIGGER == 2:
-            pdl_trigger(PDL)
         top, total, acc = _add_warps(top, total, acc, ROWS)
         m = gl.arange(0, ROWS, gl.SliceLayout(1, OWN))
         column = gl.arange(0, D, gl.SliceLayout(0, OWN))
@@ -433,7 +449,7 @@ class FlashRing:
     warps: int
     programs: int  # of all pairs of a sequence and a KV head; of clusters, those in one
     cluster: bool = False  # a pair's programs are a cluster
-    trigger: int = 0
+    late: bool = False  # the next kernel may start when all rows have come, not at once
 
 
 @functools.cache
@@ -441,15 +457,17 @@ def choose_flash_ring(*, batch: int, num_kv_heads: int, head_dim: int, capacity:
     """The ring for caches of `capacity` rows a sequence."""
     pairs = batch * num_kv_heads
     rows = 8192 // head_dim  # 16 KiB of K
+    if pairs <= 8 and capacity <= 8192:
+        return FlashRing(rows, 3, 4, programs=min(16, 1 << (64 // pairs).bit_length() - 1), cluster=True)
+    if pairs <= 8:
+        return FlashRing(rows, 6, 4, programs=sms, late=True)
     if pairs <= 16 and capacity <= 8192:
-        return FlashRing(rows, 3, 4, programs=max(2, min(16, 1 << (64 // pairs).bit_length() - 1)), cluster=True)
-    if pairs < sms // 2:
-        return FlashRing(rows, 6, 4, programs=sms)
+        return FlashRing(rows, 6, 4, programs=4, cluster=True)
     if pairs <= sms:
-        return FlashRing(2 * rows, 3, 8, programs=sms)
+        return FlashRing(rows, 4, 4, programs=sms)
     if pairs <= 2 * sms:
         return FlashRing(rows, 3, 4, programs=2 * sms)
-    return FlashRing(rows // 2, 2, 2, programs=pairs + (2 * sms if capacity > 4096 else 0))
+    return FlashRing(rows // 2, 3, 2, programs=pairs + (2 * sms if capacity > 4096 else 0))
 
 
 def flash_ring_serves(q, k_cache, v_cache, table, k_scale, split_size) -> bool:
@@ -473,7 +491,8 @@ def launch_flash_ring(q, k_cache, v_cache, lengths, table, ring: FlashRing, *, s
     stats = torch.empty(programs * 2 * rows, dtype=torch.float32, device=q.device)
     view, box = [pages * HKV * page_size, D], [ring.block_rows, D]
     arguments = (
-        described(k_cache, view, [D, 1], box), described(v_cache, view, [D, 1], box), q, lengths, table, out, partial, stats,
+        described(k_cache, view, [D, 1], box), described(v_cache, view, [D, 1], box), q, k_cache, v_cache, lengths, table,
+        out, partial, stats,
         zeroed_workspace(q.device, "counters of flash_decode", MAX_COUNTERS),
         scale_log2, window or 0, B, page_size, programs // HKV, programs - pairs,
     )  # fmt: skip
@@ -484,10 +503,10 @@ def launch_flash_ring(q, k_cache, v_cache, lengths, table, ring: FlashRing, *, s
         "SEQUENCES": triton.next_power_of_2(B),
         "ROWS": rows,
         "S": ring.stages,
-        "TRIGGER": ring.trigger,
+        "LATE": ring.late,
         "CLUSTER": ring.programs if ring.cluster else 0,
-        # All parts at a time, up to 64 KiB.
-        "MERGED": max(1, min(triton.next_power_of_2(-(-programs // pairs)), 16384 // (rows * D))),
+        # All parts at a time, up to 128 numbers a thread.
+        "MERGED": max(1, min(triton.next_power_of_2(1 + max(0, programs - pairs) // HKV), 4096 * ring.warps // (rows * D))),
         "WINDOWED": window is not None,
         "PERMUTE": permute,
         "num_warps": ring.warps,

@@ -443,7 +443,7 @@ def test_flash_ring(launches, head_dim, B, T, G, capacity, dtype, window):
     descriptors = re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", compiled.asm["ptx"])
     assert descriptors == re.findall(r"prefetch\.param\.tensormap \[(\w+)\]", compiled.asm["ptx"]), "what the kernel calls them"
     remarks = assembler_says(compiled)
-    assert int(re.search(r"(\d+) bytes spill stores", remarks)[1]) <= (16 if window else 0)
+    assert int(re.search(r"(\d+) bytes spill stores", remarks)[1]) <= (24 if window else 0)
     registers = int(re.search(r"Used (\d+) registers", remarks)[1])
     each = 1 if ring.stages * ring.block_rows * head_dim > 24576 else 2 if ring.warps == 4 else 4
     assert each * (compiled.metadata.shared + 1024) <= SHARED_BYTES + 1024

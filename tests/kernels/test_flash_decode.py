@@ -342,7 +342,7 @@ RINGS = {  # blocks of so many times 8 KiB of K, and the rest of a FlashRing
     "cluster of 4": (2, {"stages": 2, "warps": 4, "programs": 4, "cluster": True}),
     "cluster of 2": (2, {"stages": 6, "warps": 4, "programs": 2, "cluster": True}),
     "one each": (2, {"stages": 3, "warps": 4, "programs": 1}),
-    "a program a multiprocessor": (2, {"stages": 6, "warps": 4, "programs": 132}),
+    "a program a multiprocessor": (2, {"stages": 6, "warps": 4, "programs": 132, "late": True}),
     "eight warps": (4, {"stages": 3, "warps": 8, "programs": 37}),
     "two warps": (1, {"stages": 2, "warps": 2, "programs": 400}),
 }
