@@ -505,8 +505,8 @@ def launch_flash_ring(q, k_cache, v_cache, lengths, table, ring: FlashRing, *, s
         "S": ring.stages,
         "LATE": ring.late,
         "CLUSTER": ring.programs if ring.cluster else 0,
-        # All parts at a time, up to 128 numbers a thread.
-        "MERGED": max(1, min(triton.next_power_of_2(1 + max(0, programs - pairs) // HKV), 4096 * ring.warps // (rows * D))),
+        # All parts at a time, as far as registers reach.
+        "MERGED": max(1, min(triton.next_power_of_2(1 + max(0, programs - pairs) // HKV), 32 * ring.warps // rows)),
         "WINDOWED": window is not None,
         "PERMUTE": permute,
         "num_warps": ring.warps,
