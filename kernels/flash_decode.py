@@ -38,6 +38,8 @@ from kernels._common import (
     runs_kernels,
     zeroed_workspace,
 )
+from kernels._flash_ring import choose_flash_ring, flash_ring_serves, launch_flash_ring
+from kernels._flash_split import MAX_COUNTERS, all_parts, find_part, first_row, parts_of, query_rows, second_unit
 
 HEAD_SIZES = (64, 96, 128)  # others take the reference path
 FLOOR = tl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
@@ -86,81 +88,6 @@ def flash_decode_ref(q, k_cache, v_cache, lengths, table, *, scale, window=None,
 
 
 @triton.jit
-def _first_row(length, window, T: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr):
-    """The first cache row that a token of this step sees, rounded down."""
-    if WINDOWED:
-        return tl.maximum(length - T - window + 1, 0) // ALIGNMENT * ALIGNMENT
-    else:
-        return length * 0
-
-
-# `split`, how the work is: (lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2), as the kernel has them.
-
-
-@triton.jit
-def _load_rows(split, T: tl.constexpr, SEQUENCES: tl.constexpr, ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr):
-    """How many cache rows each sequence reads: [SEQUENCES], 0 past the batch."""
-    lengths_ptr, batch, window, _, _, _ = split
-    sequence = tl.arange(0, SEQUENCES)
-    lengths = tl.load(lengths_ptr + sequence, mask=sequence < batch, other=0)
-    return lengths - _first_row(lengths, window, T, ALIGNMENT, WINDOWED)
-
-
-@triton.jit
-def _count_parts(rows, all_rows, split, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr):
-    """Parts of a sequence that reads `rows`, at least one. all_rows: of the batch, each sequence's rounded up to 16."""
-    _, _, _, max_parts, spare_programs, min_rows_log2 = split
-    if SPLIT_ROWS > 0:
-        parts = tl.cdiv(rows, SPLIT_ROWS)
-    else:
-        if SEQUENCES == 1:
-            share = max_parts
-        else:  # one part, and of the spare programs in proportion to the rows: never more parts than programs
-            blocks, all_blocks = tl.cdiv(rows, 16).to(tl.uint32), (tl.maximum(all_rows, 16) // 16).to(tl.uint32)
-            share = 1 + (blocks * spare_programs.to(tl.uint32) // (all_blocks * HKV)).to(tl.int32)
-        parts = tl.minimum(share, rows >> min_rows_log2)
-    return tl.maximum(parts, 1)
-
-
-@triton.jit
-def _sum_rows(rows):
-    return tl.sum(tl.cdiv(rows, 16) * 16, 0)
-
-
-@triton.jit
-def _all_parts(
-    split, T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr, ALIGNMENT: tl.constexpr,
-    WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """Parts of every sequence, [SEQUENCES]."""
-    rows = _load_rows(split, T, SEQUENCES, ALIGNMENT, WINDOWED)
-    return _count_parts(rows, _sum_rows(rows), split, HKV, SEQUENCES, SPLIT_ROWS)
-
-
-@triton.jit
-def _find_part(
-    unit, split, T: tl.constexpr, HKV: tl.constexpr, SEQUENCES: tl.constexpr, SPLIT_ROWS: tl.constexpr,
-    ALIGNMENT: tl.constexpr, WINDOWED: tl.constexpr,
-):  # fmt: skip
-    """(sequence, part of it) of a unit of items. The sequence is past the batch where there is nothing to do.
-
-    With 2, 1 and 3 parts, units 0 to 2 are part 0 of each sequence; unit 3 is part 1 of the first, 4 and 5 are parts 1 and 2 of
-    the last. So part 0 finds its sequence without a look at the others.
-    """
-    batch = split[1]
-    b, part = unit, unit * 0
-    if SEQUENCES == 1:
-        b, part = unit * 0, unit
-    elif unit >= batch:
-        parts = _all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
-        ends = tl.cumsum(parts - 1, 0)
-        before = ends <= unit - batch
-        b = tl.sum(before.to(tl.int32), 0)
-        part = 1 + unit - batch - tl.max(tl.where(before, ends, 0), 0)
-    return b, part
-
-
-@triton.jit
 def _row_offset(
     row, page, head, table_ptr, page_size, HKV: tl.constexpr, D: tl.constexpr, PAGED: tl.constexpr
 ):  # fmt: skip
@@ -169,12 +96,6 @@ def _row_offset(
     if PAGED:
         page, row = tl.load(table_ptr + row // page_size), row % page_size
     return ((page * HKV + head).to(tl.int64) * page_size + row) * D
-
-
-@triton.jit
-def _query_rows(m, b, head, T: tl.constexpr, HKV: tl.constexpr, G: tl.constexpr):
-    """Rows of q, and of the output, behind the rows m of a KV head's queries: token major, query head of the group minor."""
-    return (b * T + m // G) * (HKV * G) + head * G + m % G
 
 
 @triton.jit
@@ -359,37 +280,33 @@ def _flash_decode_kernel(
     pdl_trigger(PDL)
     tile, num_tiles = tl.program_id(1), tl.num_programs(1)
     ALIGNMENT: tl.constexpr = CHUNK if CHUNK > 0 else N
-    split = (lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2)
+    split = (tl.arange(0, SEQUENCES), lengths_ptr, batch, window, max_parts, spare_programs, min_rows_log2)
 
     # Items go by units, each one for every KV head. A program does one; with splits of a fixed size, where the lengths decide
     # how many there are, as many as come.
     item_begin = tl.program_id(0)
     item_end, item_step = item_begin + 1, 1
     if SPLIT_ROWS > 0:
-        all_parts = _all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
-        item_end = tl.maximum(item_end, (batch + tl.sum(all_parts - 1, 0)) * HKV)
+        of_all = all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
+        item_end = tl.maximum(item_end, (batch + tl.sum(of_all - 1, 0)) * HKV)
         item_step = tl.num_programs(0)
     for item in tl.range(item_begin, item_end, item_step, num_stages=1):
         unit, head = item // HKV, item % HKV
-        b, part = _find_part(unit, split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
+        b, part = find_part(unit, split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
         length = tl.load(lengths_ptr + b, mask=b < batch, other=0)
         page = tl.load(table_ptr + b * table_width, mask=b < batch, other=0)
-        first_row = _first_row(length, window, T, ALIGNMENT, WINDOWED)
-        rows, batch_rows = length - first_row, length * 0
-        if SPLIT_ROWS == 0 and SEQUENCES > 1:
-            if rows >> min_rows_log2 > 1:  # else it is one part whatever the others read
-                batch_rows = _sum_rows(_load_rows(split, T, SEQUENCES, ALIGNMENT, WINDOWED))
-        parts = _count_parts(rows, batch_rows, split, HKV, SEQUENCES, SPLIT_ROWS)
+        start = first_row(length, window, T, ALIGNMENT, WINDOWED)
+        parts = parts_of(length - start, split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
         if part >= parts:
             pdl_wait(PDL)  # an idle program waits too: the next kernel counts on it that all before has finished
         else:
             if SPLIT_ROWS > 0:
-                begin = first_row + part * SPLIT_ROWS
+                begin = start + part * SPLIT_ROWS
                 end = tl.minimum(begin + SPLIT_ROWS, length)
                 next_block, block_step = begin + CHUNK, N
             else:  # each part has one chunk; then the blocks that remain go round
-                begin, end = first_row + part * CHUNK, length
-                next_block, block_step = first_row + parts * CHUNK + part * N, parts * N
+                begin, end = start + part * CHUNK, length
+                next_block, block_step = start + parts * CHUNK + part * N, parts * N
 
             # The first chunk comes into registers before the wait, but for rows that this step appends.
             pages_ptr = table_ptr + b * table_width
@@ -408,7 +325,7 @@ def _flash_decode_kernel(
             pdl_wait(PDL)
 
             m = tile * M + tl.arange(0, M)
-            q_row = _query_rows(m, b, head, T, HKV, G)
+            q_row = query_rows(m, b, head, T, HKV, G)
             column = tl.arange(0, COLUMNS)
             q_mask = (m < G * T)[:, None] & (column < D)[None, :]
             q = tl.load(q_ptr + q_row.to(tl.int64)[:, None] * D + column[None, :], mask=q_mask, other=0.0)
@@ -442,22 +359,19 @@ def _flash_decode_kernel(
             if parts == 1:
                 _store_out(out_ptr, acc, total, q_row, q_mask, D, PERMUTE)
             else:
-                start = (item * num_tiles + tile).to(tl.int64) * ROWS
+                place = (item * num_tiles + tile).to(tl.int64) * ROWS
                 kept = tl.arange(0, M)
-                tl.store(partial_ptr + (start + kept)[:, None] * D + column[None, :], acc, mask=q_mask)
-                tl.store(stats_ptr + 2 * start + kept, top, mask=m < G * T)
-                tl.store(stats_ptr + 2 * start + ROWS + kept, total, mask=m < G * T)
+                tl.store(partial_ptr + (place + kept)[:, None] * D + column[None, :], acc, mask=q_mask)
+                tl.store(stats_ptr + 2 * place + kept, top, mask=m < G * T)
+                tl.store(stats_ptr + 2 * place + ROWS + kept, total, mask=m < G * T)
                 if arrives_last(counter_ptr + (b * HKV + head) * num_tiles + tile, parts):
                     merged_m = tile * M + tl.arange(0, ROWS)
                     merged_mask = (merged_m < G * T)[:, None] & (column < D)[None, :]
-                    next_unit = 1  # of part 1
-                    if SEQUENCES > 1:
-                        all_parts = _all_parts(split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
-                        next_unit = batch + tl.sum(tl.where(tl.arange(0, SEQUENCES) < b, all_parts - 1, 0), 0)
+                    next_unit = second_unit(b, split, T, HKV, SEQUENCES, SPLIT_ROWS, ALIGNMENT, WINDOWED)
                     merged_acc, merged_total = _merge(
                         partial_ptr, stats_ptr, b, next_unit, head, tile, num_tiles, parts, merged_mask, HKV, D, MERGED
                     )
-                    merged_row = _query_rows(merged_m, b, head, T, HKV, G)
+                    merged_row = query_rows(merged_m, b, head, T, HKV, G)
                     _store_out(out_ptr, merged_acc, merged_total, merged_row, merged_mask, D, PERMUTE)
 
 
@@ -594,16 +508,14 @@ _overrides: dict = {}
 
 @contextlib.contextmanager
 def override_launch(**changes):
-    """Every launch inside has these fields of Launch changed: for measuring and for tests. Not for concurrent use."""
+    """Every launch inside has these fields of Launch changed, or where it can has this `ring`, a FlashRing; without one none
+    has. For measuring and for tests. Not for concurrent use."""
     global _overrides
     before, _overrides = _overrides, changes
     try:
         yield
     finally:
         _overrides = before
-
-
-MAX_COUNTERS = 65536  # of (sequence, KV head, tile of query rows)
 
 
 def launch_flash_decode(
@@ -718,7 +630,13 @@ def _flash_decode(
         out = flash_decode_ref(q, k_cache, v_cache, lengths, table, **options)
         return permute_columns(out) if permute else out
     _, Hkv, page_size, _ = k_cache.shape
-    paged = table.shape[1] > 1
+    paged, sms = table.shape[1] > 1, num_sms(q.device.index or 0)
+    if flash_ring_serves(q, k_cache, v_cache, table, k_scale, split_size):
+        ring = choose_flash_ring(batch=B, num_kv_heads=Hkv, head_dim=D, capacity=page_size, sms=sms)
+        ring = _overrides.get("ring") if _overrides else ring
+        if ring is not None:
+            at = {"scale_log2": scale * LOG2_E, "window": window, "permute": permute}
+            return launch_flash_ring(q, k_cache, v_cache, lengths, table, ring, **at)
     launch = choose_launch(
         batch=B,
         tokens=T,
@@ -728,9 +646,10 @@ def _flash_decode(
         capacity=table.shape[1] * page_size,
         page_size=page_size if paged else None,
         split_size=split_size,
-        sms=num_sms(q.device.index or 0),
+        sms=sms,
     )
-    return launch_flash_decode(q, k_cache, v_cache, lengths, table, replace(launch, **_overrides), permute=permute, **options)
+    launch = replace(launch, **{name: value for name, value in _overrides.items() if name != "ring"})
+    return launch_flash_decode(q, k_cache, v_cache, lengths, table, launch, permute=permute, **options)
 
 
 @_flash_decode.register_fake

@@ -27,7 +27,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,7 +41,9 @@ from benchmark import stamp
 
 from generate import DTYPES, add_flag
 from kernels import advance, choose, choose_and_advance, flash_decode, pdl_disabled
-from kernels._common import num_sms
+from kernels._common import num_sms, wgmma_device
+from kernels._flash_ring import HEAD_SIZES as RING_HEAD_SIZES
+from kernels._flash_ring import FlashRing
 from kernels.choose import choose_ref
 from kernels.flash_decode import Launch, choose_launch, flash_decode_ref, override_launch
 
@@ -323,6 +325,18 @@ SWEEP_POINTS = [
     *((128, 256, 192), (128, 64, 192), (128, 1, 32768), (64, 256, 192), (64, 16, 128), (128, 16, 128)),
 ]
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
+# Of a ring (FlashRing): 8 KiB of K or V a block, stages, warps, programs, whether those are a cluster of one pair's.
+FEW_RINGS = [
+    *((2, stages, 4, programs, True) for programs, stages in ((8, 3), (8, 6), (16, 3), (4, 3), (4, 6), (2, 6))),
+    *((2, stages, 4, programs, False) for stages, programs in ((6, 132), (3, 132), (3, 264))),
+    (4, 3, 8, 132, False),
+]
+MANY_RINGS = [
+    *((1, stages, 2, programs, False) for stages in (2, 3, 4) for programs in (1, 264)),
+    *((2, stages, 4, programs, False) for stages, programs in ((2, 1), (3, 1), (6, 132), (3, 264))),
+    (2, 3, 4, 2, True),
+    (4, 3, 8, 132, False),
+]
 # Values of those, then the most programs a multiprocessor that rows are split over. What a program holds (its chunk in
 # registers, 4 * (stages - 1) * block_rows * head size bytes in shared memory) decides how many run on a multiprocessor.
 SHORT = [  # one sequence of less than 4096 rows: the way to the first byte and the merge
@@ -382,8 +396,14 @@ def candidates(point: Point, launch: Launch, capacity: int, sms: int) -> list[di
             found.append(fields | split(max(launch.min_rows, fields["chunk_rows"]), per_sm))
     for min_rows, per_sm in ((launch.min_rows, 1), (launch.min_rows, 3), (2 * launch.min_rows, 2), (4 * launch.min_rows, 2)):
         found.append(split(min_rows, per_sm))
-    same = lambda fields: all(getattr(launch, name) == value for name, value in fields.items())
-    return [fields for i, fields in enumerate(found) if fields not in found[:i] and not same(fields)]
+    if not wgmma_device(0):
+        same = lambda fields: all(getattr(launch, name) == value for name, value in fields.items())
+        return [fields for i, fields in enumerate(found) if fields not in found[:i] and not same(fields)]
+    rings = []
+    if point.head_dim in RING_HEAD_SIZES and point.num_heads // point.num_kv_heads <= 16:
+        for blocks, *fields in MANY_RINGS if point.batch > 4 else FEW_RINGS:
+            rings.append({"ring": FlashRing(4096 * blocks // point.head_dim, *fields)})
+    return [*rings, {"ring": None}, *found]
 
 
 def launch_of(point: Point, capacity: int | None = None) -> Launch:
@@ -399,7 +419,7 @@ def launch_of(point: Point, capacity: int | None = None) -> Launch:
 
 
 def shape_of(fields: dict) -> dict:
-    return {name: fields[name] for name in COMPILED if name in fields}
+    return {name: fields[name] for name in ("ring", *COMPILED) if name in fields}
 
 
 def compile_shape(job: tuple[Point, dict, int, bool]) -> tuple | None:
@@ -407,7 +427,8 @@ def compile_shape(job: tuple[Point, dict, int, bool]) -> tuple | None:
     point, shape, merged, pdl = job
     try:
         (x,) = make_inputs(replace(point, length=512), 1)
-        with contextlib.nullcontext() if pdl else pdl_disabled(), override_launch(**shape, min_rows=256, merged=merged):
+        more = {} if "ring" in shape else {"min_rows": 256, "merged": merged}
+        with contextlib.nullcontext() if pdl else pdl_disabled(), override_launch(**shape, **more):
             ours(x, point.scale)
         torch.cuda.synchronize()
     except Exception as error:  # too much shared memory, say: a result, not a fault
@@ -454,6 +475,7 @@ def report(title: str, results: list[tuple[float, dict]], rivals: dict[str, floa
     if output:
         with output.open("a") as file:
             for us, fields in results:
+                fields = fields | ({"ring": asdict(fields["ring"])} if fields.get("ring") else {})
                 file.write(json.dumps(record | {"us": us, "launch": fields, "rivals_us": rivals}) + "\n")
 
 
@@ -647,9 +669,11 @@ def sanitize(device: str = "cuda") -> None:
     """
     torch.manual_seed(0)
     lengths = torch.tensor([700, 0, 1, 1100], dtype=torch.int32)
-    for head_dim, tokens, page_size, options in [
-        (64, 1, 1152, {}), (64, 1, 128, {}), (128, 1, 1152, {}), (96, 2, 128, {}), (64, 1, 128, {"window": 130}),
-        (128, 4, 1152, {"split_size": 128}), (64, 16, 1152, {}),
+    cluster, last = FlashRing(64, 3, 4, programs=8, cluster=True), FlashRing(64, 3, 4, programs=37)
+    for head_dim, tokens, page_size, options, ring in [
+        (64, 1, 1152, {}, None), (64, 1, 128, {}, None), (128, 1, 1152, {}, None), (96, 2, 128, {}, None),
+        (64, 1, 128, {"window": 130}, None), (128, 4, 1152, {"split_size": 128}, None), (64, 16, 1152, {}, None),
+        (128, 1, 1152, {}, cluster), (64, 4, 1152, {"window": 130}, cluster), (128, 1, 1152, {}, last), (64, 4, 1152, {}, last),
     ]:  # fmt: skip
         pages = 1152 // page_size
         table = torch.randperm(4 * pages).view(4, pages).int()
@@ -657,10 +681,11 @@ def sanitize(device: str = "cuda") -> None:
         k, v = (torch.randn(4 * pages, 2, page_size, head_dim).bfloat16() for _ in range(2))
         tensors = [q, k, v, lengths, table]
         settings = {"scale": head_dim**-0.5, **options}
-        results = [flash_decode(*(t.to(device) for t in tensors), **settings).cpu() for _ in range(2)]
+        with override_launch(ring=ring):
+            results = [flash_decode(*(t.to(device) for t in tensors), **settings).cpu() for _ in range(2)]
         settings.pop("split_size", None)
         exact = flash_decode_ref(*(t.double() if t.is_floating_point() else t for t in tensors), **settings)
-        name = f"flash_decode, head size {head_dim}, {tokens} tokens, pages of {page_size}, {options}"
+        name = f"flash_decode, head size {head_dim}, {tokens} tokens, pages of {page_size}, {options}, {ring}"
         error = ((results[0].double() - exact).norm() / exact.norm()).item()
         if not error <= TOLERANCE[torch.bfloat16] or not torch.equal(*results):
             raise ValueError(f"{name}: found a relative error of {error:.1e}, or two results that differ")

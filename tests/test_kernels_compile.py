@@ -18,6 +18,8 @@ from triton.runtime.jit import create_function_from_signature
 
 import kernels
 from kernels import _common
+from kernels._flash_ring import choose_flash_ring
+from kernels.flash_decode import override_launch
 from kernels.formats import PackedFormat, Weight
 from kernels.tiles import (
     MEASURED,
@@ -50,7 +52,7 @@ def launches(monkeypatch):
     monkeypatch.setattr(_common, "INTERPRET", True)  # runs_kernels: on any device
     monkeypatch.setattr(_common, "pdl_supported", lambda x: True)
     monkeypatch.setattr(sys.modules["kernels.flash_decode"], "pdl_supported", lambda x: True)
-    for module in ("kernels._matmul", "kernels.gate_up"):
+    for module in ("kernels._matmul", "kernels.gate_up", "kernels._flash_ring"):
         monkeypatch.setattr(sys.modules[module], "has_wgmma", lambda x: True)
     return taken
 
@@ -414,8 +416,38 @@ def test_gate_up(launches, M, dtype):
 def test_flash_decode(launches, head_dim, B, T, capacity):
     cache = empty(B, 8, capacity, head_dim)
     lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
-    kernels.flash_decode(empty(B, T, 32, head_dim), cache, cache, lengths, table, scale=0.1)
+    with override_launch(ring=None):
+        kernels.flash_decode(empty(B, T, 32, head_dim), cache, cache, lengths, table, scale=0.1)
     check(launches, 1)
+
+
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    ("B", "T", "G", "capacity", "dtype"),
+    [
+        *((1, 1, 4, capacity, torch.bfloat16) for capacity in (256, 8192, 65536)),
+        *((B, 1, 4, capacity, torch.bfloat16) for B in (2, 4, 16, 24, 64) for capacity in (1024, 16384)),
+        (1, 4, 4, 1024, torch.float16),
+        (3, 2, 7, 16384, torch.float16),
+    ],
+)
+def test_flash_ring(launches, head_dim, B, T, G, capacity, dtype, window):
+    """Nothing is spilled but a few words beside a window; as many programs on a multiprocessor as the rule counts on."""
+    cache = empty(B, 8, capacity, head_dim, dtype=dtype)
+    lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
+    kernels.flash_decode(empty(B, T, 8 * G, head_dim, dtype=dtype), cache, cache, lengths, table, scale=0.1, window=window)
+    ring = choose_flash_ring(batch=B, num_kv_heads=8, head_dim=head_dim, capacity=capacity)
+    assert {kernel.__name__ for kernel, _, _ in launches} == {"_flash_ring_kernel"}
+    compiled = check(launches[-1:], 1)[0]  # of clusters the first is the warm-up
+    descriptors = re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", compiled.asm["ptx"])
+    assert descriptors == re.findall(r"prefetch\.param\.tensormap \[(\w+)\]", compiled.asm["ptx"]), "what the kernel calls them"
+    remarks = assembler_says(compiled)
+    assert int(re.search(r"(\d+) bytes spill stores", remarks)[1]) <= (24 if window else 0)
+    registers = int(re.search(r"Used (\d+) registers", remarks)[1])
+    each = 1 if ring.stages * ring.block_rows * head_dim > 24576 else 2 if ring.warps == 4 else 4
+    assert each * (compiled.metadata.shared + 1024) <= SHARED_BYTES + 1024
+    assert each * 32 * ring.warps * -(-registers // 8) * 8 <= 65536
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch.library import opcheck
 
-from kernels._common import INTERPRET, _workspaces, pdl_disabled
+from kernels._common import INTERPRET, _workspaces, pdl_disabled, wgmma_device
+from kernels._flash_ring import FlashRing, choose_flash_ring
 from kernels.flash_decode import choose_launch, flash_decode, flash_decode_ref, override_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -232,6 +233,18 @@ def test_launch_follows_the_capacity():
     assert programs[-1] >= 132, "a long cache uses every multiprocessor"
 
 
+def test_rings_fit():
+    """Into shared memory and registers, for every batch and capacity; clusters of a size that can be launched."""
+    batches, heads, capacities = (1, 2, 3, 4, 8, 12, 16, 24, 64, 300), (1, 2, 4, 8), (64, 1000, 8192, 2**20)
+    for B, Hkv, D, S in itertools.product(batches, heads, (64, 128), capacities):
+        ring = choose_flash_ring(batch=B, num_kv_heads=Hkv, head_dim=D, capacity=S)
+        assert 4 * ring.stages * ring.block_rows * D <= 200 * 1024
+        assert ring.block_rows >= 16 * ring.warps, "the least that tensor cores take"
+        assert ring.block_rows <= 256, "the most rows that TMA takes"
+        assert ring.programs in (2, 4, 8, 16) if ring.cluster else ring.programs >= B * Hkv or B * Hkv < 66
+        assert not ring.cluster or ring.warps == 4
+
+
 def test_launch_with_fixed_splits_ignores_the_batch():
     def numeric(launch):  # what a sequence's numbers depend on
         return replace(launch, programs=0, items=0)
@@ -316,18 +329,63 @@ def gpu_case(i):
     )
 
 
+def check_twice(case):
+    out = case.run()
+    case.check(out)
+    with pdl_disabled():
+        assert torch.equal(case.run(), out), "early launches change nothing"
+
+
+RINGS = {  # blocks of so many times 8 KiB of K, and the rest of a FlashRing
+    "cluster of 8": (2, {"stages": 3, "warps": 4, "programs": 8, "cluster": True}),
+    "cluster of 16": (2, {"stages": 3, "warps": 4, "programs": 16, "cluster": True}),
+    "cluster of 4": (2, {"stages": 2, "warps": 4, "programs": 4, "cluster": True}),
+    "cluster of 2": (2, {"stages": 6, "warps": 4, "programs": 2, "cluster": True}),
+    "one each": (2, {"stages": 3, "warps": 4, "programs": 1}),
+    "a program a multiprocessor": (2, {"stages": 6, "warps": 4, "programs": 132, "late": True}),
+    "eight warps": (4, {"stages": 3, "warps": 8, "programs": 37}),
+    "two warps": (1, {"stages": 2, "warps": 2, "programs": 400}),
+}
+RING_LENGTHS = [[1], [64], [129, 0], [700, 3, 0, 64], [4097], [1000, 63, 9001], [i % 40 for i in range(50)] + [2000] + [3] * 20]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 class TestOnGpu:
     @pytest.mark.parametrize("i", range(0, 60, 4), ids=lambda i: f"{i}-{i + 3}")
     def test_grid(self, i):
         for case in map(gpu_case, range(i, i + 4)):
-            out = case.run()
-            case.check(out)
-            with pdl_disabled():
-                assert torch.equal(case.run(), out), "early launches change nothing"
+            check_twice(case)
+            with override_launch(ring=None):
+                check_twice(case)
         case.check(case.run(split_size=128))
         assert not any(w.any() for w in _workspaces.values())
+
+    @pytest.mark.skipif(not (torch.cuda.is_available() and wgmma_device(0)), reason="needs a Hopper GPU")
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    @pytest.mark.parametrize("name", RINGS)
+    def test_rings(self, name, head_dim):
+        blocks, fields = RINGS[name]
+        ring = FlashRing(block_rows=blocks * 8192 // head_dim // 2, **fields)
+        shapes = [(4, 1, None), (4, 4, 300), (7, 1, None), (1, 1, 100), (2, 3, None)]
+        for i, lengths in enumerate(RING_LENGTHS):
+            B = len(lengths)
+            for G, T, window in (shapes[i % 5], shapes[(i + 3) % 5]):
+                Hkv = 1 if B > 4 else 8 if i % 2 else 2
+                case = Case(
+                    lengths,
+                    tokens=T,
+                    num_heads=Hkv * G,
+                    num_kv_heads=Hkv,
+                    head_dim=head_dim,
+                    dtype=(torch.bfloat16, torch.float16)[i % 2],
+                    sharpness=(0.05, 1, 10)[i % 3],
+                    window=window,
+                    page_size=max(lengths) + 3,
+                )
+                with override_launch(ring=ring):
+                    check_twice(case)
+        assert not any(w.any() for w in _workspaces.values()), "the last program of a merge resets its counter"
 
     def test_cuda_graph_follows_the_lengths(self):
         case = Case([4000, 900, 1], page_size=4096)

@@ -1,0 +1,130 @@
+"""What Gluon has no word for on Hopper: where in shared memory a buffer lies, and programs that write into each other's.
+
+Owns inline PTX and the launch of a cluster. Does not know what the programs compute. Needs a GPU of compute capability 9.0.
+
+PTX needs addresses, and Triton does not say where it has put a buffer. A kernel finds out when it starts: it writes its address
+into each 1,024 bytes of its shared memory, and reads the buffer's beginning.
+
+In a cluster each program has an *inbox* in its shared memory, and a barrier there that counts the bytes which arrive. Sending
+is st.async: no fence, no atomic, no trip through memory.
+"""
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# ---------------------------------------------------------------- addresses
+
+
+@gluon.jit
+def mark_shared(num_warps: gl.constexpr):
+    """Writes its address into each 1,024 bytes of the program's shared memory: 256 threads are enough for all it may have."""
+    mark: gl.constexpr = """{
+    .reg .b32 at, size; .reg .pred there;
+    shl.b32 at, $1, 10; mov.u32 size, %dynamic_smem_size; setp.lt.u32 there, at, size;
+    mov.u32 size, global_smem; add.u32 at, at, size; @there st.shared.u32 [at], at; mov.u32 $0, 0;
+    }"""
+    thread = gl.arange(0, 256, gl.BlockedLayout([1], [32], [num_warps], [0]))
+    gl.inline_asm_elementwise(mark, "=r,r", [thread], gl.int32, is_pure=False, pack=1)
+    tl.debug_barrier()
+
+
+@gluon.jit
+def shared_address(buffer, LAYOUT: gl.constexpr):
+    """Where a buffer, aligned to 1,024 bytes, begins, as [1, 1]: what `mark_shared` wrote there."""
+    return buffer._reinterpret(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).load(LAYOUT)
+
+
+@gluon.constexpr_function
+def _prefetching(kernel, parameters):
+    return "".join(f"prefetch.param.tensormap [{kernel}_param_{i}]; " for i in parameters) + "mov.b32 $0, $1;"
+
+
+@gluon.jit
+def prefetch_descriptors(KERNEL: gl.constexpr, PARAMETERS: gl.constexpr):
+    """TMA's descriptors among a kernel's parameters, by its name and their numbers in its PTX: else the first load waits for
+    them, too. Triton passes a descriptor of two dimensions as five parameters."""
+    asm: gl.constexpr = _prefetching(KERNEL, PARAMETERS)
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+
+
+# ---------------------------------------------------------------- clusters
+
+
+@gluon.jit
+def open_inbox(bar_at):
+    """Makes a barrier for one arrival at the address, and tells the cluster that this program has begun. Nothing else that the
+    others read has been written: the arrival need not release more."""
+    asm: gl.constexpr = """{
+    .reg .pred own; .reg .u32 thread;
+    mov.u32 thread, %tid.x; setp.eq.u32 own, thread, 0;
+    @own mbarrier.init.shared::cta.b64 [$1], 1;
+    @own fence.mbarrier_init.release.cluster;
+    barrier.cluster.arrive.relaxed.aligned; mov.u32 $0, 0;
+    }"""
+    gl.inline_asm_elementwise(asm, "=r,r", [bar_at], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_for_inboxes():
+    """Until every program of the cluster has opened its own. Each of them must come here, once."""
+    asm: gl.constexpr = "barrier.cluster.wait.acquire.aligned; mov.u32 $0, $1;"
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def expect_bytes(bar_at, num_bytes):
+    """Of all senders together. They may have begun."""
+    asm: gl.constexpr = """{
+    .reg .pred own; .reg .u32 thread;
+    mov.u32 thread, %tid.x; setp.eq.u32 own, thread, 0;
+    @own mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.u32 $0, 0;
+    }"""
+    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, num_bytes], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def receive(bar_at):
+    """Until what `expect_bytes` asked for has come."""
+    asm: gl.constexpr = """{
+    .reg .pred done;
+    again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$1], 0; @!done bra again;
+    mov.u32 $0, 0;
+    }"""
+    gl.inline_asm_elementwise(asm, "=r,r", [bar_at], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def send(value, top, total, rank, value_at, top_at, total_at, heads, bar_at):
+    """32-bit numbers to the inbox of the cluster's program `rank`, four neighbouring values at a time, and where the first of
+    them has `heads`, its `top` and `total`. All of one layout; addresses are the sender's own, as inboxes lie alike."""
+    asm: gl.constexpr = """{
+    .reg .b32 at, bar; .reg .pred heads;
+    mapa.shared::cluster.u32 bar, $36, $16; mapa.shared::cluster.u32 at, $20, $16;
+    st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [at], {$4, $5, $6, $7}, [bar];
+    setp.ne.b32 heads, $32, 0;
+    mapa.shared::cluster.u32 at, $24, $16;
+    @heads st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], $8, [bar];
+    mapa.shared::cluster.u32 at, $28, $16;
+    @heads st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], $12, [bar];
+    mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
+    }"""
+    operands = [
+        value.to(gl.int32, bitcast=True), top.to(gl.int32, bitcast=True), total.to(gl.int32, bitcast=True), rank,
+        value_at, top_at, total_at, heads, bar_at,
+    ]  # fmt: skip
+    constraints: gl.constexpr = "=r,=r,=r,=r," + "r," * 35 + "r"
+    gl.inline_asm_elementwise(asm, constraints, operands, gl.int32, is_pure=False, pack=4)
+
+
+def launch_clusters(kernel, clusters: int, size: int, arguments: tuple, options: dict) -> None:
+    """Launches `clusters` clusters of `size` programs (2 to 16), program_id(0) % size being a program's rank in its cluster.
+
+    The kernel is compiled as for programs alone: with Triton's own `num_ctas` each tensor would be spread over the cluster.
+    What the launcher makes of a compiled kernel it takes from (warps, programs of a cluster, shared memory) beside it.
+    """
+    compiled = kernel.warmup(*arguments, grid=(1,), **options)
+    if compiled is not None:
+        warps, _, shared = compiled.packed_metadata
+        compiled.packed_metadata = (warps, size, shared)
+    kernel[(clusters,)](*arguments, **options)
