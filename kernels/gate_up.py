@@ -11,8 +11,7 @@ rows of gate and the 8 of up that belong to them, by a 5-D TMA box: so both sums
 one number in place of two.
 Triton's tensors are of powers of two, wgmma's need not be: the products are inline PTX, which has 224 columns of sums as seven
 tensors of 32, and reads x once for all of them, where Triton's own products would for each of three pieces.
-PTX needs to know where in shared memory Triton has put the ring, and Triton does not say. The kernel finds out when it starts:
-it writes its address into each 1,024 bytes, and reads the ring's beginning (`_marked`, `_address`).
+PTX needs to know where in shared memory the ring is, which _hopper.py finds out.
 """
 
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from kernels._common import has_wgmma, launch_options, num_sms, pdl_trigger, pdl_wait, wgmma_device
+from kernels._hopper import mark_shared, shared_address
 from kernels._ring import described, tma_reads
 from kernels.formats import Weight
 from kernels.tiles import GATE_UP_ROWS, is_batch_invariant
@@ -82,25 +82,6 @@ def _product(BM, dtype):
 def _product_operands(BM):
     per = BM // 8
     return ",".join(["=f"] * (7 * per) + [str(i) for i in range(7 * per)] + ["r"] * (2 * per))
-
-
-@gluon.jit
-def _marked():
-    """Writes its address into each 1,024 bytes of the program's shared memory: 256 threads are enough for all it may have."""
-    mark: gl.constexpr = """{
-    .reg .b32 at, size; .reg .pred there;
-    shl.b32 at, $1, 10; mov.u32 size, %dynamic_smem_size; setp.lt.u32 there, at, size;
-    mov.u32 size, global_smem; add.u32 at, at, size; @there st.shared.u32 [at], at; mov.u32 $0, 0;
-    }"""
-    thread = gl.arange(0, 256, gl.BlockedLayout([1], [32], [8], [0]))
-    gl.inline_asm_elementwise(mark, "=r,r", [thread], gl.int32, is_pure=False, pack=1)
-    tl.debug_barrier()
-
-
-@gluon.jit
-def _address(buffer, LAYOUT: gl.constexpr):
-    """Where a buffer, aligned to 1,024 bytes, begins, as [1, 1]: what `_marked` wrote there."""
-    return buffer._reinterpret(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).load(LAYOUT)
 
 
 @gluon.jit
@@ -168,10 +149,10 @@ def _gate_up_kernel(
     w_smem = gl.allocate_shared_memory(DTYPE, [S, 1, 16, 2, 8, CHUNK], w_desc.layout)  # 14 groups, and zeros
     x_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     w_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    _marked()
+    mark_shared(num_warps)
     zeros = gl.zeros([BM, 32], gl.int32, PIECE)
-    x_at = zeros + _address(x_smem, PIECE)
-    w_at = zeros + _address(w_smem, PIECE)
+    x_at = zeros + shared_address(x_smem, PIECE)
+    w_at = zeros + shared_address(w_smem, PIECE)
     fence_async_shared()  # else Triton would put one before each load of the loop
     tl.debug_barrier()
 

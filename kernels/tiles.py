@@ -179,9 +179,9 @@ KERNEL_ROWS = {
 
 # By (SMs, N, K): from how many to how many rows of x one kernel for gate/up and SiLU x up (gate_up.py) takes less time than
 # cuBLAS and silu_mul do. One H200, random data, us a call: 65 rows 66.7 (65.5), 96 rows 62.2 (66.9), 128 rows 62.1 (72.1);
-# padded to 256: 136 rows 97.4 (71.2), 192 rows 83.4 (84.1), 224 rows 87.0 (92.4), 256 rows 88.3 (101.3). Of a prefill's rows, by
-# half seconds of nothing else: 512 rows 180.6 (193.7), 2,048 rows 700 (766), 8,192 rows 2,794 (2,950). Between them by what
-# padding to 256 costs: up to 1,536 rows where it is less than 128.
+# padded to 256: 136 rows 97.4 (71.2), 192 rows 83.4 (84.1), 224 rows 87.0 (92.4), 256 rows 88.3 (101.3). A prefill's, by half
+# seconds of nothing else: 512 rows 180.6 (193.7), 2,048 rows 700 (766), 8,192 rows 2,794 (2,950). Between those by what padding
+# to 256 costs: up to 1,536 rows where it is less than 128.
 GATE_UP_ROWS = {
     (132, 28672, 4096): ((80, 128), (193, 256), *((n - 127, n) for n in (512, 768, 1024, 1280, 1536)), (1537, 8192)),
 }
