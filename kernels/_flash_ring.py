@@ -453,21 +453,23 @@ class FlashRing:
 
 
 @functools.cache
-def choose_flash_ring(*, batch: int, num_kv_heads: int, head_dim: int, capacity: int, sms: int = 132) -> FlashRing:
-    """The ring for caches of `capacity` rows a sequence."""
+def choose_flash_ring(*, batch: int, num_kv_heads: int, head_dim: int, capacity: int, sms: int = 132) -> FlashRing | None:
+    """The ring for caches of `capacity` rows a sequence, as measured in whole steps on an H200 (LOG.md).
+
+    None: flash_decode.py's kernel takes no more of a step. So it is beside linears of one row, up to 8,192 rows of the cache:
+    they stream through L1, whose room on a multiprocessor a ring takes; and in batches where each pair has a program anyway.
+    """
     pairs = batch * num_kv_heads
     rows = 8192 // head_dim  # 16 KiB of K
-    if pairs <= 8 and capacity <= 8192:
-        return FlashRing(rows, 3, 4, programs=min(16, 1 << (64 // pairs).bit_length() - 1), cluster=True)
     if pairs <= 8:
-        return FlashRing(rows, 6, 4, programs=sms, late=True)
+        return FlashRing(rows, 6, 4, programs=sms, late=True) if capacity > 8192 else None
     if pairs <= 16 and capacity <= 8192:
         return FlashRing(rows, 6, 4, programs=4, cluster=True)
     if pairs <= sms:
         return FlashRing(rows, 4, 4, programs=sms)
     if pairs <= 2 * sms:
         return FlashRing(rows, 3, 4, programs=2 * sms)
-    return FlashRing(rows // 2, 3, 2, programs=pairs + (2 * sms if capacity > 4096 else 0))
+    return FlashRing(rows // 2, 2, 2, programs=pairs) if head_dim == 128 and pairs > 8 * sms else None
 
 
 def flash_ring_serves(q, k_cache, v_cache, table, k_scale, split_size) -> bool:

@@ -426,9 +426,10 @@ def test_flash_decode(launches, head_dim, B, T, capacity):
 @pytest.mark.parametrize(
     ("B", "T", "G", "capacity", "dtype"),
     [
-        *((1, 1, 4, capacity, torch.bfloat16) for capacity in (256, 8192, 65536)),
-        *((B, 1, 4, capacity, torch.bfloat16) for B in (2, 4, 16, 24, 64) for capacity in (1024, 16384)),
-        (1, 4, 4, 1024, torch.float16),
+        (1, 1, 4, 65536, torch.bfloat16),
+        *((B, 1, 4, capacity, torch.bfloat16) for B in (2, 4, 16, 24) for capacity in (1024, 16384)),
+        (2, 4, 4, 1024, torch.float16),
+        (256, 1, 4, 1024, torch.bfloat16),
         (3, 2, 7, 16384, torch.float16),
     ],
 )
@@ -438,6 +439,9 @@ def test_flash_ring(launches, head_dim, B, T, G, capacity, dtype, window):
     lengths, table = empty(B, dtype=torch.int32), empty(B, 1, dtype=torch.int32)
     kernels.flash_decode(empty(B, T, 8 * G, head_dim, dtype=dtype), cache, cache, lengths, table, scale=0.1, window=window)
     ring = choose_flash_ring(batch=B, num_kv_heads=8, head_dim=head_dim, capacity=capacity)
+    if ring is None:
+        check(launches, 1)
+        return
     assert {kernel.__name__ for kernel, _, _ in launches} == {"_flash_ring_kernel"}
     compiled = check(launches[-1:], 1)[0]  # of clusters the first is the warm-up
     descriptors = re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", compiled.asm["ptx"])
