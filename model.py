@@ -453,7 +453,7 @@ class PackStep:
     slot, start [P] int32: the cache slot that a piece goes to, and the position of its first token; offsets [P + 1] int32: its
     first row, the next one's being its end. Rows behind the last piece are computed and go nowhere. longest: the tokens of a
     piece, or more. fresh: every start is 0, there are no older rows to attend to. last [P] int32: the row of each piece's last
-    token; of a piece without tokens, some row.
+    token; padding pieces repeat the pack's last row, and what comes of it is dropped.
     """
 
     def __init__(self, cache: KVCache, slot, start, offsets, *, num_rows: int, longest: int, fresh: bool):
@@ -543,8 +543,8 @@ class Attention(nn.Module):
     def forward(
         self, x: torch.Tensor, norm: Norm, rope, step: Step, reader: Reader, last_only: bool = False
     ) -> tuple[torch.Tensor, Norm]:
-        """x [N, H] -> x + attention(norm(x)) [N, H], and its reader's norm. last_only: of the rows step.last alone, [P, H]; k
-        and v of all rows go to the cache."""
+        """x [N, H] -> x + attention(norm(x)) [N, H], and its reader's norm. last_only: of the rows step.last alone, [P, H] for
+        P pieces; k and v of all rows still go to the cache."""
         c = self.config
         if fused(x, self.wqkv) and isinstance(step, DecodeStep):  # a few rows: all of it in one kernel, k and v to the cache
             k_cache, v_cache = step.cache.layer(self.layer)
@@ -699,6 +699,7 @@ class Transformer(nn.Module):
 
     def run(self, x: torch.Tensor, step: Step, last_only: bool = False) -> tuple[torch.Tensor, Norm]:
         """What `forward` gives, and the final norm, as `linear` takes it."""
+        assert isinstance(step, PackStep) or not last_only, "pieces have a last token"
         x = x.clone() if many(x) else x  # products will be added to it in place
         readers = [*(layer.reader for layer in self.layers), Reader(self.norm.weight, self.head, "head")]
         norm = readers[0].gain

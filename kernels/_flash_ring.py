@@ -327,7 +327,7 @@ def _flash_ring_kernel(
     counter_ptr,  # [B, Hkv], zero before and after every launch
     scale_log2, window, batch, page_size, max_parts, spare_programs,
     HKV: gl.constexpr, G: gl.constexpr, T: gl.constexpr, SEQUENCES: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr,
-    LATE: gl.constexpr,  # the next kernel may start when a program's last rows have been asked for
+    LATE: gl.constexpr,
     CLUSTER: gl.constexpr,  # programs of a (sequence, KV head) that merge within their cluster; 0: merged by the last
     MERGED: gl.constexpr, WINDOWED: gl.constexpr, PERMUTE: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -449,27 +449,30 @@ class FlashRing:
     warps: int
     programs: int  # of all pairs of a sequence and a KV head; of clusters, those in one
     cluster: bool = False  # a pair's programs are a cluster
-    late: bool = False  # the next kernel may start when all rows have come, not at once
+    late: bool = False  # the next kernel may start behind the wait: at once if the ring holds all blocks, else after the last
 
 
 @functools.cache
 def choose_flash_ring(*, batch: int, num_kv_heads: int, head_dim: int, capacity: int, sms: int = 132) -> FlashRing | None:
-    """The ring for caches of `capacity` rows a sequence, as measured in whole steps on an H200 (LOG.md).
+    """The ring for caches of `capacity` rows a sequence, by whole steps on an H200 with lengths alike (LOG.md).
 
     None: flash_decode.py's kernel takes no more of a step. So it is beside linears of one row, up to 8,192 rows of the cache:
     they stream through L1, whose room on a multiprocessor a ring takes; and in batches where each pair has a program anyway.
     """
     pairs = batch * num_kv_heads
     rows = 8192 // head_dim  # 16 KiB of K
+    long = capacity > 4096  # then one sequence may be much longer than the others: there are programs to split it over
     if pairs <= 8:
         return FlashRing(rows, 6, 4, programs=sms, late=True) if capacity > 8192 else None
     if pairs <= 16 and capacity <= 8192:
         return FlashRing(rows, 6, 4, programs=4, cluster=True)
     if pairs <= sms:
-        return FlashRing(rows, 4, 4, programs=sms)
+        return FlashRing(rows, 3, 4, programs=2 * sms) if long else FlashRing(rows, 4, 4, programs=sms)
     if pairs <= 2 * sms:
-        return FlashRing(rows, 3, 4, programs=2 * sms)
-    return FlashRing(rows // 2, 2, 2, programs=pairs) if head_dim == 128 and pairs > 8 * sms else None
+        return FlashRing(rows, 3, 4, programs=pairs + sms if long else 2 * sms)
+    if head_dim == 128 and pairs > 8 * sms:
+        return FlashRing(rows // 2, 2, 2, programs=pairs + (2 * sms if long else 0))
+    return None
 
 
 def flash_ring_serves(q, k_cache, v_cache, table, k_scale, split_size) -> bool:
@@ -488,6 +491,8 @@ def launch_flash_ring(q, k_cache, v_cache, lengths, table, ring: FlashRing, *, s
     rows = 8 if Hq // HKV * T <= 8 else QUERY_ROWS.value
     out = torch.empty_like(q)
     pairs = B * HKV
+    assert ring.block_rows >= 16 * ring.warps, "the least that tensor cores take"
+    assert not ring.cluster or (ring.warps == 4 and ring.programs in (2, 4, 8, 16)), "shares are laid out for these"
     programs = 0 if ring.cluster else max(ring.programs, pairs)
     partial = torch.empty(programs * rows * D, dtype=torch.float32, device=q.device)
     stats = torch.empty(programs * 2 * rows, dtype=torch.float32, device=q.device)

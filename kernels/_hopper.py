@@ -18,7 +18,8 @@ from triton.experimental.gluon import language as gl
 
 @gluon.jit
 def mark_shared(num_warps: gl.constexpr):
-    """Writes its address into each 1,024 bytes of the program's shared memory: 256 threads are enough for all it may have."""
+    """Writes its address into each 1,024 bytes of the program's shared memory, whatever was there, barriers too. It has fewer
+    than 256 of them."""
     mark: gl.constexpr = """{
     .reg .b32 at, size; .reg .pred there;
     shl.b32 at, $1, 10; mov.u32 size, %dynamic_smem_size; setp.lt.u32 there, at, size;
@@ -53,14 +54,13 @@ def prefetch_descriptors(KERNEL: gl.constexpr, PARAMETERS: gl.constexpr):
 
 @gluon.jit
 def open_inbox(bar_at):
-    """Makes a barrier for one arrival at the address, and tells the cluster that this program has begun. Nothing else that the
-    others read has been written: the arrival need not release more."""
+    """Makes a barrier for one arrival at the address, and tells the cluster that this program has begun."""
     asm: gl.constexpr = """{
     .reg .pred own; .reg .u32 thread;
     mov.u32 thread, %tid.x; setp.eq.u32 own, thread, 0;
     @own mbarrier.init.shared::cta.b64 [$1], 1;
     @own fence.mbarrier_init.release.cluster;
-    barrier.cluster.arrive.relaxed.aligned; mov.u32 $0, 0;
+    barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;
     }"""
     gl.inline_asm_elementwise(asm, "=r,r", [bar_at], gl.int32, is_pure=False, pack=1)
 
@@ -121,7 +121,8 @@ def launch_clusters(kernel, clusters: int, size: int, arguments: tuple, options:
     """Launches `clusters` clusters of `size` programs (2 to 16), program_id(0) % size being a program's rank in its cluster.
 
     The kernel is compiled as for programs alone: with Triton's own `num_ctas` each tensor would be spread over the cluster.
-    What the launcher makes of a compiled kernel it takes from (warps, programs of a cluster, shared memory) beside it.
+    What the launcher makes of a compiled kernel it takes from (warps, programs of a cluster, shared memory) beside it. To look
+    that up for each launch costs eager calls some microseconds, and CUDA graphs nothing.
     """
     compiled = kernel.warmup(*arguments, grid=(1,), **options)
     if compiled is not None:

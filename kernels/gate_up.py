@@ -1,4 +1,4 @@
-"""SiLU(x @ gate.T) * (x @ up.T) of 65 rows or more in one kernel on Hopper, where a measured table says so; else it is cuBLAS'.
+"""SiLU(x @ gate.T) * (x @ up.T) of 65 rows or more in one kernel on Hopper, where tiles.py says so; else it is cuBLAS'.
 
 Owns the operator, its Gluon kernel, and the choice of its ring. Does not know the model. Needs a GPU of compute capability
 9.0: there is no interpreter for it, so tests compile it anywhere and run it on a card.

@@ -396,9 +396,10 @@ def candidates(point: Point, launch: Launch, capacity: int, sms: int) -> list[di
             found.append(fields | split(max(launch.min_rows, fields["chunk_rows"]), per_sm))
     for min_rows, per_sm in ((launch.min_rows, 1), (launch.min_rows, 3), (2 * launch.min_rows, 2), (4 * launch.min_rows, 2)):
         found.append(split(min_rows, per_sm))
+    same = lambda fields: all(getattr(launch, name) == value for name, value in fields.items())
+    found = [fields for i, fields in enumerate(found) if fields not in found[:i] and not same(fields)]
     if not wgmma_device(0):
-        same = lambda fields: all(getattr(launch, name) == value for name, value in fields.items())
-        return [fields for i, fields in enumerate(found) if fields not in found[:i] and not same(fields)]
+        return found
     rings = []
     if point.head_dim in RING_HEAD_SIZES and point.num_heads // point.num_kv_heads <= 16:
         for blocks, *fields in MANY_RINGS if point.batch > 4 else FEW_RINGS:
