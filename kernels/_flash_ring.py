@@ -36,7 +36,7 @@ from kernels._common import (
     prefetch_share,
     zeroed_workspace,
 )
-from kernels._flash_split import MAX_COUNTERS, find_part, first_row, parts_of, query_rows, second_unit
+from kernels._flash_split import FLOOR, MAX_COUNTERS, find_part, first_row, parts_of, query_rows, second_unit
 from kernels._hopper import (
     expect_bytes,
     launch_clusters,
@@ -53,7 +53,6 @@ from kernels._ring import described, tma_reads
 QUERY_ROWS = gl.constexpr(16)  # M
 HEAD_SIZES = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
-FLOOR = gl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
 
 # ---------------------------------------------------------------- layouts
 

@@ -13,6 +13,7 @@ there is more than one.
 import triton
 import triton.language as tl
 
+FLOOR = tl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
 MAX_COUNTERS = 65536  # of (sequence, KV head, tile of query rows): each counts the parts that are done
 
 

@@ -39,10 +39,9 @@ from kernels._common import (
     zeroed_workspace,
 )
 from kernels._flash_ring import choose_flash_ring, flash_ring_serves, launch_flash_ring
-from kernels._flash_split import MAX_COUNTERS, all_parts, find_part, first_row, parts_of, query_rows, second_unit
+from kernels._flash_split import FLOOR, MAX_COUNTERS, all_parts, find_part, first_row, parts_of, query_rows, second_unit
 
 HEAD_SIZES = (64, 96, 128)  # others take the reference path
-FLOOR = tl.constexpr(-3e38)  # a running maximum before any key: finite, so that FLOOR - FLOOR is 0 and not NaN
 LOG2_E = math.log2(math.e)
 MIN_ROWS = 128  # of a part: smaller ones pay more for their merge than they save
 
