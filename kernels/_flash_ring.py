@@ -3,13 +3,12 @@
 Owns the kernel that `flash_decode` launches for a 16-bit cache of one page a sequence and up to 16 query rows a KV head,
 written in Gluon, and the choice of its ring. Does not know the model. Needs a GPU of compute capability 9.0: there is no
 interpreter for it, so tests compile it anywhere and run it on a card.
-Letters: B sequences, T query tokens a sequence, S stages, HKV heads, G query heads a KV head, D head size, M = 16 query rows
-(G * T, padded), ROWS of them kept (8 or 16), N cache rows of a block, W warps, KEYS = N / W rows of a block that a warp has.
+Letters: B sequences, T query tokens a sequence, S stages, HKV heads, G query heads a KV head, D head size, ROWS query rows
+(G * T, padded to 8 or 16), N cache rows of a block, W warps, KEYS = N / W rows of a block that a warp has.
 
-A warp keeps a running softmax of all query rows and its own keys of each block: no warp waits for another but to fill a stage
-again, and where a part fits into the ring never. With mma.sync, for wgmma has 64 rows at least: of 4 to 8 query rows 7/8 would
-be padding, and its softmax would take as long as the keys do to come. Warps are added up through shared memory when a part is
-done. Then parts are merged:
+A warp keeps a running softmax of all query rows and its own keys of each block, and exchanges nothing with the others before
+the end. By mma.sync, with keys as rows and queries as columns, eight at least: wgmma has 64 keys at least, and its four warps
+would exchange maxima. Warps are added up through shared memory when a part is done. Then parts are merged:
 - in a cluster, where there are few pairs of a sequence and a KV head and their caches are short: a pair is a cluster's, whose
   programs write shares of their outputs into each other's shared memory, and each adds up its own. Nothing goes through memory.
 - else by the program that is done last, from memory, as flash_decode.py's do.
@@ -30,6 +29,7 @@ from kernels._common import (
     arrives_last,
     has_wgmma,
     launch_options,
+    num_sms,
     pdl_trigger,
     pdl_wait,
     permuted,
@@ -40,6 +40,7 @@ from kernels._flash_split import FLOOR, MAX_COUNTERS, find_part, first_row, part
 from kernels._hopper import (
     expect_bytes,
     launch_clusters,
+    leave_l1,
     mark_shared,
     open_inbox,
     prefetch_descriptors,
@@ -54,7 +55,7 @@ QUERY_ROWS = gl.constexpr(16)  # M
 HEAD_SIZES = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 
-# ---------------------------------------------------------------- layouts
+# ---------------------------------------------------------------- layouts (`x * 0 + y` gives y the shape of x, too)
 
 
 @gluon.constexpr_function
@@ -64,7 +65,7 @@ def _log2(n):
 
 @gluon.constexpr_function
 def _mma_layout(W):
-    """Of [W, M, columns]: a warp has all rows and columns of its own."""
+    """Of [W, keys or D, queries]: a warp has all rows and columns of its own."""
     return gl.NVMMADistributedLayout([2, 0], [W, 1, 1], [1, 16, 8])
 
 
@@ -98,12 +99,13 @@ def _load_block(k_desc, v_desc, ring, slot, row, pred):
 
 
 @gluon.jit
-def _load_q(q_ptr, b, head, HALVES: gl.constexpr, A: gl.constexpr, W: gl.constexpr, D: gl.constexpr, T: gl.constexpr,
+def _load_q(q_ptr, b, head, HALVES: gl.constexpr, W: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, T: gl.constexpr,
             HKV: gl.constexpr, G: gl.constexpr):  # fmt: skip
-    """The same for each warp, where mma.sync wants it: no trip through shared memory. As one tensor, or two halves of D."""
-    warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None][:, :, None]
-    m = gl.arange(0, QUERY_ROWS, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :][:, :, None]
-    column = gl.arange(0, D // HALVES, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, :][:, None, :]
+    """[W, D, ROWS], the same for each warp, where mma.sync wants it: no trip through shared memory. Or halves of D."""
+    B: gl.constexpr = gl.DotOperandLayout(1, _mma_layout(W), 2)
+    warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None][:, :, None]
+    column = gl.arange(0, D // HALVES, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :][:, :, None]
+    m = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, :][:, None, :]
     offset = warp * 0 + query_rows(m, b, head, T, HKV, G) * D + column
     mask = (m < G * T) & (offset >= 0)
     q = (gl.load(q_ptr + offset, mask=mask, other=0.0),)
@@ -117,53 +119,54 @@ def _attend(
     q, ring, k_desc, v_desc, base, row, count, length, window, scale_log2,
     T: gl.constexpr, G: gl.constexpr, S: gl.constexpr, WINDOWED: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """`count` blocks from cache row `row` on -> maximum, sum [W, M], weighted values [W, M, D]. base: row 0 of the sequence."""
+    """`count` blocks from cache row `row` on -> maximum, sum [W, ROWS], weighted values [W, D, ROWS]. base: row 0 of the
+    sequence. Keys are the rows of both products, queries their columns: there are as few as eight."""
     MMA: gl.constexpr = _mma_layout(W)
     N: gl.constexpr = k_desc.block_type.shape[0]
     D: gl.constexpr = k_desc.block_type.shape[1]
-    M: gl.constexpr = QUERY_ROWS
+    ROWS: gl.constexpr = q[0].shape[2]
     KEYS: gl.constexpr = N // W
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     k_smem, v_smem, k_bars, v_bars = ring
-    m = gl.arange(0, M, gl.SliceLayout(0, gl.SliceLayout(2, MMA)))
-    position = gl.where(m < G * T, length - T + m // G, -1)[None, :][:, :, None]
+    m = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(1, MMA)))
+    position = gl.where(m < G * T, length - T + m // G, -1)[None, :][:, None, :]
     warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, MMA)))[:, None][:, :, None]
-    key = row + warp * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, gl.SliceLayout(1, MMA)))[None, :][:, None, :]
-    v_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, OPERAND)))[:, None][:, :, None]
-    v_key = row + v_warp * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, gl.SliceLayout(2, OPERAND)))[None, :][:, :, None]
+    key = row + warp * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, gl.SliceLayout(2, MMA)))[None, :][:, :, None]
+    v_warp = gl.arange(0, W, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None][:, :, None]
+    v_key = row + v_warp * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, :][:, None, :]
 
-    top = gl.full([W, M], FLOOR, gl.float32, gl.SliceLayout(2, MMA))
-    total = gl.zeros([W, M], gl.float32, gl.SliceLayout(2, MMA))
-    acc = gl.zeros([W, M, D], gl.float32, MMA)
+    top = gl.full([W, ROWS], FLOOR, gl.float32, gl.SliceLayout(1, MMA))
+    total = gl.zeros([W, ROWS], gl.float32, gl.SliceLayout(1, MMA))
+    acc = gl.zeros([W, D, ROWS], gl.float32, MMA)
     slot = 0
     phase = 0
     for i in range(count):
         mbarrier.wait(k_bars.index(slot), phase)
-        zeros = gl.zeros([W, M, KEYS], gl.float32, MMA)
-        k = k_smem.index(slot).reshape([W, KEYS, D]).permute((0, 2, 1)).load(OPERAND)
+        zeros = gl.zeros([W, KEYS, ROWS], gl.float32, MMA)
+        k = k_smem.index(slot).reshape([W, KEYS, D]).load(A)
         if len(q) == 2:  # two sums, half as long to wait for
-            k, k1 = gl.split(gl.permute(gl.reshape(k, [W, 2, D // 2, KEYS]), (0, 2, 3, 1)))
-            k, k1 = gl.convert_layout(k, OPERAND, assert_trivial=True), gl.convert_layout(k1, OPERAND, assert_trivial=True)
-            scores = mma_v2(q[0], k, zeros) + mma_v2(q[1], k1, zeros)
+            k, k1 = gl.split(gl.permute(gl.reshape(k, [W, KEYS, 2, D // 2]), (0, 1, 3, 2)))
+            k, k1 = gl.convert_layout(k, A, assert_trivial=True), gl.convert_layout(k1, A, assert_trivial=True)
+            scores = mma_v2(k, q[0], zeros) + mma_v2(k1, q[1], zeros)
         else:
-            scores = mma_v2(q[0], k, zeros)
+            scores = mma_v2(k, q[0], zeros)
         scores *= scale_log2
         visible = key + i * N <= position
         if WINDOWED:
             visible = visible & (key + i * N > position - window)
         scores = gl.where(visible, scores, -float("inf"))
-        new_top = gl.maximum(top, gl.max(scores, 2))
+        new_top = gl.maximum(top, gl.max(scores, 1))
         decay = gl.exp2(top - new_top)
-        weights = gl.exp2(scores - new_top[:, :, None])
-        total = total * decay + gl.sum(weights, 2)
+        weights = gl.exp2(scores - new_top[:, None, :])
+        total = total * decay + gl.sum(weights, 1)
         top = new_top
-        weights = gl.convert_layout(weights.to(q[0].dtype), A, assert_trivial=True)
+        weights = gl.convert_layout(weights.to(q[0].dtype), B)
         mbarrier.wait(v_bars.index(slot), phase)
-        v = v_smem.index(slot).reshape([W, KEYS, D]).load(OPERAND)
+        v = v_smem.index(slot).reshape([W, KEYS, D]).permute((0, 2, 1)).load(A)
         if row + (i + 1) * N > length:  # 0 x NaN: what is behind the end may be anything
             v = gl.where(v_key + i * N < length, v, 0.0)
-        acc = mma_v2(weights, v, acc * decay[:, :, None])
+        acc = mma_v2(v, weights, acc * decay[:, None, :])
         if i + S < count:
             mbarrier.expect(k_bars.index(slot), k_desc.block_type.nbytes)
             mbarrier.expect(v_bars.index(slot), v_desc.block_type.nbytes)
@@ -179,20 +182,6 @@ def _attend(
 
 
 @gluon.jit
-def _kept(x, ROWS: gl.constexpr):
-    """[W, M, ...] -> [W, ROWS, ...]: a thread's own registers."""
-    if x.shape[1] == ROWS:
-        return x
-    else:
-        if len(x.shape) == 3:
-            halves = gl.permute(gl.reshape(x, [x.shape[0], 2, ROWS, x.shape[2]]), (0, 2, 3, 1))
-        else:
-            halves = gl.permute(gl.reshape(x, [x.shape[0], 2, ROWS]), (0, 2, 1))
-        first, _ = gl.split(halves)
-        return first
-
-
-@gluon.jit
 def _add_parts(tops, totals, accs):
     """[C, R], [C, R], [C, R, D] -> [R], [R], [R, D], in a fixed order; the first two as the third has its rows."""
     top = gl.max(tops, 0)
@@ -204,18 +193,20 @@ def _add_parts(tops, totals, accs):
 
 
 @gluon.jit
-def _add_warps(top, total, acc, ROWS: gl.constexpr):
+def _add_warps(top, total, acc):
     """Through shared memory, where the ring was -> maximum, sum [ROWS], weighted values [ROWS, D]."""
     W: gl.constexpr = acc.shape[0]
-    D: gl.constexpr = acc.shape[2]
+    D: gl.constexpr = acc.shape[1]
+    ROWS: gl.constexpr = acc.shape[2]
     L: gl.constexpr = _warps_layout(W, D)
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    accs_smem = gl.allocate_shared_memory(gl.float32, [W, ROWS, D], gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
+    # swizzled so that a warp's stores, eight neighbours in D of every other row, are in as many banks
+    accs_smem = gl.allocate_shared_memory(gl.float32, [W, ROWS, D], gl.SwizzledSharedLayout(8, 2, 4, [2, 1, 0]))
     tops_smem = gl.allocate_shared_memory(gl.float32, [W, ROWS], PLAIN)
     totals_smem = gl.allocate_shared_memory(gl.float32, [W, ROWS], PLAIN)
-    accs_smem.store(_kept(acc, ROWS))
-    tops_smem.store(_kept(top, ROWS))
-    totals_smem.store(_kept(total, ROWS))
+    accs_smem.store(gl.permute(acc, (0, 2, 1)))
+    tops_smem.store(top)
+    totals_smem.store(total)
     tl.debug_barrier()
     return _add_parts(tops_smem.load(gl.SliceLayout(2, L)), totals_smem.load(gl.SliceLayout(2, L)), accs_smem.load(L))
 
@@ -267,20 +258,20 @@ def _merge(
 
 @gluon.jit
 def _open_inboxes(SHARE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, W: gl.constexpr):
-    """Room for the shares that C programs will send -> values [C, SHARE], maxima and sums [2, C, heads] with their barrier
-    behind them, and where these three are. SHARE: numbers of the output that a program adds up; a head: D of them, or all."""
+    """Room for the shares that C programs will send -> values [C, SHARE], their maxima and sums [2, C, R] with the barrier
+    behind them, and where these three are. SHARE: numbers of the output that one program adds up, in R rows of at most D."""
     L: gl.constexpr = gl.SliceLayout(0, _warps_layout(W, D))
-    HEADS: gl.constexpr = 4 * C * (SHARE // min(SHARE, D))  # bytes of maxima
+    MAXIMA: gl.constexpr = 4 * C * (SHARE // min(SHARE, D))  # bytes
     values = gl.allocate_shared_memory(gl.float32, [C * SHARE // 32, 32], gl.NVMMASharedLayout(128, 32, 2))
-    LINES: gl.constexpr = (2 * HEADS + 16 + 1023) // 1024 * 8
-    heads = gl.allocate_shared_memory(gl.float32, [LINES, 32], gl.NVMMASharedLayout(128, 32, 2))
+    LINES: gl.constexpr = (2 * MAXIMA + 16 + 1023) // 1024 * 8
+    stats = gl.allocate_shared_memory(gl.float32, [LINES, 32], gl.NVMMASharedLayout(128, 32, 2))
     mark_shared(W)
     values_at = shared_address(values, L)
-    heads_at = shared_address(heads, L)
+    stats_at = shared_address(stats, L)
     tl.debug_barrier()  # the barrier may lie on another's mark
-    bar_at = gl.max(heads_at.reshape([1]), 0) + 2 * HEADS
+    bar_at = gl.max(stats_at.reshape([1]), 0) + 2 * MAXIMA
     open_inbox(bar_at)
-    return values, heads, values_at, heads_at, bar_at
+    return values, stats, values_at, stats_at, bar_at
 
 
 @gluon.jit
@@ -288,7 +279,7 @@ def _exchange(
     inbox, top, total, acc, row, column, part, parts, SHARE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, W: gl.constexpr
 ):
     """Every program of the cluster gets its share of all parts' results -> sum [R], weighted values [R, columns]."""
-    values, heads, values_at, heads_at, bar_at = inbox
+    values, stats, values_at, stats_at, bar_at = inbox
     WIDE: gl.constexpr = min(SHARE, D)
     R: gl.constexpr = SHARE // WIDE
     ROWS: gl.constexpr = acc.shape[0]
@@ -298,19 +289,19 @@ def _exchange(
     if part < parts:
         flat = row[:, None] * D + column[None, :]
         rank, place = flat // SHARE, flat % SHARE
-        head_at = heads_at + (part * R + place // WIDE) * 4
+        top_at = stats_at + (part * R + place // WIDE) * 4
         zeros = gl.zeros([ROWS, D], gl.float32, OWN)
         send(
             acc, zeros + top[:, None], zeros + total[:, None], rank, values_at + (part * SHARE + place) * 4,
-            head_at, head_at + 4 * C * R, (place % WIDE == 0).to(gl.int32), heads_at + 8 * C * R + rank * 0,
+            top_at, top_at + 4 * C * R, (place % WIDE == 0).to(gl.int32), stats_at + 8 * C * R + rank * 0,
         )  # fmt: skip
     receive(bar_at)
     L: gl.constexpr = _parts_layout(C, R, WIDE, W)
     there = (gl.arange(0, C, gl.SliceLayout(1, gl.SliceLayout(2, L))) < parts)[:, None]
     accs = values._reinterpret(gl.float32, [C, R, WIDE], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0])).load(L)
-    stats = heads._reinterpret(gl.float32, [2, C, R], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    tops = gl.where(there, stats.index(0).load(gl.SliceLayout(2, L)), FLOOR)
-    totals = gl.where(there, stats.index(1).load(gl.SliceLayout(2, L)), 0.0)
+    both = stats._reinterpret(gl.float32, [2, C, R], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    tops = gl.where(there, both.index(0).load(gl.SliceLayout(2, L)), FLOOR)
+    totals = gl.where(there, both.index(1).load(gl.SliceLayout(2, L)), 0.0)
     _, total, acc = _add_parts(tops, totals, gl.where(there[:, :, None], accs, 0.0))
     return total, acc
 
@@ -327,7 +318,8 @@ def _flash_ring_kernel(
     scale_log2, window, batch, page_size, max_parts, spare_programs,
     HKV: gl.constexpr, G: gl.constexpr, T: gl.constexpr, SEQUENCES: gl.constexpr, ROWS: gl.constexpr, S: gl.constexpr,
     LATE: gl.constexpr,
-    CLUSTER: gl.constexpr,  # programs of a (sequence, KV head) that merge within their cluster; 0: merged by the last
+    SPLIT: gl.constexpr,  # a sequence may have several parts, merged by the last
+    CLUSTER: gl.constexpr,  # programs of a (sequence, KV head) that merge within their cluster; or 0
     MERGED: gl.constexpr, WINDOWED: gl.constexpr, PERMUTE: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     if not LATE:
@@ -342,16 +334,14 @@ def _flash_ring_kernel(
     sequence = gl.arange(0, SEQUENCES, gl.BlockedLayout([1], [32], [W], [0]))
     split = (sequence, lengths_ptr, batch, window, max_parts, spare_programs, _log2(N))
     item = gl.program_id(0)
-    if CLUSTER:
-        pair, part = item // CLUSTER, item % CLUSTER
-        b, head = pair // HKV, pair % HKV
-    else:
+    if SPLIT:
         head = item % HKV
         b, part = find_part(item // HKV, split, T, HKV, SEQUENCES, 0, N, WINDOWED)
-    if CLUSTER:
-        length, page = gl.load(lengths_ptr + b), gl.load(table_ptr + b)
-    else:
         length, page = gl.load(lengths_ptr + b, mask=b < batch, other=0), gl.load(table_ptr + b, mask=b < batch, other=0)
+    else:
+        pair, part = item // max(CLUSTER, 1), item % max(CLUSTER, 1)
+        b, head = pair // HKV, pair % HKV
+        length, page = gl.load(lengths_ptr + b), gl.load(table_ptr + b)
 
     k_smem = gl.allocate_shared_memory(DTYPE, [S, N, D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(DTYPE, [S, N, D], v_desc.layout)
@@ -360,6 +350,11 @@ def _flash_ring_kernel(
     ring = (k_smem, v_smem, k_bars, v_bars)
     if CLUSTER:
         inbox = _open_inboxes(SHARE, CLUSTER, D, W)
+    for i in gl.static_range(S):  # while the length is on its way; behind the inboxes, whose marks are everywhere
+        mbarrier.init(k_bars.index(i), count=1)
+        mbarrier.init(v_bars.index(i), count=1)
+    fence_async_shared()
+    tl.debug_barrier()
 
     start = first_row(length, window, T, N, WINDOWED)
     blocks = (length - start + N - 1) >> _log2(N)
@@ -367,24 +362,22 @@ def _flash_ring_kernel(
         parts = gl.maximum(gl.minimum(blocks, CLUSTER), 1)
         first_block = gl.where(blocks < CLUSTER, part, part * blocks >> _log2(CLUSTER))
         end_block = gl.where(blocks < CLUSTER, gl.minimum(part + 1, blocks), (part + 1) * blocks >> _log2(CLUSTER))
-    else:
+    elif SPLIT:
         parts = parts_of(length - start, split, T, HKV, SEQUENCES, 0, N, WINDOWED)
         first_block = ((part * blocks).to(gl.uint32) // parts.to(gl.uint32)).to(gl.int32)
         end_block = (((part + 1) * blocks).to(gl.uint32) // parts.to(gl.uint32)).to(gl.int32)
+    else:
+        parts, first_block, end_block = 1, 0, blocks
     count = gl.where(part < parts, end_block - first_block, 0)
     row = start + first_block * N
     base = (page * HKV + head) * page_size
-    first = gl.minimum(count, S)
-    ready = first  # blocks without rows that this step appends: no kernel writes them now
+    first = gl.minimum(count, S)  # blocks to fill the ring with
+    ready = first  # those of them without a row that this step appends: no kernel writes them now
     if PDL:
         ready = gl.minimum(gl.maximum((length - T - row) >> _log2(N), 0), first)
-    for i in range(first):  # a stage after the other, so that the first load is out at once
-        mbarrier.init(k_bars.index(i), count=1)
-        mbarrier.init(v_bars.index(i), count=1)
-        fence_async_shared()
+    for i in range(first):
         mbarrier.expect(k_bars.index(i), k_desc.block_type.nbytes)
         mbarrier.expect(v_bars.index(i), v_desc.block_type.nbytes)
-        tl.debug_barrier()
         _load_block(k_desc, v_desc, ring, i, base + row + i * N, i < ready)
     if PDL:
         if ready < first:  # these wait, but not for memory
@@ -403,15 +396,17 @@ def _flash_ring_kernel(
             pdl_trigger(PDL)
     if CLUSTER or part < parts:
         HALVES: gl.constexpr = 2 if D == 128 and N // W == 16 else 1
-        q = _load_q(q_ptr, b, head, HALVES, gl.DotOperandLayout(0, _mma_layout(W), 2), W, D, T, HKV, G)
+        q = _load_q(q_ptr, b, head, HALVES, W, ROWS, D, T, HKV, G)
         top, total, acc = _attend(q, ring, k_desc, v_desc, base, row, count, length, window, scale_log2, T, G, S, WINDOWED, W)
         if LATE:
             if count > S:
                 pdl_trigger(PDL)
-        top, total, acc = _add_warps(top, total, acc, ROWS)
+        top, total, acc = _add_warps(top, total, acc)
         m = gl.arange(0, ROWS, gl.SliceLayout(1, OWN))
         column = gl.arange(0, D, gl.SliceLayout(0, OWN))
-        if parts == 1:
+        if not (SPLIT or CLUSTER):
+            _store_out(out_ptr, acc, total, m, column, b, head, D, T, HKV, G, PERMUTE)
+        elif parts == 1:
             if part == 0:
                 _store_out(out_ptr, acc, total, m, column, b, head, D, T, HKV, G, PERMUTE)
             if CLUSTER:
@@ -449,26 +444,38 @@ class FlashRing:
     programs: int  # of all pairs of a sequence and a KV head; of clusters, those in one
     cluster: bool = False  # a pair's programs are a cluster
     late: bool = False  # the next kernel may start behind the wait: at once if the ring holds all blocks, else after the last
+    leaves_l1: bool = False  # to kernels beside it, which stream through it: _hopper.leave_l1
 
 
 @functools.cache
-def choose_flash_ring(*, batch: int, num_kv_heads: int, head_dim: int, capacity: int, sms: int = 132) -> FlashRing | None:
+def choose_flash_ring(
+    *, batch: int, tokens: int, num_kv_heads: int, head_dim: int, capacity: int, sms: int = 132
+) -> FlashRing | None:
     """The ring for caches of `capacity` rows a sequence, by whole steps on an H200 with lengths alike (LOG.md).
 
-    None: flash_decode.py's kernel takes no more of a step. So it is beside linears of one row, up to 8,192 rows of the cache:
-    they stream through L1, whose room on a multiprocessor a ring takes; and in batches where each pair has a program anyway.
+    None: flash_decode.py's kernel takes no more of a step: where one sequence of few rows has a small head size, and in large
+    batches of that size, in which each pair has a program anyway.
     """
     pairs = batch * num_kv_heads
     rows = 8192 // head_dim  # 16 KiB of K
+    most = 1 << (64 // pairs).bit_length() - 1 if pairs <= 32 else 0  # programs of a pair in a cluster: 64 in all
     long = capacity > 4096  # then one sequence may be much longer than the others: there are programs to split it over
-    if pairs <= 8:
-        return FlashRing(rows, 6, 4, programs=sms, late=True) if capacity > 8192 else None
-    if pairs <= 16 and capacity <= 8192:
-        return FlashRing(rows, 6, 4, programs=4, cluster=True)
+    if batch * tokens == 1:  # beside linears of one row
+        if capacity > 8192 and pairs < sms // 2:
+            return FlashRing(rows, 3, 4, programs=sms - sms % pairs, late=True, leaves_l1=True)
+        if (head_dim == 64 and capacity < 512) or most < 2:
+            return None
+        return FlashRing(rows, 3, 4, programs=min(most, 16), cluster=True, late=True, leaves_l1=True)
+    if most >= 4 and capacity <= 8192:
+        return FlashRing(rows, 6, 4, programs=min(most, 8), cluster=True)
     if pairs <= sms:
-        return FlashRing(rows, 3, 4, programs=2 * sms) if long else FlashRing(rows, 4, 4, programs=sms)
+        if long:
+            return FlashRing(rows, 3, 4, programs=2 * sms)
+        return FlashRing(rows, 2 if head_dim == 64 and capacity <= 1024 else 4, 4, programs=sms)
     if pairs <= 2 * sms:
         return FlashRing(rows, 3, 4, programs=pairs + sms if long else 2 * sms)
+    if pairs <= 4 * sms and (head_dim == 128 or capacity <= 1024):  # four a multiprocessor, all at once
+        return FlashRing(rows // 2, 3, 2, programs=pairs + (2 * sms if long else 0))
     if head_dim == 128 and pairs > 8 * sms:
         return FlashRing(rows // 2, 2, 2, programs=pairs + (2 * sms if long else 0))
     return None
@@ -492,9 +499,10 @@ def launch_flash_ring(q, k_cache, v_cache, lengths, table, ring: FlashRing, *, s
     pairs = B * HKV
     assert ring.block_rows >= 16 * ring.warps, "the least that tensor cores take"
     assert not ring.cluster or (ring.warps == 4 and ring.programs in (2, 4, 8, 16)), "shares are laid out for these"
-    programs = 0 if ring.cluster else max(ring.programs, pairs)
-    partial = torch.empty(programs * rows * D, dtype=torch.float32, device=q.device)
-    stats = torch.empty(programs * 2 * rows, dtype=torch.float32, device=q.device)
+    programs = max(ring.programs, pairs) if not ring.cluster and ring.programs >= pairs + HKV else pairs
+    split = programs > pairs
+    partial = torch.empty(programs * rows * D if split else 0, dtype=torch.float32, device=q.device)
+    stats = torch.empty(programs * 2 * rows if split else 0, dtype=torch.float32, device=q.device)
     view, box = [pages * HKV * page_size, D], [ring.block_rows, D]
     arguments = (
         described(k_cache, view, [D, 1], box), described(v_cache, view, [D, 1], box), q, k_cache, v_cache, lengths, table,
@@ -510,16 +518,20 @@ def launch_flash_ring(q, k_cache, v_cache, lengths, table, ring: FlashRing, *, s
         "ROWS": rows,
         "S": ring.stages,
         "LATE": ring.late,
+        "SPLIT": split,
         "CLUSTER": ring.programs if ring.cluster else 0,
         # All parts at a time, as far as registers reach.
-        "MERGED": max(1, min(triton.next_power_of_2(1 + max(0, programs - pairs) // HKV), 32 * ring.warps // rows)),
+        "MERGED": max(1, min(triton.next_power_of_2(1 + (programs - pairs) // HKV), 32 * ring.warps // rows)),
         "WINDOWED": window is not None,
         "PERMUTE": permute,
         "num_warps": ring.warps,
         **launch_options(q),
     }
     if ring.cluster:
-        launch_clusters(_flash_ring_kernel, pairs, ring.programs, arguments, options)
+        compiled = launch_clusters(_flash_ring_kernel, pairs, ring.programs, arguments, options)
     else:
-        _flash_ring_kernel[(programs,)](*arguments, **options)
+        compiled = _flash_ring_kernel[(programs,)](*arguments, **options)
+    if ring.leaves_l1:
+        grid = pairs * ring.programs if ring.cluster else programs
+        leave_l1(compiled, -(-grid // num_sms(q.device.index or 0)))
     return out

@@ -1,6 +1,7 @@
 """What Gluon has no word for on Hopper: where in shared memory a buffer lies, and programs that write into each other's.
 
-Owns inline PTX and the launch of a cluster. Does not know what the programs compute. Needs a GPU of compute capability 9.0.
+Owns inline PTX, the launch of a cluster, and how a multiprocessor shares its memory between L1 and shared memory. Does not know
+what the programs compute. Needs a GPU of compute capability 9.0.
 
 PTX needs addresses, and Triton does not say where it has put a buffer. A kernel finds out when it starts: it writes its address
 into each 1,024 bytes of its shared memory, and reads the buffer's beginning.
@@ -8,6 +9,8 @@ into each 1,024 bytes of its shared memory, and reads the buffer's beginning.
 In a cluster each program has an *inbox* in its shared memory, and a barrier there that counts the bytes which arrive. Sending
 is st.async: no fence, no atomic, no trip through memory.
 """
+
+import ctypes
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -95,29 +98,29 @@ def receive(bar_at):
 
 
 @gluon.jit
-def send(value, top, total, rank, value_at, top_at, total_at, heads, bar_at):
+def send(value, top, total, rank, value_at, top_at, total_at, begins, bar_at):
     """32-bit numbers to the inbox of the cluster's program `rank`, four neighbouring values at a time, and where the first of
-    them has `heads`, its `top` and `total`. All of one layout; addresses are the sender's own, as inboxes lie alike."""
+    them has `begins`, its `top` and `total`. All of one layout; addresses are the sender's own, as inboxes lie alike."""
     asm: gl.constexpr = """{
-    .reg .b32 at, bar; .reg .pred heads;
+    .reg .b32 at, bar; .reg .pred begins;
     mapa.shared::cluster.u32 bar, $36, $16; mapa.shared::cluster.u32 at, $20, $16;
     st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [at], {$4, $5, $6, $7}, [bar];
-    setp.ne.b32 heads, $32, 0;
+    setp.ne.b32 begins, $32, 0;
     mapa.shared::cluster.u32 at, $24, $16;
-    @heads st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], $8, [bar];
+    @begins st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], $8, [bar];
     mapa.shared::cluster.u32 at, $28, $16;
-    @heads st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], $12, [bar];
+    @begins st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [at], $12, [bar];
     mov.u32 $0, 0; mov.u32 $1, 0; mov.u32 $2, 0; mov.u32 $3, 0;
     }"""
     operands = [
         value.to(gl.int32, bitcast=True), top.to(gl.int32, bitcast=True), total.to(gl.int32, bitcast=True), rank,
-        value_at, top_at, total_at, heads, bar_at,
+        value_at, top_at, total_at, begins, bar_at,
     ]  # fmt: skip
     constraints: gl.constexpr = "=r,=r,=r,=r," + "r," * 35 + "r"
     gl.inline_asm_elementwise(asm, constraints, operands, gl.int32, is_pure=False, pack=4)
 
 
-def launch_clusters(kernel, clusters: int, size: int, arguments: tuple, options: dict) -> None:
+def launch_clusters(kernel, clusters: int, size: int, arguments: tuple, options: dict):
     """Launches `clusters` clusters of `size` programs (2 to 16), program_id(0) % size being a program's rank in its cluster.
 
     The kernel is compiled as for programs alone: with Triton's own `num_ctas` each tensor would be spread over the cluster.
@@ -128,4 +131,33 @@ def launch_clusters(kernel, clusters: int, size: int, arguments: tuple, options:
     if compiled is not None:
         warps, _, shared = compiled.packed_metadata
         compiled.packed_metadata = (warps, size, shared)
-    kernel[(clusters,)](*arguments, **options)
+    return kernel[(clusters,)](*arguments, **options)
+
+
+# ---------------------------------------------------------------- L1 and shared memory
+
+SHARED_KIB = (0, 8, 16, 32, 64, 100, 132, 164, 196, 228)  # that a multiprocessor can have; L1 has the rest of 256
+
+
+def carveout_percent(num_bytes: int, programs: int) -> int:
+    """Of 228 KiB, the least that holds so many programs, each `num_bytes` of shared memory and 1 KiB beside; or all."""
+    needed = programs * (num_bytes + 1024)
+    return -(-next((kib for kib in SHARED_KIB if kib * 1024 >= needed), 228) * 100 // 228)
+
+
+_carveouts: dict[int, int] = {}  # what a function of the driver was last told
+
+
+def _set_carveout(function: int, percent: int) -> None:
+    if _carveouts.get(function) != percent:
+        preferred = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), preferred, percent)
+        _carveouts[function] = percent
+
+
+def leave_l1(compiled, programs: int) -> None:
+    """A hint to the driver: no more shared memory on a multiprocessor than so many programs of this kernel need, from its next
+    launch on. Left alone it is all there can be, and a kernel beside it, which streams through L1, has 28 KiB for what it has
+    asked for (LOG.md). `compiled`: what a launch has returned; None where nothing was launched."""
+    if compiled is not None:
+        _set_carveout(compiled.function, carveout_percent(compiled.metadata.shared, programs))

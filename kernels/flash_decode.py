@@ -631,7 +631,7 @@ def _flash_decode(
     _, Hkv, page_size, _ = k_cache.shape
     paged, sms = table.shape[1] > 1, num_sms(q.device.index or 0)
     if flash_ring_serves(q, k_cache, v_cache, table, k_scale, split_size):
-        ring = choose_flash_ring(batch=B, num_kv_heads=Hkv, head_dim=D, capacity=page_size, sms=sms)
+        ring = choose_flash_ring(batch=B, tokens=T, num_kv_heads=Hkv, head_dim=D, capacity=page_size, sms=sms)
         ring = _overrides.get("ring") if _overrides else ring
         if ring is not None:
             at = {"scale_log2": scale * LOG2_E, "window": window, "permute": permute}

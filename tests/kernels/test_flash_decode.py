@@ -13,6 +13,7 @@ from torch.library import opcheck
 
 from kernels._common import INTERPRET, _workspaces, pdl_disabled, permute_columns, wgmma_device
 from kernels._flash_ring import FlashRing, choose_flash_ring
+from kernels._hopper import carveout_percent
 from kernels.flash_decode import choose_launch, flash_decode, flash_decode_ref, override_launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -236,10 +237,10 @@ def test_launch_follows_the_capacity():
 def test_rings_fit():
     """Into shared memory and registers, for every batch and capacity; clusters of a size that can be launched."""
     batches, heads, capacities = (1, 2, 3, 4, 8, 12, 16, 24, 64, 300), (1, 2, 4, 8), (64, 1000, 8192, 2**20)
-    for B, Hkv, D, S in itertools.product(batches, heads, (64, 128), capacities):
-        ring = choose_flash_ring(batch=B, num_kv_heads=Hkv, head_dim=D, capacity=S)
+    for B, T, Hkv, D, S in itertools.product(batches, (1, 4), heads, (64, 128), capacities):
+        ring = choose_flash_ring(batch=B, tokens=T, num_kv_heads=Hkv, head_dim=D, capacity=S)
         if ring is None:
-            assert B * Hkv <= 8 or B * Hkv > 264
+            assert B * T == 1 or B * Hkv > 264
             continue
         assert 4 * ring.stages * ring.block_rows * D <= 200 * 1024
         assert ring.block_rows >= 16 * ring.warps, "the least that tensor cores take"
@@ -248,6 +249,16 @@ def test_rings_fit():
         spare = ring.programs - B * Hkv
         assert ring.cluster or S <= 4096 or spare >= min(132, B * Hkv), "a long one among short ones can be split"
         assert not ring.cluster or ring.warps == 4
+
+
+def test_carveout():
+    """What a multiprocessor can have is no matter of a byte: the driver takes the next size up."""
+    assert carveout_percent(0, 1) == 4, "8 of 228 KiB"
+    assert carveout_percent(103 * 1024, 1) == 58, "132 of 228"
+    assert carveout_percent(103 * 1024, 2) == 100
+    assert carveout_percent(227 * 1024, 1) == 100
+    assert carveout_percent(34 * 1024, 4) == 72, "164 of 228"
+    assert carveout_percent(34 * 1024, 16) == 100, "not all at once"
 
 
 def test_launch_with_fixed_splits_ignores_the_batch():
