@@ -22,7 +22,7 @@ from decoding import BUCKETS, STEPS_PER_GRAPH, Decoder, Session, check_mode, syn
 from kernels import MAX_ROWS
 from kernels.formats import Weight
 from kv_cache import CACHE_DTYPES, bytes_per_row
-from model import DTYPES, SHAPES, Scale, Transformer
+from model import ACTIVATION_DTYPES, DTYPES, SHAPES, Scale, Transformer
 from prefill import CHUNK_ROWS, Prefiller
 from runs import Output, Request, Run
 from sampling import SamplingParams
@@ -98,6 +98,7 @@ class Engine:
         compile_prefill=False,
         max_seq_len=None,
         kv_cache_dtype="auto",
+        activation_dtype="auto",
         batch_invariant=False,
     ):
         context = model.config.max_position_embeddings
@@ -105,10 +106,15 @@ class Engine:
             raise ValueError(f"max_seq_len: found {max_seq_len}, expected 1 to the model's context, {context}")
         if kv_cache_dtype not in CACHE_DTYPES:
             raise ValueError(f"kv_cache_dtype: found {kv_cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
+        if activation_dtype not in ACTIVATION_DTYPES:
+            raise ValueError(f"activation_dtype: found {activation_dtype!r}, expected one of {', '.join(ACTIVATION_DTYPES)}")
+        if batch_invariant and activation_dtype != "auto":  # cuBLAS picks algorithms by the number of rows
+            raise ValueError("batch_invariant: found with activation_dtype fp8, expected one of them")
         check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
         self.decode_mode, self.max_seq_len, self.batch_invariant = decode_mode, max_seq_len, batch_invariant
         self.cache_dtype = CACHE_DTYPES[kv_cache_dtype] or model.norm.weight.dtype
+        self.activation_dtype = activation_dtype
         self.defaults: dict = {}  # sampling defaults of the checkpoint's generation_config.json
         self.stop_ids = set(model.config.eos_token_ids) | (set(tokenizer.eos_ids) if tokenizer else set())
         self.load_sec, self.load_notes = 0.0, []
@@ -247,9 +253,15 @@ class Engine:
         """SamplingParams from the checkpoint's defaults, overridden by what is given (None = not given)."""
         return SamplingParams(**self.defaults | {k: v for k, v in given.items() if v is not None})
 
-    def prepare(self, batch_size: int, length: int) -> None:
-        """Makes a session for up to so many sequences of up to `length` tokens, unless the present one serves."""
+    def prepare_weights(self) -> None:
+        """Weights in the kernels' order, products as this engine wants them. ValueError: activation_dtype does not fit them."""
         self.model.tile_weights()
+        self.model.round_activations(self.activation_dtype == "fp8")
+
+    def prepare(self, batch_size: int, length: int) -> None:
+        """Makes a session for up to so many sequences of up to `length` tokens, unless the present one serves.
+        ValueError as for `prepare_weights`."""
+        self.prepare_weights()
         s = self.session
         serves = s and s.max_seq_len >= min(length, self.context) and self.decoder.serves(batch_size)
         if serves and (not self.speculation or s.batch_size == batch_size):  # a round works on all rows
@@ -392,6 +404,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("speculate_k", type=int, help=f"the most tokens drafted at once (default {DRAFTS}); fewer where that is faster")
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
     flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the bytes (default: the model's dtype)")
+    flag("activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of x in products of many rows with fp8 weights")
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")
@@ -431,7 +444,7 @@ def parse_args(argv=None) -> argparse.Namespace:
 def load_engine(args: argparse.Namespace) -> Engine:
     """The engine that the command line asks for."""
     dtype = DTYPES.get(args.dtype)
-    names = ("compile_prefill", "max_seq_len", "kv_cache_dtype", "batch_invariant")
+    names = ("compile_prefill", "max_seq_len", "kv_cache_dtype", "activation_dtype", "batch_invariant")
     options = {name: getattr(args, name) for name in names}
     options["decode_mode"] = args.decode_mode or ("auto" if args.compile else "eager")
     if args.random_weights:

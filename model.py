@@ -29,6 +29,7 @@ MAX_INTEGER = 2**31 - 1
 MAX_NUMBER = 1e30  # of a real parameter: beyond any use, and float32 holds it
 MAX_ROPE_BYTES = 2**29  # of cos and sin: a context of 2**20 at head size 128
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ACTIVATION_DTYPES = ("auto", "fp8")  # of x in products of many rows; auto: the model's
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 # ---------------------------------------------------------------- operations on rows
 # Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products, or one kernel for
-# gate/up and SiLU x up. 17 to 64 rows: what is faster for each layer. No GPU: plain PyTorch, for Inductor.
+# gate/up and SiLU x up; with fp8 weights, where that is asked for (`round_activations`), x is rounded to fp8 as well. 17 to 64
+# rows: what is faster for each layer. No GPU: plain PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 #
 # An RMSNorm is no layer of its own here: it is done by the linear that reads it. So hidden states x travel with a `norm`: the
@@ -382,13 +384,18 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def linear(
-    x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None, x_permuted=False, y_permuted=False
-) -> torch.Tensor:
+    x, weight, norm: Norm | None = None, eps=0.0, activation="none", residual=None, x_permuted=False, y_permuted=False,
+    y_rounded=False,
+) -> torch.Tensor | kernels.QuantizedRows:  # fmt: skip
     """x [N, K] -> [N, out]: RMSNorm (if `norm`; a FoldedNorm only where `fused`), product, bias, SiLU x up (if activation is
     "silu_mul"), plus residual. x_permuted, y_permuted: the order of columns, as kernels.linear has it; only where `fused`.
 
+    x may be in fp8 already: what a linear before it gave that was told so by `y_rounded` (only where `takes_scaled`).
     `residual`, of many rows, is overwritten with the result.
     """
+    if isinstance(x, kernels.QuantizedRows) or kernels.takes_scaled(x, weight):
+        options = {"activation": activation, "residual": residual, "y_rounded": y_rounded}
+        return kernels.scaled_linear(x, weight, norm=norm, eps=eps, **options)
     if fused(x, weight):
         options = {"activation": activation, "residual": residual, "x_permuted": x_permuted, "y_permuted": y_permuted}
         return kernels.linear(x, weight, norm=norm, eps=eps, **options)
@@ -599,17 +606,18 @@ class FeedForward(nn.Module):
     def forward(self, x: torch.Tensor, norm: Norm, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] -> x + feed_forward(norm(x)) [N, H], and its reader's norm."""
         permuted = kernels.reads_permuted("linear", x, self.w2)
-        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", y_permuted=permuted)
+        order = {"y_permuted": permuted, "y_rounded": kernels.takes_scaled(x, self.w2)}
+        hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", **order)
         return add_projection(x, hidden, self.w2, reader, x_permuted=permuted)
 
 
-def add_projection(residual, x: torch.Tensor, weight: Weight, reader: Reader, x_permuted: bool) -> tuple[torch.Tensor, Norm]:
+def add_projection(residual, x, weight: Weight, reader: Reader, x_permuted: bool) -> tuple[torch.Tensor, Norm]:
     """residual + all_reduce(x @ weight.T), and its reader's norm. On one device the sum is the kernel's own epilogue, and so is
     the norm, where the reader's kernel would have to repeat it in every program."""
     if WORLD_SIZE > 1:
         return residual + all_reduce(linear(x, weight, x_permuted=x_permuted)), reader.gain
     folds = kernels.folds_norm(weight.packed, reader.weight.packed)
-    if folds and fused(x, weight) and fused(residual, reader.weight):
+    if folds and fused(residual, reader.weight) and fused(x, weight):
         y_permuted = reader.op is not None and kernels.reads_permuted(reader.op, residual, reader.weight)
         order = {"x_permuted": x_permuted, "y_permuted": y_permuted}
         return kernels.linear_folding(x, weight, residual=residual, gain=reader.gain, **order)
@@ -664,6 +672,7 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.output = Weight(config.vocab_size, config.hidden_size, packed=config.head_format, **where)
         self.vocab_limit = config.vocab_size  # ids from here on are padding: never sampled
+        self.rounds_activations = False
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
 
@@ -678,6 +687,19 @@ class Transformer(nn.Module):
             for module in self.modules():
                 if isinstance(module, Weight):
                     module.tile()
+
+    def round_activations(self, enabled: bool) -> None:
+        """Whether products of many rows in the layers round x to fp8, too. ValueError: weights or a device that cannot."""
+        weights = [module for module in self.layers.modules() if isinstance(module, Weight)]
+        if enabled:
+            if found := {weight.format for weight in weights} - {"fp8"}:
+                raise ValueError(f"activation_dtype: found fp8 with weights in {min(found)}, expected fp8 weights")
+            if not kernels.scaled_runs(self.norm.weight.device, self.norm.weight.dtype):
+                found = f"{self.norm.weight.dtype} on {self.norm.weight.device}"
+                raise ValueError(f"activation_dtype: found fp8 with {found}, expected 16 bits and a card with fp8 units")
+        for weight in weights:
+            weight.rounds_x = enabled
+        self.rounds_activations = enabled
 
     def setup_rope(self, length: int, spare: int = 0) -> None:
         """Builds the RoPE tables for positions below `length`, and `spare` more. Call once, before the first forward.

@@ -109,7 +109,8 @@ class Prefiller:
         attention = "/".join(sorted(kernels.attention_launched)) or "not yet run"
         launch = f"CUDA graphs up to {GRAPH_ROWS} rows" if self.use_graphs else "step by step"
         launch = "compiled by torch.compile" if self.compiled else launch
-        return f"packs of up to {CHUNK_ROWS} rows, {launch}; attention kernels so far: {attention}"
+        rounds = f", x in fp8 from {kernels.MAX_ROWS + 1} rows on" if self.model.rounds_activations else ""
+        return f"packs of up to {CHUNK_ROWS} rows{rounds}, {launch}; attention kernels so far: {attention}"
 
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from kernels.head import advance, head, partial_argmax
 from kernels.linear import MAX_ROWS, linear, linear_folding, qkv_rope_append
 from kernels.lookup import lookup
 from kernels.rows import rms_norm, rope_append, silu_mul
+from kernels.scaled import QuantizedRows, scaled_linear, scaled_runs, takes_scaled
 from kernels.tiles import PLAIN_ROWS, batch_invariant, folds_norm, is_batch_invariant
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "MAX_ROWS",
     "PLAIN_ROWS",
     "FoldedNorm",
+    "QuantizedRows",
     "accept",
     "advance",
     "append_ref",
@@ -52,8 +54,11 @@ __all__ = [
     "rms_norm",
     "rope_append",
     "runs_kernels",
+    "scaled_linear",
+    "scaled_runs",
     "silu_mul",
     "takes_gate_up",
+    "takes_scaled",
     "token_positions",
 ]
 

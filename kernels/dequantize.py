@@ -1,7 +1,8 @@
 """Widening a packed weight: where x has more rows than the small-batch kernels take, cuBLAS multiplies a plain weight.
 
-Owns the operator behind `Weight.dequantized` of a tiled weight (formats.py; _packed.py reads the tiles). Does not know the
-products. Letters as in _packed.py: N rows, K columns, U units of columns, W warps, L = 32 W threads, S steps of 32 columns.
+Owns the operators behind `Weight.dequantized` and `Weight.fp8_codes` of a tiled weight (formats.py; _packed.py reads the
+tiles). Does not know the products. Letters as in _packed.py: N rows, K columns, U units of columns, W warps, L = 32 W threads,
+S steps of 32 columns.
 
 A thread's 16 bytes of codes are 8 neighbouring columns of each step: 16 bytes of a row of the result. Nothing passes from one
 thread to another; the four threads of a row fill 64 bytes of it, the next step the other half of a cache line.
@@ -13,10 +14,11 @@ import triton.language as tl
 
 from kernels._common import INTERPRET, INTERPRETED, NVIDIA, launch_options, pdl_trigger, pdl_wait, runs_kernels
 from kernels._packed import load_unit, pieces, weight_rows
-from kernels.formats import UNIT_COLUMNS, dequantize_tiled
+from kernels.formats import UNIT_COLUMNS, dequantize_tiled, untile_codes
 
 COLUMNS = tl.constexpr(256)  # of 8 rows, a warp's work: its loads are all in flight at once
 WARPS = 64 if INTERPRET else 4  # the interpreter takes as long for many as for few
+LANES = 1024  # of a program that puts codes in order: at 4 warps, 16 loads of 8 bytes a thread in flight
 
 
 # ---------------------------------------------------------------- kernel
@@ -88,7 +90,22 @@ def _dequantize_kernel(
             )
 
 
-# ---------------------------------------------------------------- operator
+@triton.jit(do_not_specialize=["N", "U"])
+def _untile_fp8_kernel(w_ptr, out_ptr, N, K, U, LANES: tl.constexpr, PDL: tl.constexpr):
+    """out[n, k] = code, in 32-bit words of four columns; K a multiple of 4. A lane has 8 columns of each 32 of a row's unit."""
+    pdl_trigger(PDL)
+    lane = (tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES))[:, None, None]
+    step, high = tl.arange(0, 2)[None, :, None], tl.arange(0, 2)[None, None, :]
+    row = lane // (32 * U) * 8 + lane % 32 // 4
+    word = lane // 32 % U * 16 + step * 8 + lane % 4 * 2 + high  # of the row
+    tiled = tl.load(w_ptr + lane * 4 + step * 2 + high, mask=row < N, other=0)
+    # bytes 1, 3, 0, 2 of a tiled word are columns 0 to 3: one instruction, prmt
+    plain = (tiled >> 8 & 0xFF) | (tiled >> 16 & 0xFF00) | (tiled & 0xFF) << 16 | (tiled & 0xFF0000) << 8
+    pdl_wait(PDL)  # a kernel before this one may still read what `out` was allocated from
+    tl.store(out_ptr + row * (K // 4) + word, plain, mask=(row < N) & (word < K // 4))
+
+
+# ---------------------------------------------------------------- operators
 
 
 def _plain(weight, scale, zero, format, rows, columns, dtype):
@@ -132,3 +149,30 @@ def _dequantize(
 @_dequantize.register_fake
 def _(weight, scale, zero, format, rows, columns, dtype):
     return _plain(weight, scale, zero, format, rows, columns, dtype)
+
+
+def _codes(weight, rows, columns):
+    if columns % 4:
+        raise ValueError(f"columns: found {columns}, expected a multiple of 4")
+    shape = [-(-rows // 8), -(-columns // UNIT_COLUMNS["fp8"]), 32, 4]
+    if list(weight.shape) != shape or weight.dtype != torch.int32 or not weight.is_contiguous():
+        raise ValueError(f"weight: found {weight.dtype} {list(weight.shape)}, expected int32 {shape}, contiguous")
+    return weight.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
+
+
+@torch.library.custom_op("rooflama::untile_fp8", mutates_args=())
+def _untile_fp8(weight: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """The codes [rows, columns] of an fp8 weight in the kernels' order. ValueError: a shape that does not fit."""
+    out = _codes(weight, rows, columns)
+    if not runs_kernels(weight):
+        return untile_codes(weight, "fp8", rows, columns)
+    grid = (triton.cdiv(weight.numel() // 4, LANES),)
+    _untile_fp8_kernel[grid](
+        weight, out.view(torch.int32), rows, columns, weight.shape[1], LANES=LANES, num_warps=4, **launch_options(weight)
+    )
+    return out
+
+
+@_untile_fp8.register_fake
+def _(weight, rows, columns):
+    return _codes(weight, rows, columns)

@@ -218,6 +218,7 @@ class Weight(nn.Module):
 
     Buffers: `weight`, `scale` and `zero` as the table above has them (None where a format has none), `bias` [N] or None; once
     `tiled`, in the kernels' order. `dtype` is the model's: of the bias, and of the plain weight that this one stands for.
+    `rounds_x`, of fp8: products of many rows round x to fp8, too (scaled.py).
     """
 
     def __init__(
@@ -234,7 +235,7 @@ class Weight(nn.Module):
         self.out_features, self.in_features, self.dtype, self.packed = out_features, in_features, dtype, packed
         self.format = packed.format if packed else PLAIN_FORMATS[dtype]
         self.group_size = packed.group_size if packed else 0
-        self.tiled = False
+        self.tiled = self.rounds_x = False
         shape = (out_features, in_features)
         tensors = packed.tensors(*shape) if packed else {"weight": (dtype, shape)}
         for name in ("weight", "scale", "zero"):
@@ -294,6 +295,12 @@ class Weight(nn.Module):
         codes = unpack_int4(self.weight) if self.format == "int4" else self.weight
         values = decode(codes.unflatten(1, (self.scale.shape[1], -1)), self.scale, self.zero, self.packed)
         return values.flatten(1).to(self.dtype)
+
+    def fp8_codes(self) -> Tensor:
+        """The codes of an fp8 weight as a plain float8_e4m3fn [N, K] tensor."""
+        if not self.tiled:
+            return self.weight
+        return torch.ops.rooflama.untile_fp8(self.weight, self.out_features, self.in_features)  # dequantize.py: `untile_codes`
 
     def quantized(self, fmt: PackedFormat, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> "Weight":
         """This weight in another format: codes [N, K] as `encode` gives them, scale and zero [N, G]; the bias is kept."""

@@ -42,7 +42,7 @@ from checkpoint import default_generation
 from convert_hf_checkpoint import report_errors
 from generate import DTYPES, Decoder, add_flag, default_device, metrics
 from kv_cache import CACHE_DTYPES
-from model import SHAPES
+from model import ACTIVATION_DTYPES, SHAPES
 from quantize import MODES, read_text
 from sampling import SamplingParams
 from tokenizer import load_tokenizer
@@ -62,8 +62,8 @@ def decode(args: argparse.Namespace) -> dict:
         args.prompt_len = args.context - args.max_new_tokens
     if args.explain and not args.device.startswith("cuda"):
         raise ValueError(f"--explain: found device {args.device}, expected a CUDA device")
-    model, formats = args.random_weights or str(args.checkpoint_path), (args.quantize, 0.0, args.kv_cache_dtype)
-    row = Row(model, args.batch_size, args.prompt_len, args.max_new_tokens, *formats)
+    model, options = args.random_weights or str(args.checkpoint_path), (args.kv_cache_dtype, args.activation_dtype)
+    row = Row(model, args.batch_size, args.prompt_len, args.max_new_tokens, args.quantize, 0.0, *options)
     measure.check_row(row)
     if args.cold:
         return cold_start(args, row)
@@ -176,9 +176,9 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
     if getattr(args, "scenario", None):
         return tables.scenario_rows(args.scenario)
     models = args.random_weights or list(map(str, args.checkpoint_path))
-    formats = (args.quantize or [None], args.kv_cache_dtype)
+    formats = (args.quantize or [None], args.kv_cache_dtype, args.activation_dtype)
     lists = (models, args.prompt_len, args.max_new_tokens, args.padding_ratio, *formats, args.batch_size)
-    return [Row(m, b, t, n, q, ratio, kv) for m, t, n, ratio, q, kv, b in itertools.product(*lists)]
+    return [Row(m, b, t, n, q, ratio, kv, x) for m, t, n, ratio, q, kv, x, b in itertools.product(*lists)]
 
 
 def engines_of(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -224,7 +224,7 @@ def with_largest(rows: list[Row], engine: tuple[str, str], plan: Plan, most: int
             continue
         say(f"{shape}: the largest power-of-two batch that fits is {largest}")
         rows = [*rows, *([dataclasses.replace(shape, batch_size=largest)] if largest else [])]
-    return sorted(dict.fromkeys(rows), key=lambda row: (row.model, row.quantize or "", row.kv_cache_dtype))
+    return sorted(dict.fromkeys(rows), key=lambda row: tuple(name or "" for name in measure.loaded_as(row)))
 
 
 # ---------------------------------------------------------------- chat
@@ -322,6 +322,7 @@ def add_decode(sub: argparse.ArgumentParser) -> None:
     flag("top_p", type=float)
     flag("quantize", choices=MODES)
     flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto")
+    flag("activation_dtype", choices=ACTIVATION_DTYPES, default="auto")
     flag("decode_mode", choices=Decoder.MODES, default="auto")
     flag("explain", action="store_true", help="per class of kernels: where each microsecond of a step goes")
     flag("cold", action="store_true", help="time to the first token of a new process, its compile caches empty, and filled")
@@ -351,6 +352,7 @@ def add_compare(sub: argparse.ArgumentParser, batches: list[int]) -> None:
     )
     flag("quantize", nargs="+", choices=MODES)
     flag("kv_cache_dtype", nargs="+", choices=CACHE_DTYPES, default=["auto"])
+    flag("activation_dtype", nargs="+", choices=ACTIVATION_DTYPES, default=["auto"], help="rooflama's")
     flag(
         "max_batch", nargs="?", type=int, const=MAX_BATCH, help="also the largest power-of-two batch that fits (up to this one)"
     )

@@ -40,6 +40,7 @@ class Setup:
     max_len: int = 4096  # of any prompt with its answer
     memory_share: float = 0.9  # of the GPU's that an engine may reserve which reserves it up front (vLLM)
     kv_cache_dtype: str = "auto"  # or fp8
+    activation_dtype: str = "auto"  # or fp8; rooflama's
 
 
 @dataclass
@@ -90,7 +91,7 @@ class Rooflama:
 
                 quantize.quantize_at_load(engine.model, setup.quantize, engine.tokenizer)
             self.model = engine.model
-        names = ("decode_mode", "compile_prefill", "kv_cache_dtype")
+        names = ("decode_mode", "compile_prefill", "kv_cache_dtype", "activation_dtype")
         self.options = {name: getattr(setup, name) for name in names}
         self.engine = None
 

@@ -3,6 +3,7 @@
     python scripts/evaluate.py --text FILE --checkpoint_path quantised1 quantised2 --reference original
     python scripts/evaluate.py --text FILE --reference original --quantize int8 fp8 int4-gptq --groupsize 64 128
     python scripts/evaluate.py --text FILE --reference original --kv_cache_dtype fp8
+    python scripts/evaluate.py --text FILE --reference original --quantize fp8 --activation_dtype fp8
 
 The text is cut into windows, each read from its start without what came before. The decode path reads them token by token, as
 if each had been generated: the same kernels and graphs, the true token in the place of the chosen one (teacher forcing).
@@ -32,7 +33,7 @@ from convert_hf_checkpoint import report_errors, underscored
 from generate import DEMO, DTYPES, Engine, default_device
 from kernels.formats import GROUP_SIZES, PLAIN_FORMATS
 from kv_cache import CACHE_DTYPES
-from model import PrefillStep
+from model import ACTIVATION_DTYPES, PrefillStep
 from timing import weight_bytes_per_step
 
 
@@ -86,6 +87,7 @@ def cut_windows(engine: Engine, text: str, length: int, max_tokens: int) -> tupl
 @torch.inference_mode()
 def prefill_logits(engine: Engine, tokens: Tensor) -> Tensor:
     """tokens [T] -> the logits after each, [T, V], all in one forward."""
+    engine.prepare_weights()
     model = engine.model
     return model.logits(model(model.embed(tokens), PrefillStep(tokens.numel())))
 
@@ -129,6 +131,7 @@ def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int,
         "layers": str(c.layer_format or engine.model.layers[0].attention.wqkv.format),
         "head": engine.model.head.format,
         "cache": PLAIN_FORMATS.get(engine.cache_dtype, "fp8"),
+        "activation_dtype": engine.activation_dtype,
         "bytes_per_step": weight_bytes_per_step(engine.model),
         "tokens": prefill.tokens,
         "window_nats": window_nats,
@@ -143,7 +146,7 @@ def evaluate(engine: Engine, reference: Engine, windows: Tensor, num_bytes: int,
 def engines(args: argparse.Namespace, options: dict) -> Iterator[tuple[str, Engine]]:
     """(name, engine) of everything to evaluate beside the reference, loaded one at a time."""
     if options["kv_cache_dtype"] != "auto":
-        yield str(args.reference), Engine.load(args.reference, **options)
+        yield str(args.reference), Engine.load(args.reference, **options | {"activation_dtype": "auto"})
     for path in args.checkpoint_path or []:
         yield str(path), Engine.load(path, **options)
     for mode in args.quantize or []:
@@ -166,7 +169,8 @@ def table(rows: list[dict]) -> str:
     head += ("decode: perplexity", "KL", "same top")
     cells = [head]
     for row in rows:
-        line = [row["name"], row["layers"], row["head"], row["cache"], f"{row['bytes_per_step'] / 1e6:.3f}"]
+        layers = row["layers"] + (", x fp8" if row["activation_dtype"] == "fp8" else "")
+        line = [row["name"], layers, row["head"], row["cache"], f"{row['bytes_per_step'] / 1e6:.3f}"]
         for path in ("prefill", "decode"):
             p = row[path]
             bits = [f"{p['bits_per_byte']:.4f}"] if path == "prefill" else []
@@ -195,6 +199,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--calibration_limit", type=int, default=128)
     flag("--calibration_seq_length", type=int, default=2048)
     flag("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of all but the first row; prefill reads no cache")
+    flag("--activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of all but the first row: of fp8 weights")
     flag("--window", type=int, default=512, help="tokens of a window")
     flag("--max_tokens", type=int, default=2**31, help="tokens scored at most")
     flag("--batch_size", type=int, default=8, help="windows at once in the decode path")
@@ -214,7 +219,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     options = {"device": args.device, "dtype": DTYPES.get(args.dtype), "decode_mode": "auto" if args.compile else "eager"}
     options["max_seq_len"] = args.window  # no more of the cache than is read
-    others = options | {"kv_cache_dtype": args.kv_cache_dtype}
+    others = options | {"kv_cache_dtype": args.kv_cache_dtype, "activation_dtype": args.activation_dtype}
     text = quantize.read_text(args.text)
     reference = Engine.load(args.reference, **options)
     if reference.tokenizer is None:

@@ -79,11 +79,13 @@ class Row:
     quantize: str | None = None  # a mode of quantize.py
     padding_ratio: float = 0.0  # 1 - mean / longest prompt
     kv_cache_dtype: str = "auto"  # a key of kv_cache.CACHE_DTYPES
+    activation_dtype: str = "auto"  # of model.ACTIVATION_DTYPES; vLLM's choice is its own
 
     def __str__(self) -> str:
         padding = f", padding {self.padding_ratio:g}" if self.padding_ratio else ""
         name = f"{Path(self.model).name} {self.quantize or 'plain'}"
         name += f", {self.kv_cache_dtype} cache" if self.kv_cache_dtype != "auto" else ""
+        name += f", x in {self.activation_dtype}" if self.activation_dtype != "auto" else ""
         return f"{name}, batch {self.batch_size}, {self.prompt_len}/{self.max_new_tokens}{padding}"
 
     def prompt_lens(self) -> list[int]:
@@ -107,7 +109,7 @@ class Row:
 
 def loaded_as(row: Row) -> tuple:
     """What rows have in common that one worker serves."""
-    return row.model, row.quantize, row.kv_cache_dtype
+    return row.model, row.quantize, row.kv_cache_dtype, row.activation_dtype
 
 
 def check_row(row: Row) -> None:
@@ -250,7 +252,7 @@ def summary(row: Row, answer: dict) -> dict:
 
 def predictions(row: Row, card: roofline.Card) -> tuple[roofline.Prediction, roofline.Prediction]:
     """Of a decode step in the middle of the answer, and of the prefill, at the mean prompt length."""
-    model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype)
+    model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype, row.activation_dtype)
     mean_len = round(statistics.mean(row.prompt_lens()))
     step = roofline.decode(row.batch_size, mean_len + row.max_new_tokens // 2)
     return roofline.predict(card, model, step), roofline.predict(card, model, roofline.prefill(row.batch_size, mean_len))
@@ -363,7 +365,7 @@ def setup_of(engine: str, mode: str, row: Row, rows: list[Row], plan: Plan) -> S
     return Setup(
         engine, row.model, config.to_dict(), plan.random, plan.device, plan.dtype, row.quantize, mode,
         plan.compile_prefill, plan.gpt_fast_dir, max(r.prompt_len + r.max_new_tokens for r in mine), 0.9 / models,
-        row.kv_cache_dtype,
+        row.kv_cache_dtype, row.activation_dtype,
     )  # fmt: skip
 
 
@@ -396,7 +398,7 @@ def max_batch(row: Row, engine: tuple[str, str], plan: Plan, most: int) -> int:
     card = card_of(plan.device)
     guess = most
     if card:
-        model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype)
+        model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype, row.activation_dtype)
         guess = roofline.largest_batch(card, model, row.prompt_len + row.max_new_tokens)
     once = dataclasses.replace(plan, warmup_runs=0, timed_runs=1)
     worker = Worker(setup_of(*engine, row, [row], plan), plan.deadline)

@@ -45,6 +45,7 @@ def last_of_each(records: list[dict]) -> list[dict]:
         "quantize": "bf16",
         "padding_ratio": 0.0,
         "kv_cache_dtype": "auto",
+        "activation_dtype": "auto",
         "temperature": 0.0,
         "top_k": 0,
         "top_p": 1.0,
@@ -59,7 +60,9 @@ def last_of_each(records: list[dict]) -> list[dict]:
 def formats(record: dict) -> str:
     body, head = record.get("quantize") or "bf16", record.get("quantize_head")
     cache = record.get("kv_cache_dtype") or "auto"
-    return body + (f", head {head}" if head and head != body else "") + (f", {cache} cache" if cache != "auto" else "")
+    x = record.get("activation_dtype") or "auto"
+    text = body + (f", head {head}" if head and head != body else "") + (f", {cache} cache" if cache != "auto" else "")
+    return text + (f", x in {x}" if x != "auto" else "")
 
 
 def run_of(record: dict) -> Run | None:
@@ -148,7 +151,8 @@ def off_list(records: list[dict], stored: list[dict]) -> str:
 
 def step_key(record: dict) -> tuple:
     """What decides which kernels a step runs: all but lengths."""
-    return record["model"], record["mode"], record["batch_size"], record["engine"], record.get("kv_cache_dtype", "auto")
+    formats = [record.get(name, "auto") for name in ("kv_cache_dtype", "activation_dtype")]
+    return record["model"], record["mode"], record["batch_size"], record["engine"], *formats
 
 
 def why(record: dict, run: Run, traced: dict | None) -> str:

@@ -20,8 +20,8 @@ The whole theory (the rest of this file is its bookkeeping):
    its intensity stays at Hq / Hkv, 4 for most Llamas, for any batch. Prefill has thousands of tokens a weight: compute-bound.
 5. Overhead. A kernel that has nothing to do still takes about 2 us, so stage time = max(...) + 2 us x kernels. Small models at
    batch 1 are bound by this: it is why this engine runs five kernels a layer in one CUDA graph.
-6. Quantising divides the bytes, so it divides decode's time. Weight-only formats (int8, int4) still multiply in bf16: prefill
-   gains nothing. fp8 is taken to multiply in fp8 where the card can; a weight-only fp8 kernel stays below that.
+6. Quantising divides the bytes, so it divides decode's time. Weight-only formats still multiply in bf16: prefill gains nothing.
+   With --activation_dtype fp8, products of many rows with fp8 weights are at the card's fp8 peak, twice that of bf16.
 7. Capacity. What weights leave of the memory, divided by a sequence's K and V, is the largest batch.
 
 It leaves out: caches (the 60 MB L2 keeps nothing from step to step), the host, kernels that stop short of the roof, elementwise
@@ -51,7 +51,7 @@ from checkpoint import read_json
 from convert_hf_checkpoint import report_errors, underscored
 from kernels import MAX_ROWS
 from kv_cache import CACHE_DTYPES, bytes_per_row
-from model import SHAPES, ModelConfig
+from model import ACTIVATION_DTYPES, SHAPES, ModelConfig
 
 KERNEL_SEC = 2e-6  # least time of a kernel in a CUDA graph: 1.7 us with programmatic dependent launch, 2.05 without (H200)
 USABLE_MEMORY = 0.9  # of the card: the rest is the driver's, the CUDA context's and the largest activations'
@@ -148,6 +148,7 @@ class Model:
     body: str = "bf16"  # of the layers' linears
     head: str = "bf16"
     cache: str = "auto"  # K and V, by the names of kv_cache.CACHE_DTYPES
+    activations: str = "auto"  # x of many rows, of model.ACTIVATION_DTYPES: both must be fp8 for a product in fp8
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -260,7 +261,8 @@ def stages(model: Model, work: Work) -> list[Stage]:
         weight = FORMATS[format_name]
         weight_bytes, activation_bytes = weight.num_bytes(N, K) + 2 * vectors, 2 * rows * values
         flops = 2 * rows * N * K
-        return Stage(name, layers * kernels, layers * weight_bytes, 0, activation_bytes, flops, weight.math)
+        math_format = weight.math if model.activations == "fp8" and M > MAX_ROWS and name != "head" else "bf16"
+        return Stage(name, layers * kernels, layers * weight_bytes, 0, activation_bytes, flops, math_format)
 
     kv_bytes = B * sum(each.cached(c.layer_window(i)) for i, each in enumerate(works)) * model.kv_bytes_per_token / L
     attention_flops = 4 * c.q_size * B * sum(each.pairs(c.layer_window(i)) for i, each in enumerate(works))
@@ -427,10 +429,12 @@ def parse_run(row: dict, where: str, card: Card | None = None) -> Run:
     head = format_name("quantize_head", body)
     cache = row.get("kv_cache_dtype") or "auto"
     require("kv_cache_dtype", cache, isinstance(cache, str) and cache in CACHE_DTYPES, f"one of {', '.join(CACHE_DTYPES)}")
+    x = row.get("activation_dtype") or "auto"
+    require("activation_dtype", x, x in ACTIVATION_DTYPES, f"one of {', '.join(ACTIVATION_DTYPES)}")
     label = f"{row.get('engine', 'rooflama')} {Path(row['model']).name} {body}" + (f", head {head}" if head != body else "")
-    label += f", {cache} cache" if cache != "auto" else ""
+    label += (f", {cache} cache" if cache != "auto" else "") + (f", x in {x}" if x != "auto" else "")
     context = round(prompt_len * (1 - padding)) + max_new_tokens // 2
-    predicted = predict(card, Model(config, body, head, cache), decode(batch_size, context))
+    predicted = predict(card, Model(config, body, head, cache, x), decode(batch_size, context))
     return Run(label, batch_size, prompt_len, max_new_tokens, ms, predicted)
 
 
@@ -588,6 +592,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quantize", choices=FORMATS, default="bf16", help="the layers' weights")
     parser.add_argument("--quantize_head", choices=FORMATS, help="the head's weight (default: as the layers')")
     parser.add_argument("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of K and V (default: 16 bits)")
+    parser.add_argument("--activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of x in products of many rows")
     parser.add_argument("--double_batch", action="store_true", help="double the batch: does the time grow?")
     parser.add_argument(
         "--measured", type=Path, nargs="+", metavar="FILE.jsonl", help="runs of scripts/benchmark.py beside their predictions"
@@ -636,7 +641,8 @@ def measure_doubling(args: argparse.Namespace, card: Card, model: Model) -> dict
         )
     mode = modes[model.body, model.head]
     batches = [2**i for i in range(most.bit_length())]
-    rows = [measure.Row(args.model, b, args.context - half, MEASURED_TOKENS, mode, kv_cache_dtype=model.cache) for b in batches]
+    options = {"kv_cache_dtype": model.cache, "activation_dtype": model.activations}
+    rows = [measure.Row(args.model, b, args.context - half, MEASURED_TOKENS, mode, **options) for b in batches]
     dtype = str(load_config(args.model).dtype).removeprefix("torch.")
     plan = measure.Plan(device, dtype, args.model in SHAPES, deadline=time.monotonic() + args.time_limit)
     say = lambda text: print(text, file=sys.stderr, flush=True)
@@ -646,7 +652,7 @@ def measure_doubling(args: argparse.Namespace, card: Card, model: Model) -> dict
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
-    model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype)
+    model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype, args.activation_dtype)
     context, prompt_len = args.context, args.prompt_len or args.context
     for flag, length in (("--context", context), ("--prompt_len", prompt_len)):
         if length > config.max_position_embeddings:

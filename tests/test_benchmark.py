@@ -78,6 +78,21 @@ def test_records_are_read_by_the_roofline(tmp_path):
     assert read.predicted.sec < measure.predictions(dataclasses.replace(row, kv_cache_dtype="auto"), H200)[0].sec
 
 
+def test_activations_in_fp8():
+    """A row of its own: another worker, a prefill predicted in less time, a name that says it; vLLM's row stays its rival."""
+    plain = Row("llama-3.1-8b", 64, 128, 128, "fp8")
+    row = dataclasses.replace(plain, activation_dtype="fp8")
+    assert "x in fp8" in str(row)
+    assert measure.loaded_as(row) != measure.loaded_as(plain)
+    assert measure.setup_of("rooflama", "auto", row, [plain, row], Plan("cuda", "bfloat16", True)).activation_dtype == "fp8"
+    (_, rounded), (_, before) = (measure.predictions(r, H200) for r in (row, plain))
+    assert 0.5 * before.sec < rounded.sec < 0.6 * before.sec
+    record = dataclasses.asdict(row) | {"mode": "fp8", "quantize": "fp8", "quantize_head": "fp8", "gpu": "NVIDIA H200"}
+    assert comparison.row_key(record) in comparison.stored_rival()[1]
+    assert comparison.row_name(record) == str(row)
+    assert "x in fp8" in roofline.parse_run(record | {"tpot_ms": {"p50": 4.0}}, "here").label
+
+
 def test_an_engine_that_fails_is_named(tmp_path):
     setup = measure.setup_of("rooflama", "eager", Row(DEMO, 1, 4, 4), [Row(DEMO, 1, 4, 4)], Plan("cpu", "float32", False))
     with pytest.raises(WorkerError, match="no/such") as failed:

@@ -139,6 +139,23 @@ def test_fp8_cache(text, capsys):
     assert plain["decode"]["kl"] < 1e-6 < fp8["decode"]["kl"] < 0.02
 
 
+def test_activations_in_fp8(text, capsys):
+    """They change what prefill says of windows of more than 64 tokens, not decode steps; other weights are refused."""
+    flags = ["--text", str(text), "--window", "80", "--max_tokens", "80", "--device", "cpu", "--dtype", "float32", "--quantize"]
+    both = []
+    for name in ("auto", "fp8"):
+        assert evaluate.main([*flags, "fp8", "--activation_dtype", name]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        plain, fp8 = json.loads(lines[-1])["rows"]
+        assert (plain["activation_dtype"], fp8["activation_dtype"]) == ("auto", name)
+        assert ("| fp8, x fp8 |" in lines[3]) == (name == "fp8")
+        both.append(fp8)
+    assert both[0]["decode"] == both[1]["decode"]
+    assert both[0]["prefill"]["kl"] != both[1]["prefill"]["kl"] < 0.01
+    assert evaluate.main([*flags, "int8", "--activation_dtype", "fp8"]) == 1
+    assert "found fp8 with weights in int8, expected fp8 weights" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [(["--window", "2000"], "2000"), (["--max_tokens", "3"], "max_tokens 3"), (["--reference", "/nowhere"], "/nowhere")],
