@@ -15,9 +15,12 @@ setup: .venv/ready
 demo: .venv/ready
 	$(VENV)/python generate.py --prompt "ROMEO:" --max_new_tokens 200 --seed 1
 
-# The kernels run on a GPU where there is one, and in Triton's interpreter where there is none: a process of their own.
+# The kernels run on a GPU where there is one, and in Triton's interpreter where there is none: a pass of their own. Each pass has
+# two processes of a thread each: compilers and the interpreter take one core. A file stays in one of them, where what it loads and
+# compiles is shared.
+test: export OMP_NUM_THREADS = 1
 test: .venv/ready
-	$(VENV)/python -m pytest tests --ignore tests/kernels
+	$(VENV)/python -m pytest tests --ignore tests/kernels -n 2 --dist loadfile
 	export TRITON_INTERPRET=$$($(VENV)/python -c "import torch; print(int(not torch.cuda.is_available()))"); \
 	$(VENV)/python -m pytest tests/kernels -n 2
 

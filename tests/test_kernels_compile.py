@@ -70,22 +70,23 @@ def compile_for_hopper(kernel, args, kwargs):
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-@pytest.mark.parametrize("first", ["linear._linear_kernel", "linear._qkv_kernel", "choose._choose_kernel"])
-def test_cache_keys_do_not_depend_on_the_order_of_launches(first):
-    """A kernel that a process has compiled is found by another one, which began with other kernels."""
+def test_cache_keys_do_not_depend_on_the_order_of_launches():
+    """A kernel that a process has compiled is found by another one, which began with other kernels. The processes are forks of
+    one that has only imported them, which takes longest."""
     script = (
-        "import kernels, sys\n"
+        "import kernels, os, sys\n"
         "key = lambda name: getattr(sys.modules['kernels.' + name.split('.')[0]], name.split('.')[1]).cache_key\n"
-        "print([key(name) for name in sys.argv[1:]][1:])"
+        "for first in sys.argv[1:]:\n"
+        "    if os.fork() == 0:\n"
+        "        print([key(name) for name in [first, *sys.argv[1:4]]][1:])\n"
+        "        sys.exit()\n"
+        "    os.wait()"
     )
-    names = ["head._head_kernel", "linear._linear_kernel", "linear._qkv_kernel"]
-    keys = {
-        subprocess.run(
-            [sys.executable, "-c", script, begin, *names], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-        for begin in (first, names[0])
-    }
-    assert len(keys) == 1
+    first = ["head._head_kernel", "linear._linear_kernel", "linear._qkv_kernel", "choose._choose_kernel"]
+    command = [sys.executable, "-c", script, *first]
+    keys = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert len(keys) == len(first)
+    assert len(set(keys)) == 1
 
 
 def check(launches, count):
@@ -108,14 +109,36 @@ def empty(*size, dtype=torch.bfloat16):
     return torch.empty(*size, dtype=dtype)
 
 
+def tiled(N, K, packed=None, bias=False, dtype=torch.bfloat16) -> Weight:
+    """A weight in the kernels' order, of memory that nobody has touched: a large one takes neither memory nor time."""
+    weight = Weight(N, K, bias=bias, packed=packed, dtype=dtype)
+    if packed:
+        few = Weight(8, K, packed=packed)
+        few.weight.zero_()  # `tile` looks for codes that stand for no number
+        few.tile()
+        for name in ("weight", "scale", "zero"):
+            if (rows := getattr(few, name)) is not None:  # of each, or of every eight
+                setattr(weight, name, rows.new_empty(-(-N // 8) if len(rows) == 1 else N, *rows.shape[1:]))
+        weight.tiled = True
+    return weight
+
+
+def test_a_weight_that_nobody_touched_is_laid_out_as_one_that_was_tiled():
+    for packed in (PackedFormat("int8"), PackedFormat("fp8"), *INT4):
+        weight = Weight(201, 512, packed=packed, bias=True)
+        weight.weight.zero_()
+        weight.tile()
+        empty = tiled(201, 512, packed, bias=True)
+        layouts = [[(n, t.dtype, t.shape, t.stride()) for n, t in w.named_buffers()] for w in (weight, empty)]
+        assert layouts[0] == layouts[1]
+        assert weight.tiled == empty.tiled
+
+
 def call(op, N, K, M=1, head_dim=64, qk_norm=False, bias=False, cache_dtype=torch.bfloat16, packed=None, fold=False):
     """The operator `op` of tiles.OPS at a shape, on memory that nothing reads; `fold`: as it is where norms are folded, and
     columns permuted where that is wanted."""
     x, norm = empty(M, K), empty(K)
-    weight = Weight(N, K, bias=bias, packed=packed)  # never touched, so that a large one takes no memory
-    if packed:
-        weight.weight.zero_()  # `tile` looks for codes that stand for no number
-    weight.tile()
+    weight = tiled(N, K, packed, bias)
     permuted = fold and kernels.reads_permuted(op, x, weight)
     if fold:
         blocks = -(-K // fold_block(M, packed, permuted))
@@ -200,9 +223,7 @@ def call_packed_head(packed, V, K, M, drawn, T=1, dtype=torch.bfloat16, permuted
     """`head` on a packed weight as a step has it: a folded norm, by blocks of 64 columns."""
     x, lengths = empty(M, K, dtype=dtype), empty(M // T, dtype=torch.int32)
     draw = {"temperature": empty(M // T, dtype=torch.float32), "seed": empty(M // T, dtype=torch.int64), "sample": lengths}
-    weight = Weight(V, K, packed=packed, dtype=dtype)
-    weight.weight.zero_()
-    weight.tile()
+    weight = tiled(V, K, packed, dtype=dtype)
     norm = kernels.FoldedNorm(x, empty(M, K // 64, dtype=torch.float32), permuted)
     kernels.head(x, weight, norm=norm, eps=1e-5, vocab_size=V, lengths=lengths, **(draw if drawn else {}))
 
@@ -239,7 +260,7 @@ def test_what_the_heads_ring_cannot_do(launches):
     call_packed_head(PackedFormat("int8"), 1000, 192, 16, drawn=True)
     with kernels.batch_invariant():
         call_packed_head(PackedFormat("fp8"), 1000, 4096, 16, drawn=False)
-    with override_tiles({"head": Tile(64, 256, 4, preload=4, dot=True)}):
+    with override_tiles({"head": Tile(64, 256, 4, preload=1, dot=True)}):
         call_packed_head(PackedFormat("fp8"), 1000, 4096, 16, drawn=False)
     assert [kernel.__name__ for kernel, *_ in launches] == 5 * ["_head_kernel"]
     for rows in (2, 8):
@@ -253,9 +274,7 @@ def test_what_the_heads_ring_cannot_do(launches):
 
 def test_a_packed_ring_folds_by_blocks_of_64(launches):
     """Sums of squares are by blocks of 16 for fewer rows than int4 has rings for: an override's ring is refused there."""
-    weight = Weight(256, 4096, packed=INT4[0])
-    weight.weight.zero_()
-    weight.tile()
+    weight = tiled(256, 4096, INT4[0])
     for rows, refused in ((8, True), (9, False)):
         given = {"residual": empty(rows, 256), "gain": empty(256), "x_permuted": True, "y_permuted": True}
         with override_tiles({"linear": packed_ring_tile(64, 128, 4)}):
@@ -343,9 +362,7 @@ def test_packed(launches, op, N, K, M, packed):
 @pytest.mark.parametrize("packed", [PackedFormat("int8"), PackedFormat("fp8"), *INT4], ids=str)
 def test_widening(launches, packed):
     """Codes are loaded and floats stored 16 bytes at a time, and no thread needs another's."""
-    weight = Weight(4096, 1024, packed=packed)
-    weight.weight.zero_()
-    weight.tile()
+    weight = tiled(4096, 1024, packed)
     weight.dequantized()
     (compiled,) = check(launches, 1)
     assert "v4.b32" in compiled.asm["ptx"]

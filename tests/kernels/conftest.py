@@ -25,3 +25,12 @@ def few_sms(monkeypatch):
     """A GPU of three multiprocessors, so that a persistent grid has more tiles than programs."""
     for module in ("kernels._matmul", "kernels.linear"):
         monkeypatch.setattr(sys.modules[module], "num_sms", lambda index=0: 3)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """For tests of how kernels are wired, which need no particular tile: the interpreter, where a program takes as long as an
+    operator of PyTorch a hundred times, gets tiles as for eight multiprocessors. A GPU has its own."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        for module in ("_matmul", "linear", "head", "choose"):
+            monkeypatch.setattr(sys.modules[f"kernels.{module}"], "num_sms", lambda index=0: 8)

@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import pytest
 import torch
 
 from generate import Engine, fill_randomly
 from model import SHAPES, PrefillStep, Transformer
 from sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = {"num_layers": 1, "hidden_size": 128, "intermediate_size": 192, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 301}
 

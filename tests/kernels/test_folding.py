@@ -270,6 +270,7 @@ def random_model(config, mode):
         ("int4", 1, 1, False, 2),
     ],
 )
+@pytest.mark.usefixtures("few_programs")
 @torch.no_grad()
 def test_a_step(mode, layers, rows, plain_head, folds, monkeypatch):
     """Logits of a decode step err no more than they do where no norm is folded."""
@@ -305,6 +306,7 @@ def test_a_step(mode, layers, rows, plain_head, folds, monkeypatch):
     assert_within(found, unfolded, torch.cat(alone).double())
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_a_shortened_model(monkeypatch):
     """The last layer that there is folds the final norm, whichever it is."""
     config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY)

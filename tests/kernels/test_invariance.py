@@ -10,6 +10,7 @@ from generate import Engine, fill_randomly
 from model import SHAPES, Transformer
 from sampling import SamplingParams
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = {"num_layers": 1, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 100}
 PARAMS = SamplingParams(max_new_tokens=2, ignore_eos=True, logprobs=0)

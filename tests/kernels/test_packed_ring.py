@@ -97,6 +97,7 @@ def test_head_takes_it_by_reference():
     assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
 
 
+@pytest.mark.usefixtures("few_programs")
 @torch.no_grad()
 def test_it_goes_from_kernel_to_kernel(monkeypatch):
     """A step in which every linear is given permuted columns: the same logits, bit for bit."""

@@ -13,6 +13,7 @@ from kv_cache import KVCache
 from model import SHAPES, DecodeStep, PackStep, Transformer
 from prefill import Piece, Prefiller
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = {"num_layers": 1, "hidden_size": 128, "intermediate_size": 192, "num_heads": 4, "num_kv_heads": 2, "vocab_size": 301}
 PROMPTS = [list(range(10, 17)), [3], list(range(100, 105)), list(range(60, 84))]

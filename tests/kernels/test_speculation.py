@@ -10,6 +10,7 @@ from model import SHAPES, PrefillStep, Transformer
 from sampling import SamplingParams
 from speculative import ModelDrafter, NgramDrafter, Speculator
 
+pytestmark = pytest.mark.usefixtures("few_programs")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TINY = {"num_layers": 1, "hidden_size": 128, "intermediate_size": 192, "num_heads": 2, "num_kv_heads": 1, "vocab_size": 260}
 
