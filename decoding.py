@@ -346,8 +346,6 @@ class Decoder:
         head_dim = self.model.config.head_dim
         if self.session.x.is_cuda and head_dim not in kernels.HEAD_SIZES:
             work += f" (attention in plain PyTorch, slow: head size {head_dim}, the kernel has {kernels.HEAD_SIZES})"
-        if self.model.rounds_activations and self.session.batch_size > kernels.MAX_ROWS:
-            work += f" (x in fp8 from {kernels.MAX_ROWS + 1} rows on)"
         path = f"{self.mode}: {work}, {WAYS[self.mode]}"
         if self.mode == "graph":
             path += " (nothing between the kernels to compile)" if in_kernels or self.plain else " from the compiled step"

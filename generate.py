@@ -108,7 +108,7 @@ class Engine:
             raise ValueError(f"kv_cache_dtype: found {kv_cache_dtype!r}, expected one of {', '.join(CACHE_DTYPES)}")
         if activation_dtype not in ACTIVATION_DTYPES:
             raise ValueError(f"activation_dtype: found {activation_dtype!r}, expected one of {', '.join(ACTIVATION_DTYPES)}")
-        if batch_invariant and activation_dtype != "auto":  # cuBLAS picks algorithms by the number of rows
+        if batch_invariant and activation_dtype != "auto":  # PyTorch picks algorithms by the number of rows
             raise ValueError("batch_invariant: found with activation_dtype fp8, expected one of them")
         check_mode(decode_mode, model.norm.weight.device)
         self.model, self.tokenizer = model, tokenizer
@@ -253,15 +253,18 @@ class Engine:
         """SamplingParams from the checkpoint's defaults, overridden by what is given (None = not given)."""
         return SamplingParams(**self.defaults | {k: v for k, v in given.items() if v is not None})
 
-    def prepare_weights(self) -> None:
-        """Weights in the kernels' order, products as this engine wants them. ValueError: activation_dtype does not fit them."""
-        self.model.tile_weights()
-        self.model.round_activations(self.activation_dtype == "fp8")
+    @property
+    def rounds_prompts(self) -> bool:
+        """Whether products of prompts round x to fp8. ValueError: the weights do not go with that."""
+        if self.activation_dtype == "fp8":
+            self.model.check_rounding()
+        return self.activation_dtype == "fp8"
 
     def prepare(self, batch_size: int, length: int) -> None:
         """Makes a session for up to so many sequences of up to `length` tokens, unless the present one serves.
-        ValueError as for `prepare_weights`."""
-        self.prepare_weights()
+        ValueError as for `rounds_prompts`."""
+        self.model.tile_weights()
+        rounds = self.rounds_prompts
         s = self.session
         serves = s and s.max_seq_len >= min(length, self.context) and self.decoder.serves(batch_size)
         if serves and (not self.speculation or s.batch_size == batch_size):  # a round works on all rows
@@ -278,8 +281,8 @@ class Engine:
             raise MemoryError(self._no_room(batch_size, rows))
         self.decoder = Decoder(self.model, self.session, self.decode_mode)
         graphs = self.compile_prefill or self.decoder.mode == "graph"
-        options = {"graphs": graphs, "compiled": self.compile_prefill, "alone": self.batch_invariant, "pool": self.decoder.pool}
-        self.prefiller = Prefiller(self.model, self.session.cache, **options)
+        options = {"graphs": graphs, "compiled": self.compile_prefill, "alone": self.batch_invariant, "rounds": rounds}
+        self.prefiller = Prefiller(self.model, self.session.cache, pool=self.decoder.pool, **options)
 
     def speculate(self, drafter: Drafter, k: int = DRAFTS, adaptive: bool = True) -> None:
         """From now on runs draft up to k tokens a round; what they give stays the same (speculative.py). `adaptive` lowers k,
@@ -404,7 +407,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("speculate_k", type=int, help=f"the most tokens drafted at once (default {DRAFTS}); fewer where that is faster")
     flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
     flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the bytes (default: the model's dtype)")
-    flag("activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of x in products of many rows with fp8 weights")
+    flag("activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of x in prompts' products with fp8 weights")
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
     flag("device", default=default_device())
     flag("dtype", choices=DTYPES, help="default: the checkpoint's")

@@ -29,7 +29,7 @@ MAX_INTEGER = 2**31 - 1
 MAX_NUMBER = 1e30  # of a real parameter: beyond any use, and float32 holds it
 MAX_ROPE_BYTES = 2**29  # of cos and sin: a context of 2**20 at head size 128
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ACTIVATION_DTYPES = ("auto", "fp8")  # of x in products of many rows; auto: the model's
+ACTIVATION_DTYPES = ("auto", "fp8")  # of x in a prompt's products; auto: the model's
 
 
 @dataclass(frozen=True)
@@ -341,8 +341,8 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
 
 # ---------------------------------------------------------------- operations on rows
 # Few rows (a decode step): one fused kernel a linear layer. Many: cuBLAS, and a kernel between its products, or one kernel for
-# gate/up and SiLU x up; with fp8 weights, where that is asked for (`round_activations`), x is rounded to fp8 as well. 17 to 64
-# rows: what is faster for each layer. No GPU: plain PyTorch, for Inductor.
+# gate/up and SiLU x up. 17 to 64 rows: what is faster for each layer. Of a prompt, with fp8 weights, where that is asked for
+# (`kernels.rounding_activations`): x is rounded to fp8 as well. No GPU: plain PyTorch, for Inductor.
 # Letters: N rows (tokens) of one forward, B sequences, T tokens of each (N = B * T), H hidden size, F intermediate size.
 #
 # An RMSNorm is no layer of its own here: it is done by the linear that reads it. So hidden states x travel with a `norm`: the
@@ -363,7 +363,9 @@ class Reader(NamedTuple):
 def fused(x: torch.Tensor, *weights: Weight) -> bool:
     """True where the rows of x [N, H] go through the small-batch kernels: few of them, 16-bit, on a GPU, and weights in formats
     that the kernels read."""
-    if not kernels.runs_kernels(x) or x.shape[0] > kernels.MAX_ROWS or x.dtype == torch.float32 or x.shape[1] % 64:
+    if any(map(kernels.takes_scaled, weights)) or not kernels.runs_kernels(x):
+        return False
+    if x.shape[0] > kernels.MAX_ROWS or x.dtype == torch.float32 or x.shape[1] % 64:
         return False
     packed = any(weight.packed for weight in weights)  # cuBLAS would have them unpacked first
     ours = packed or kernels.is_batch_invariant() or all(kernels.beats_cublas(x, weight) for weight in weights)
@@ -393,7 +395,7 @@ def linear(
     x may be in fp8 already: what a linear before it gave that was told so by `y_rounded` (only where `takes_scaled`).
     `residual`, of many rows, is overwritten with the result.
     """
-    if isinstance(x, kernels.QuantizedRows) or kernels.takes_scaled(x, weight):
+    if kernels.takes_scaled(weight):
         options = {"activation": activation, "residual": residual, "y_rounded": y_rounded}
         return kernels.scaled_linear(x, weight, norm=norm, eps=eps, **options)
     if fused(x, weight):
@@ -605,8 +607,9 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor, norm: Norm, reader: Reader) -> tuple[torch.Tensor, Norm]:
         """x [N, H] -> x + feed_forward(norm(x)) [N, H], and its reader's norm."""
-        permuted = kernels.reads_permuted("linear", x, self.w2)
-        order = {"y_permuted": permuted, "y_rounded": kernels.takes_scaled(x, self.w2)}
+        rounds = kernels.takes_scaled(self.w2)
+        permuted = not (rounds or kernels.takes_scaled(self.w13)) and kernels.reads_permuted("linear", x, self.w2)
+        order = {"y_permuted": permuted, "y_rounded": rounds}
         hidden = linear(x, self.w13, norm=norm, eps=self.eps, activation="silu_mul", **order)
         return add_projection(x, hidden, self.w2, reader, x_permuted=permuted)
 
@@ -672,7 +675,6 @@ class Transformer(nn.Module):
         if not config.tie_word_embeddings:
             self.output = Weight(config.vocab_size, config.hidden_size, packed=config.head_format, **where)
         self.vocab_limit = config.vocab_size  # ids from here on are padding: never sampled
-        self.rounds_activations = False
         self.register_buffer("cos", None, persistent=False)
         self.register_buffer("sin", None, persistent=False)
 
@@ -688,18 +690,15 @@ class Transformer(nn.Module):
                 if isinstance(module, Weight):
                     module.tile()
 
-    def round_activations(self, enabled: bool) -> None:
-        """Whether products of many rows in the layers round x to fp8, too. ValueError: weights or a device that cannot."""
+    def check_rounding(self) -> None:
+        """ValueError: weights or a device whose products cannot round x to fp8."""
         weights = [module for module in self.layers.modules() if isinstance(module, Weight)]
-        if enabled:
-            if found := {weight.format for weight in weights} - {"fp8"}:
-                raise ValueError(f"activation_dtype: found fp8 with weights in {min(found)}, expected fp8 weights")
-            if not kernels.scaled_runs(self.norm.weight.device, self.norm.weight.dtype):
-                found = f"{self.norm.weight.dtype} on {self.norm.weight.device}"
-                raise ValueError(f"activation_dtype: found fp8 with {found}, expected 16 bits and a card with fp8 units")
-        for weight in weights:
-            weight.rounds_x = enabled
-        self.rounds_activations = enabled
+        if found := {weight.format for weight in weights} - {"fp8"}:
+            raise ValueError(f"activation_dtype: found fp8 with weights in {min(found)}, expected fp8 weights (--quantize fp8)")
+        device, dtype = self.norm.weight.device, self.norm.weight.dtype
+        if not kernels.scaled_runs(device, dtype):
+            found = f"{str(dtype).removeprefix('torch.')} on {device}"
+            raise ValueError(f"activation_dtype: found fp8 with {found}, expected bfloat16 and a card with fp8 units")
 
     def setup_rope(self, length: int, spare: int = 0) -> None:
         """Builds the RoPE tables for positions below `length`, and `spare` more. Call once, before the first forward.

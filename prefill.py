@@ -83,8 +83,11 @@ class Prefiller:
     `alone`: no two pieces share a forward, so that none changes another's result.
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, *, graphs=False, compiled=False, alone=False, pool=None):
+    def __init__(
+        self, model: Transformer, cache: KVCache, *, graphs=False, compiled=False, alone=False, rounds=False, pool=None
+    ):
         self.model, self.cache, self.alone = model, cache, alone
+        self.rounds = rounds  # x to fp8
         weight, head_dim = model.norm.weight, model.config.head_dim
         self.flash = kernels.flash_runs(weight.device, weight.dtype, head_dim)
         self.use_graphs = graphs and self.flash
@@ -109,7 +112,7 @@ class Prefiller:
         attention = "/".join(sorted(kernels.attention_launched)) or "not yet run"
         launch = f"CUDA graphs up to {GRAPH_ROWS} rows" if self.use_graphs else "step by step"
         launch = "compiled by torch.compile" if self.compiled else launch
-        rounds = f", x in fp8 from {kernels.MAX_ROWS + 1} rows on" if self.model.rounds_activations else ""
+        rounds = ", x in fp8" if self.rounds else ""
         return f"packs of up to {CHUNK_ROWS} rows{rounds}, {launch}; attention kernels so far: {attention}"
 
     @torch.no_grad()
@@ -127,7 +130,8 @@ class Prefiller:
         hidden = []
         for pack in plan([len(piece.tokens) for piece in pieces], CHUNK_ROWS, self.alone):
             parts = [Piece(pieces[i].slot, pieces[i].tokens[begin:end], pieces[i].start + begin) for i, begin, end in pack]
-            out = self._run_pack(parts)
+            with kernels.rounding_activations(self.rounds):
+                out = self._run_pack(parts)
             whole = pack[-1][2] == len(pieces[pack[-1][0]].tokens)
             hidden.append(out if whole else out[:-1])  # only the last part can be of a piece that goes on
         return hidden[0] if len(hidden) == 1 else torch.cat(hidden)

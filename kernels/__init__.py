@@ -16,7 +16,7 @@ from kernels.head import advance, head, partial_argmax
 from kernels.linear import MAX_ROWS, linear, linear_folding, qkv_rope_append
 from kernels.lookup import lookup
 from kernels.rows import rms_norm, rope_append, silu_mul
-from kernels.scaled import QuantizedRows, scaled_linear, scaled_runs, takes_scaled
+from kernels.scaled import QuantizedRows, rounding_activations, scaled_linear, scaled_runs, takes_scaled
 from kernels.tiles import PLAIN_ROWS, batch_invariant, folds_norm, is_batch_invariant
 
 __all__ = [
@@ -53,6 +53,7 @@ __all__ = [
     "ring_serves_qkv",
     "rms_norm",
     "rope_append",
+    "rounding_activations",
     "runs_kernels",
     "scaled_linear",
     "scaled_runs",

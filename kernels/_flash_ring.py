@@ -51,7 +51,7 @@ from kernels._hopper import (
 )
 from kernels._ring import described, tma_reads
 
-QUERY_ROWS = gl.constexpr(16)  # M
+QUERY_ROWS = gl.constexpr(16)  # ROWS, at most
 HEAD_SIZES = (64, 128)
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -453,10 +453,11 @@ def choose_flash_ring(
 ) -> FlashRing | None:
     """The ring for caches of `capacity` rows a sequence, by whole steps on an H200 with lengths alike (LOG.md).
 
-    None: flash_decode.py's kernel takes no more of a step: where one sequence of few rows has a small head size, and in large
-    batches of that size, in which each pair has a program anyway.
+    None: flash_decode.py's kernel takes no more of a step, or nothing else was tried: where one sequence of few rows has a
+    small head size, or more KV heads than clusters are laid out for; in batches of 5 to 8 pairs a multiprocessor, and in larger
+    ones of the small head size.
     """
-    pairs = batch * num_kv_heads
+    pairs = max(batch * num_kv_heads, 1)
     rows = 8192 // head_dim  # 16 KiB of K
     most = 1 << (64 // pairs).bit_length() - 1 if pairs <= 32 else 0  # programs of a pair in a cluster: 64 in all
     long = capacity > 4096  # then one sequence may be much longer than the others: there are programs to split it over
@@ -474,7 +475,7 @@ def choose_flash_ring(
         return FlashRing(rows, 2 if head_dim == 64 and capacity <= 1024 else 4, 4, programs=sms)
     if pairs <= 2 * sms:
         return FlashRing(rows, 3, 4, programs=pairs + sms if long else 2 * sms)
-    if pairs <= 4 * sms and (head_dim == 128 or capacity <= 1024):  # four a multiprocessor, all at once
+    if pairs <= 4 * sms and (head_dim == 128 or capacity <= 1024):  # four a multiprocessor
         return FlashRing(rows // 2, 3, 2, programs=pairs + (2 * sms if long else 0))
     if head_dim == 128 and pairs > 8 * sms:
         return FlashRing(rows // 2, 2, 2, programs=pairs + (2 * sms if long else 0))

@@ -140,7 +140,8 @@ SHARED_KIB = (0, 8, 16, 32, 64, 100, 132, 164, 196, 228)  # that a multiprocesso
 
 
 def carveout_percent(num_bytes: int, programs: int) -> int:
-    """Of 228 KiB, the least that holds so many programs, each `num_bytes` of shared memory and 1 KiB beside; or all."""
+    """Of 228 KiB, the first whole percent beyond what holds so many programs, each `num_bytes` of shared memory and 1 KiB
+    beside; or all. The driver takes the next size up: 164 KiB for 58%, which is what was measured (LOG.md)."""
     needed = programs * (num_bytes + 1024)
     return -(-next((kib for kib in SHARED_KIB if kib * 1024 >= needed), 228) * 100 // 228)
 
@@ -150,7 +151,7 @@ _carveouts: dict[int, int] = {}  # what a function of the driver was last told
 
 def _set_carveout(function: int, percent: int) -> None:
     if _carveouts.get(function) != percent:
-        preferred = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        preferred = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT; only a hint: an error is no matter
         ctypes.CDLL("libcuda.so.1").cuFuncSetAttribute(ctypes.c_void_p(function), preferred, percent)
         _carveouts[function] = percent
 

@@ -218,7 +218,6 @@ class Weight(nn.Module):
 
     Buffers: `weight`, `scale` and `zero` as the table above has them (None where a format has none), `bias` [N] or None; once
     `tiled`, in the kernels' order. `dtype` is the model's: of the bias, and of the plain weight that this one stands for.
-    `rounds_x`, of fp8: products of many rows round x to fp8, too (scaled.py).
     """
 
     def __init__(
@@ -235,7 +234,7 @@ class Weight(nn.Module):
         self.out_features, self.in_features, self.dtype, self.packed = out_features, in_features, dtype, packed
         self.format = packed.format if packed else PLAIN_FORMATS[dtype]
         self.group_size = packed.group_size if packed else 0
-        self.tiled = self.rounds_x = False
+        self.tiled = False
         shape = (out_features, in_features)
         tensors = packed.tensors(*shape) if packed else {"weight": (dtype, shape)}
         for name in ("weight", "scale", "zero"):

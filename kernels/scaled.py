@@ -1,10 +1,11 @@
-"""Products of many rows in fp8: x is rounded to e4m3 with a scale a row, and cuBLAS multiplies it by an fp8 weight's codes.
+"""Products of prompts in fp8: x is rounded to e4m3 with a scale a row, and PyTorch multiplies it by an fp8 weight's codes.
 
 Owns the rounding (alone, or with the RMSNorm or SiLU x up before it, so that x is not written and read again), the operator of
 the product, and when a linear takes this path. Does not know the model.
 Letters: N rows (tokens), K features that go in, O features that come out, F intermediate features.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -14,11 +15,12 @@ import triton.language as tl
 from kernels._common import _capability, launch_options, pdl_trigger, pdl_wait, runs_kernels, to_cache
 from kernels._matmul import rms_norm_ref
 from kernels.formats import LARGEST, Weight, saturated
-from kernels.tiles import MAX_ROWS
 
 FP8 = torch.float8_e4m3fn
 LEAST_SCALE = tl.constexpr(2.0**-126)  # float32's smallest normal number: its inverse is finite
-STEP = 16  # what cuBLAS's fp8 products want K and O to be multiples of
+STEP = 16  # what PyTorch's fp8 products want K and O to be multiples of
+
+_rounding = False
 
 
 class QuantizedRows(NamedTuple):
@@ -224,21 +226,33 @@ def silu_mul_rows(x: torch.Tensor) -> QuantizedRows:
 
 
 def scaled_runs(device: torch.device, dtype: torch.dtype) -> bool:
-    """True where `scaled_linear` gives results in dtype: on NVIDIA cards with fp8 units (Ada on), 16 bits; on a CPU, slowly."""
-    return device.type == "cpu" or (dtype != torch.float32 and _capability(device.index or 0) >= (8, 9))
+    """True where `scaled_linear` gives results in dtype: bfloat16 on NVIDIA cards with fp8 units (Ada on); any on a CPU,
+    slowly. (In float16 PyTorch's product has given bfloat16's bits: pytorch#187569.)"""
+    return device.type == "cpu" or (dtype == torch.bfloat16 and _capability(device.index or 0) >= (8, 9))
 
 
-def takes_scaled(x: torch.Tensor, weight: Weight) -> bool:
-    """True where the product of x [N, any] with this weight rounds x: a weight that has been told so, more rows than the
-    small-batch kernels take, and sizes that cuBLAS takes."""
-    return weight.rounds_x and x.shape[0] > MAX_ROWS and weight.in_features % STEP == weight.out_features % STEP == 0
+@contextlib.contextmanager
+def rounding_activations(enabled: bool = True):
+    """Products with fp8 weights round x within this block: that of a prompt's forward."""
+    global _rounding
+    before, _rounding = _rounding, enabled
+    try:
+        yield
+    finally:
+        _rounding = before
+
+
+def takes_scaled(weight: Weight) -> bool:
+    """True where the product with this weight rounds x: in a block that says so, an fp8 weight of sizes that PyTorch takes.
+    However many rows: a row's codes do not depend on what it shares a forward with."""
+    return _rounding and weight.format == "fp8" and weight.in_features % STEP == weight.out_features % STEP == 0
 
 
 def scaled_linear(
     x: torch.Tensor | QuantizedRows, weight: Weight, *, norm=None, eps=0.0, activation="none", residual=None, y_rounded=False
 ) -> torch.Tensor | QuantizedRows:
     """x [N, K] -> [N, out], as model.linear has it, x rounded after the norm. y_rounded: what "silu_mul" gives is rounded for
-    the next product. On a GPU `residual` is overwritten with the result: cuBLAS's fp8 products take none."""
+    the next product. On a GPU `residual` is overwritten with the result: PyTorch's fp8 products take none."""
     if not isinstance(x, QuantizedRows):
         x = quantize_rows(x) if norm is None else rms_norm_rows(x, norm, eps)
     y = torch.ops.rooflama.scaled_mm(*x, weight.fp8_codes(), weight.scale, weight.bias, weight.dtype)

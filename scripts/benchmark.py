@@ -200,7 +200,7 @@ def compare(args: argparse.Namespace) -> list[dict]:
     for record in measure.measure(args.command, rows, engines, plan, say):
         tokens = record.pop("tokens", None)
         if tokens and not record["random_weights"]:  # the same weights: greedy answers agree
-            theirs = first.setdefault(tables.row_key(record), tokens)
+            theirs = first.setdefault((*tables.row_key(record), record["activation_dtype"]), tokens)
             record["same_answers"] = sum(a == b for a, b in zip(tokens, theirs, strict=True)) / len(tokens)
         if "skipped" not in record:
             rate = f"{record['output_tok_per_sec']:.1f} tok/s out, {record['e2e_sec']:.3f} s"

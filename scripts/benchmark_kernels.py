@@ -325,8 +325,10 @@ SWEEP_POINTS = [
     *((128, 256, 192), (128, 64, 192), (128, 1, 32768), (64, 256, 192), (64, 16, 128), (128, 16, 128)),
 ]
 COMPILED = ("chunk_rows", "block_rows", "row_groups", "warps", "stages", "max_registers")  # fields that need a compilation
-# Of a ring (FlashRing): 8 KiB of K or V a block, stages, warps, programs, whether those are a cluster of one pair's.
+# Of a ring (FlashRing): 8 KiB of K or V a block, stages, warps, programs, whether those are a cluster of one pair's; whether
+# the next kernel starts late, and whether L1 is left to it (what a kernel was once asked to leave it leaves from then on).
 FEW_RINGS = [
+    *((2, 3, 4, programs, programs == 8, True, True) for programs in (8, 128)),
     *((2, stages, 4, programs, True) for programs, stages in ((8, 3), (8, 6), (16, 3), (4, 3), (4, 6), (2, 6))),
     *((2, stages, 4, programs, False) for stages, programs in ((6, 132), (3, 132), (3, 264))),
     (4, 3, 8, 132, False),

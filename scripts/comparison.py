@@ -38,7 +38,7 @@ def stored_rival() -> tuple[str, dict]:
 
 
 def row_key(record: dict) -> tuple:
-    """What is measured, whatever engine does it."""
+    """What is measured, whatever engine does it and however it multiplies."""
     fields = ("model", "mode", "batch_size", "prompt_len", "max_new_tokens", "padding_ratio", "kv_cache_dtype")
     return tuple(record[f] for f in fields)
 

@@ -126,7 +126,7 @@ class Transformers:
         import transformers
 
         self.torch, self.transformers, self.static, self.device = torch, transformers, static, setup.device
-        if setup.quantize or setup.kv_cache_dtype != "auto":
+        if setup.quantize or setup.kv_cache_dtype != "auto" or setup.activation_dtype != "auto":
             raise Absent(f"quantize {setup.quantize}, cache {setup.kv_cache_dtype}: it has not these formats")
         dtype = getattr(torch, setup.dtype)
         if setup.random:
@@ -258,7 +258,7 @@ class GptFast:
             raise Absent(f"{setup.gpt_fast_dir}: found {model.__file__}, expected gpt-fast's model.py")
         if not setup.random:
             raise Absent("it reads checkpoints of its own format only: give --random_weights")
-        if setup.quantize or setup.kv_cache_dtype != "auto":
+        if setup.quantize or setup.kv_cache_dtype != "auto" or setup.activation_dtype != "auto":
             raise Absent(f"quantize {setup.quantize}, cache {setup.kv_cache_dtype}: not compared here")
         import torch
 

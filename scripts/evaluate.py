@@ -28,6 +28,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import kernels
 import quantize
 from convert_hf_checkpoint import report_errors, underscored
 from generate import DEMO, DTYPES, Engine, default_device
@@ -87,9 +88,11 @@ def cut_windows(engine: Engine, text: str, length: int, max_tokens: int) -> tupl
 @torch.inference_mode()
 def prefill_logits(engine: Engine, tokens: Tensor) -> Tensor:
     """tokens [T] -> the logits after each, [T, V], all in one forward."""
-    engine.prepare_weights()
     model = engine.model
-    return model.logits(model(model.embed(tokens), PrefillStep(tokens.numel())))
+    model.tile_weights()
+    with kernels.rounding_activations(engine.rounds_prompts):
+        hidden = model(model.embed(tokens), PrefillStep(tokens.numel()))
+    return model.logits(hidden)
 
 
 @torch.inference_mode()
@@ -199,7 +202,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--calibration_limit", type=int, default=128)
     flag("--calibration_seq_length", type=int, default=2048)
     flag("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of all but the first row; prefill reads no cache")
-    flag("--activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of all but the first row: of fp8 weights")
+    where = "of x in prefill, of --checkpoint_path's and --quantize's rows: all of fp8"
+    flag("--activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help=where)
     flag("--window", type=int, default=512, help="tokens of a window")
     flag("--max_tokens", type=int, default=2**31, help="tokens scored at most")
     flag("--batch_size", type=int, default=8, help="windows at once in the decode path")
@@ -211,6 +215,8 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in ("window", "max_tokens", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    if args.activation_dtype != "auto" and not (args.quantize or args.checkpoint_path):
+        parser.error(f"--activation_dtype: found {args.activation_dtype}, expected --quantize fp8 or --checkpoint_path with it")
     if not 0 <= args.skip < 1:
         parser.error(f"--skip: found {args.skip}, expected a number from 0 to below 1")
     return args

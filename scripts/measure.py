@@ -79,7 +79,7 @@ class Row:
     quantize: str | None = None  # a mode of quantize.py
     padding_ratio: float = 0.0  # 1 - mean / longest prompt
     kv_cache_dtype: str = "auto"  # a key of kv_cache.CACHE_DTYPES
-    activation_dtype: str = "auto"  # of model.ACTIVATION_DTYPES; vLLM's choice is its own
+    activation_dtype: str = "auto"  # of model.ACTIVATION_DTYPES; vLLM rounds x with fp8 weights in any case
 
     def __str__(self) -> str:
         padding = f", padding {self.padding_ratio:g}" if self.padding_ratio else ""
@@ -125,7 +125,13 @@ def check_row(row: Row) -> None:
         raise ValueError(f"--padding_ratio: found {row.padding_ratio:g} at batch 1, expected 0: one prompt is not padded")
     if row.quantize and row.quantize not in MODES:
         raise ValueError(f"--quantize: found {row.quantize!r}, expected one of {', '.join(MODES)}")
-    context = roofline.load_config(row.model, "model").max_position_embeddings
+    config = roofline.load_config(row.model, "model")
+    context = config.max_position_embeddings
+    own = config.layer_format.format if config.layer_format else "16 bits"
+    if row.activation_dtype == "fp8" and (row.quantize or own) != "fp8":
+        raise ValueError(
+            f"--activation_dtype: found fp8 with weights in {row.quantize or own}, expected --quantize fp8 with it"
+        )
     if row.prompt_len + row.max_new_tokens > context:
         found = f"{row.prompt_len} + {row.max_new_tokens}"
         raise ValueError(f"--prompt_len, --max_new_tokens: found {found}, expected at most the context of {context} together")

@@ -21,7 +21,7 @@ The whole theory (the rest of this file is its bookkeeping):
 5. Overhead. A kernel that has nothing to do still takes about 2 us, so stage time = max(...) + 2 us x kernels. Small models at
    batch 1 are bound by this: it is why this engine runs five kernels a layer in one CUDA graph.
 6. Quantising divides the bytes, so it divides decode's time. Weight-only formats still multiply in bf16: prefill gains nothing.
-   With --activation_dtype fp8, products of many rows with fp8 weights are at the card's fp8 peak, twice that of bf16.
+   With --activation_dtype fp8, prompts' products with fp8 weights are at the card's fp8 peak, twice that of bf16.
 7. Capacity. What weights leave of the memory, divided by a sequence's K and V, is the largest batch.
 
 It leaves out: caches (the 60 MB L2 keeps nothing from step to step), the host, kernels that stop short of the roof, elementwise
@@ -148,7 +148,7 @@ class Model:
     body: str = "bf16"  # of the layers' linears
     head: str = "bf16"
     cache: str = "auto"  # K and V, by the names of kv_cache.CACHE_DTYPES
-    activations: str = "auto"  # x of many rows, of model.ACTIVATION_DTYPES: both must be fp8 for a product in fp8
+    activations: str = "auto"  # x of prompts, of model.ACTIVATION_DTYPES: fp8 only with a body in fp8
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -261,7 +261,8 @@ def stages(model: Model, work: Work) -> list[Stage]:
         weight = FORMATS[format_name]
         weight_bytes, activation_bytes = weight.num_bytes(N, K) + 2 * vectors, 2 * rows * values
         flops = 2 * rows * N * K
-        math_format = weight.math if model.activations == "fp8" and M > MAX_ROWS and name != "head" else "bf16"
+        in_fp8 = model.activations == "fp8" and work.phase == "prefill" and name != "head"
+        math_format = weight.math if in_fp8 else "bf16"
         return Stage(name, layers * kernels, layers * weight_bytes, 0, activation_bytes, flops, math_format)
 
     kv_bytes = B * sum(each.cached(c.layer_window(i)) for i, each in enumerate(works)) * model.kv_bytes_per_token / L
@@ -592,7 +593,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--quantize", choices=FORMATS, default="bf16", help="the layers' weights")
     parser.add_argument("--quantize_head", choices=FORMATS, help="the head's weight (default: as the layers')")
     parser.add_argument("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of K and V (default: 16 bits)")
-    parser.add_argument("--activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of x in products of many rows")
+    parser.add_argument("--activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of x in prompts' products")
     parser.add_argument("--double_batch", action="store_true", help="double the batch: does the time grow?")
     parser.add_argument(
         "--measured", type=Path, nargs="+", metavar="FILE.jsonl", help="runs of scripts/benchmark.py beside their predictions"
@@ -652,6 +653,8 @@ def measure_doubling(args: argparse.Namespace, card: Card, model: Model) -> dict
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
+    if args.activation_dtype == "fp8" and args.quantize != "fp8":
+        raise ValueError(f"--activation_dtype: found fp8 with weights in {args.quantize}, expected --quantize fp8 with it")
     model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype, args.activation_dtype)
     context, prompt_len = args.context, args.prompt_len or args.context
     for flag, length in (("--context", context), ("--prompt_len", prompt_len)):

@@ -1,4 +1,4 @@
-"""Products of many rows with x in fp8: where the option is taken, what it changes, and what is refused."""
+"""Prompts' products with x in fp8: where the option is taken, what it changes, and what is refused."""
 
 import dataclasses
 import json
@@ -11,7 +11,9 @@ from generate import Engine, fill_randomly
 from model import SHAPES, Transformer
 from prefill import Piece
 from quantize import make_recipe
+from runs import Request
 from sampling import SamplingParams
+from speculative import NgramDrafter
 
 TINY = {
     "num_layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_heads": 4, "num_kv_heads": 2, "head_dim": 16,
@@ -43,19 +45,63 @@ def hidden(engine, prompt):
         return engine.prefiller.run([Piece(0, prompt)]).double()
 
 
-@pytest.mark.parametrize(("prompt", "is_rounded"), [(LONG, True), (LONG[:64], False), (SHORT, False)])
-def test_long_prompts_are_rounded(model, prompt, is_rounded):
-    """Only products of more than 64 rows; engines over one model take turns."""
+@pytest.mark.parametrize("prompt", [LONG, SHORT])
+def test_prompts_are_rounded(model, prompt):
+    """However long; engines over one model take turns. e4m3 errs by 2.6% RMS, in each of eight products."""
     plain, rounded = (Engine(model, activation_dtype=name, max_seq_len=128) for name in ("auto", "fp8"))
     first, second, again = hidden(plain, prompt), hidden(rounded, prompt), hidden(plain, prompt)
     assert torch.equal(first, again)
-    assert torch.equal(first, second) != is_rounded
-    assert (first - second).norm() < 0.05 * first.norm()
+    assert 0.01 * first.norm() < (first - second).norm() < 0.15 * first.norm()
 
 
-def test_compiled_prefill_and_large_batches(model):
-    """Compiled for all lengths, and in steps of 65 sequences: the tokens of the plain way."""
-    params = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+PARAMS = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+
+
+def test_steps_are_not(model):
+    """From the same cache, they are those of the plain way, whatever their number of rows."""
+    engines = [Engine(model, activation_dtype=name, max_seq_len=128) for name in ("auto", "fp8")]
+    for engine in engines:
+        engine.generate([LONG[i:] for i in range(65)], PARAMS)
+    session, other = (engine.session for engine in engines)
+    for layer in range(model.config.num_layers):
+        for mine, theirs in zip(session.cache.layer(layer), other.cache.layer(layer), strict=True):
+            mine.copy_(theirs)
+    session.cache.lengths.copy_(other.cache.lengths)
+    session.x.copy_(other.x)
+    for engine in engines:
+        engine.session.done.zero_()
+        engine.decoder.run(1, rows=65)
+    assert torch.equal(engines[0].decoder.logits, engines[1].decoder.logits)
+
+
+def test_neither_neighbours_nor_drafts_change_a_token(model):
+    """Rows are rounded each by itself, and in prompts only: tokens are those of each prompt alone, and of plain steps."""
+    engine = Engine(model, activation_dtype="fp8", max_seq_len=128)
+    prompts = [LONG[i : i + 20 + i] for i in range(16)]
+    alone = [engine.generate([prompt], PARAMS)[0][0].tokens for prompt in prompts]
+    assert [out.tokens for out in engine.generate(prompts, PARAMS)[0]] == alone
+    results = engine.generate_many([Request(prompt, PARAMS, id=i) for i, prompt in enumerate(prompts)], 16)
+    assert {request.id: outputs[0].tokens for request, outputs in results} == dict(enumerate(alone))
+    engine.speculate(NgramDrafter(), 5, adaptive=False)
+    assert [out.tokens for out in engine.generate(prompts, PARAMS)[0]] == alone
+    assert len({tuple(tokens) for tokens in alone}) > 1
+
+
+def test_engines_over_one_model_at_once(model):
+    """Each rounds as it was asked to, also where the other's run comes between."""
+    engine, other = (Engine(model, activation_dtype=name, max_seq_len=128) for name in ("fp8", "auto"))
+    requests = [Request(LONG[i:], PARAMS, id=i) for i in range(4)]
+    expected = {request.id: outputs[0].tokens for request, outputs in engine.generate_many(requests, 1)}
+    found = {}
+    for request, outputs in engine.generate_many(requests, 1):
+        found[request.id] = outputs[0].tokens
+        other.generate([SHORT], PARAMS)
+    assert found == expected
+
+
+def test_compiled_prefill(model):
+    """For all lengths: the tokens of the plain way."""
+    params = PARAMS
     prompts = [LONG[i:] for i in range(65)]
     outputs = []
     for options in ({}, {"compile_prefill": True, "decode_mode": "compile"}):
@@ -69,16 +115,16 @@ def test_compiled_prefill_and_large_batches(model):
 def test_paths_say_it(model):
     for name, said in (("auto", False), ("fp8", True)):
         engine = Engine(model, activation_dtype=name, max_seq_len=128)
-        for batch_size in (1, 65):
-            engine.prepare(batch_size, 100)
-            assert ("x in fp8 from 65 rows on" in engine.prefiller.path) == said
-            assert ("x in fp8 from 65 rows on" in engine.path) == (said and batch_size == 65)
+        engine.prepare(1, 100)
+        assert ("x in fp8" in engine.prefiller.path) == said
 
 
 @pytest.mark.parametrize(("mode", "found"), [(None, "fp32"), ("int8", "int8")])
 def test_other_weights_are_refused(mode, found):
     engine = Engine(make(mode, "llama-3.2-1b"), activation_dtype="fp8", max_seq_len=128)
-    with pytest.raises(ValueError, match=f"activation_dtype: found fp8 with weights in {found}, expected fp8 weights"):
+    with pytest.raises(
+        ValueError, match=f"activation_dtype: found fp8 with weights in {found}, expected fp8 weights \\(--quantize fp8\\)"
+    ):
         engine.generate([SHORT], SamplingParams(max_new_tokens=2))
 
 

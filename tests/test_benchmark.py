@@ -91,6 +91,10 @@ def test_activations_in_fp8():
     assert comparison.row_key(record) in comparison.stored_rival()[1]
     assert comparison.row_name(record) == str(row)
     assert "x in fp8" in roofline.parse_run(record | {"tpot_ms": {"p50": 4.0}}, "here").label
+    measure.check_row(row)
+    for mode, found in ((None, "16 bits"), ("int8", "int8")):
+        with pytest.raises(ValueError, match=f"--activation_dtype: found fp8 with weights in {found}, expected --quantize fp8"):
+            measure.check_row(dataclasses.replace(row, quantize=mode))
 
 
 def test_an_engine_that_fails_is_named(tmp_path):

@@ -140,7 +140,7 @@ def test_fp8_cache(text, capsys):
 
 
 def test_activations_in_fp8(text, capsys):
-    """They change what prefill says of windows of more than 64 tokens, not decode steps; other weights are refused."""
+    """They change what prefill says, not decode steps; other weights are refused, and none at all."""
     flags = ["--text", str(text), "--window", "80", "--max_tokens", "80", "--device", "cpu", "--dtype", "float32", "--quantize"]
     both = []
     for name in ("auto", "fp8"):
@@ -154,6 +154,9 @@ def test_activations_in_fp8(text, capsys):
     assert both[0]["prefill"]["kl"] != both[1]["prefill"]["kl"] < 0.01
     assert evaluate.main([*flags, "int8", "--activation_dtype", "fp8"]) == 1
     assert "found fp8 with weights in int8, expected fp8 weights" in capsys.readouterr().err.splitlines()[-1]
+    with pytest.raises(SystemExit):
+        evaluate.main([*flags[:-1], "--activation_dtype", "fp8"])
+    assert "--activation_dtype: found fp8, expected --quantize fp8" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b"])
 def test_activations_in_fp8(shape):
-    """A prefill, by a graph and step by step, and steps of 128 sequences: near to those of x in bf16, e4m3 errs by 2.6% RMS."""
+    """A prefill, by a graph and step by step, of 3 tokens, 370 and 3,000: near to that of x in bf16, e4m3 errs by 2.6% RMS."""
     config = dataclasses.replace(make_recipe("fp8", SHAPES[shape]).config(SHAPES[shape]), num_layers=2)
     model = Transformer(config, device="cuda")
     fill_randomly(model)
@@ -252,19 +252,12 @@ def test_activations_in_fp8(shape):
         for mode in ("eager", "graph"):
             engine = Engine(model, activation_dtype=name, decode_mode=mode, max_seq_len=4096)
             engine.prepare(3, 4096)
-            for pieces in ([Piece(0, tokens[:300]), Piece(1, tokens[:70])], [Piece(2, tokens)]):
-                hidden[name, mode, len(pieces)] = engine.prefiller.run(pieces).float()
-    for pieces in (1, 2):
-        plain, rounded, graph = (hidden[key, pieces] for key in (("auto", "eager"), ("fp8", "eager"), ("fp8", "graph")))
+            for pieces in ([Piece(0, tokens[:300]), Piece(1, tokens[:70])], [Piece(2, tokens)], [Piece(0, tokens[:3])]):
+                hidden[name, mode, sum(len(p.tokens) for p in pieces)] = engine.prefiller.run(pieces).float()
+    for count in (3, 370, 3000):
+        plain, rounded, graph = (hidden[(*key, count)] for key in (("auto", "eager"), ("fp8", "eager"), ("fp8", "graph")))
         assert 1e-3 * plain.norm() < (rounded - plain).norm() < 0.1 * plain.norm()
         assert (graph - rounded).norm() < 0.02 * rounded.norm()
-    if shape == "llama-3.1-8b":
-        logits = []
-        for name in ("auto", "fp8"):
-            engine = Engine(model, activation_dtype=name, decode_mode="graph", max_seq_len=256)
-            engine.generate([tokens[i : i + 9] for i in range(128)], SamplingParams(0, max_new_tokens=2, ignore_eos=True))
-            logits.append(engine.decoder.logits.float())
-        assert 0 < (logits[0] - logits[1]).norm() < 0.2 * logits[0].norm()
 
 
 @pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b", "mistral-7b"])

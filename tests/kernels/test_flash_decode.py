@@ -252,12 +252,12 @@ def test_rings_fit():
 
 
 def test_carveout():
-    """What a multiprocessor can have is no matter of a byte: the driver takes the next size up."""
-    assert carveout_percent(0, 1) == 4, "8 of 228 KiB"
-    assert carveout_percent(103 * 1024, 1) == 58, "132 of 228"
+    """A percent beyond a size that a multiprocessor can have, which the driver takes for the next one."""
+    assert carveout_percent(0, 1) == 4, "beyond 8 of 228 KiB"
+    assert carveout_percent(103 * 1024, 1) == 58, "beyond 132"
     assert carveout_percent(103 * 1024, 2) == 100
     assert carveout_percent(227 * 1024, 1) == 100
-    assert carveout_percent(34 * 1024, 4) == 72, "164 of 228"
+    assert carveout_percent(34 * 1024, 4) == 72, "beyond 164"
     assert carveout_percent(34 * 1024, 16) == 100, "not all at once"
 
 

@@ -130,9 +130,7 @@ def fp8_weight(N, K, bias=False, dtype=torch.bfloat16) -> Weight:
     plain = Weight(N, K, bias=bias, dtype=dtype, device=DEVICE)
     for tensor in plain.buffers():
         tensor.normal_(0, 0.1)
-    weight = plain.round_to_nearest(PackedFormat("fp8"))
-    weight.rounds_x = True
-    return weight
+    return plain.round_to_nearest(PackedFormat("fp8"))
 
 
 @pytest.mark.parametrize(("N", "K"), [(8, 64), (16, 16), (13, 100), (40, 1408), (3, 4)])
@@ -231,9 +229,9 @@ TINY = {"num_layers": 2, "hidden_size": 128, "intermediate_size": 192, "num_head
 
 
 @pytest.mark.parametrize("shape", ["llama-3.2-1b", "qwen2.5-7b", "qwen3-8b"])
-@pytest.mark.parametrize("rows", [64, 65])
+@pytest.mark.parametrize("rows", [3, 65])
 def test_forward(shape, rows, monkeypatch):
-    """Only of more than 64 rows are products rounded, all four of a layer, x once each; the result is near the plain one's."""
+    """All four products of a layer are rounded where that is asked for, x once each; the result is near the plain one's."""
     config = dataclasses.replace(SHAPES[shape], head_dim=32, tie_word_embeddings=False, **TINY)
     model = Transformer(make_recipe("fp8", config).config(config), device=DEVICE)
     fill_randomly(model)
@@ -244,14 +242,14 @@ def test_forward(shape, rows, monkeypatch):
     monkeypatch.setattr(kernels, "scaled_linear", lambda x, *a, **k: (products.append(type(x)), real(x, *a, **k))[1])
     outputs = []
     for enabled in (False, True):
-        model.round_activations(enabled)
-        with torch.no_grad():
+        with torch.no_grad(), kernels.rounding_activations(enabled):
             outputs.append(model(x, PrefillStep(rows)).double())
     plain, rounded = outputs
     layer = [torch.Tensor, torch.Tensor, torch.Tensor, QuantizedRows]  # qkv, output, gate/up, down
-    assert products == (layer * 2 if rows > 64 else [])
-    assert torch.equal(plain, rounded) == (rows <= 64)
-    assert (plain - rounded).norm() < 0.05 * plain.norm()
+    assert products == layer * 2
+    assert 0.01 * plain.norm() < (plain - rounded).norm() < 0.15 * plain.norm(), (
+        "e4m3 errs by 2.6% RMS, in each of eight products"
+    )
 
 
 def test_sizes_that_cublas_does_not_take():
@@ -259,13 +257,13 @@ def test_sizes_that_cublas_does_not_take():
     config = dataclasses.replace(SHAPES["llama-3.2-1b"], **TINY | {"intermediate_size": 200})
     model = Transformer(make_recipe("fp8", config).config(config), device=DEVICE)
     fill_randomly(model)
-    model.round_activations(True)
     x, ffn = randn(65, 128), model.layers[0].feed_forward
     ffn.w2.scale *= 20  # else what bf16 rounds of the residual is more
-    assert kernels.takes_scaled(x, ffn.w13)
-    assert not kernels.takes_scaled(x, ffn.w2)
+    assert not kernels.takes_scaled(ffn.w13), "outside of such a block"
     with torch.no_grad():
-        y, _ = ffn(x.clone(), model.layers[0].ffn_norm.weight, model.layers[0].reader)
-        model.round_activations(False)
+        with kernels.rounding_activations():
+            assert kernels.takes_scaled(ffn.w13)
+            assert not kernels.takes_scaled(ffn.w2)
+            y, _ = ffn(x.clone(), model.layers[0].ffn_norm.weight, model.layers[0].reader)
         plain, _ = ffn(x.clone(), model.layers[0].ffn_norm.weight, model.layers[0].reader)
     assert 0 < (y - plain).norm() < 0.05 * (plain - x).norm()
