@@ -21,6 +21,7 @@ def scenario_rows(name: str) -> list[Row]:
     if name == "vllm-table":
         fields = ("model", "batch_size", "prompt_len", "max_new_tokens", "quantize")
         rows = [Row(*(row[f] for f in fields)) for row in stored_rival()[1].values()]
+        rows = [dataclasses.replace(r, activation_dtype="fp8" if r.quantize == "fp8" else "auto") for r in rows]  # as vLLM's
         small = lambda row: row.prompt_len <= 128 and row.max_new_tokens <= 128
         tier = lambda row: 3 if row.max_new_tokens > 128 else 2 if row.quantize else 0 if small(row) else 1
         return sorted(rows, key=lambda row: (tier(row), models.index(row.model), row.quantize or ""))
