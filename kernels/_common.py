@@ -23,13 +23,29 @@ from triton.runtime.jit import JITFunction
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # kernels run on the CPU, one program after another
 
+
+class Setting:
+    """What holds for the whole process, and otherwise within a `with` block. Not for concurrent use."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @contextlib.contextmanager
+    def set_to(self, value):
+        before, self.value = self.value, value
+        try:
+            yield
+        finally:
+            self.value = before
+
+
+_pdl_enabled = Setting(True)
+
 # For the ordering test: after triggering, every third program sleeps so long, so that what reads too early reads wrongly.
 DELAY_NS = tl.constexpr(int(os.environ.get("ROOFLAMA_DELAY_NS", "0")))
 
 INTERPRETED = tl.constexpr(INTERPRET)
 NVIDIA = tl.constexpr(torch.version.hip is None and not INTERPRET)
-
-_pdl_enabled = True
 
 AHEAD_BYTES = 16 << 20  # what memory can deliver until the next step's first kernel has started, and more
 
@@ -167,7 +183,7 @@ def runs_kernels(x: torch.Tensor) -> bool:
 
 
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def capability(index: int) -> tuple[int, int]:
     """Compute capability of an NVIDIA card; (0, 0) of any other."""
     return torch.cuda.get_device_capability(index) if torch.version.hip is None else (0, 0)
 
@@ -175,7 +191,7 @@ def _capability(index: int) -> tuple[int, int]:
 @torch.compiler.assume_constant_result
 def wgmma_device(index: int) -> bool:
     """True of a Hopper card: the products that read shared memory by themselves (wgmma) went with it."""
-    return not INTERPRET and _capability(index) == (9, 0)
+    return not INTERPRET and capability(index) == (9, 0)
 
 
 def has_wgmma(x: torch.Tensor) -> bool:
@@ -185,7 +201,7 @@ def has_wgmma(x: torch.Tensor) -> bool:
 
 def pdl_supported(x: torch.Tensor) -> bool:
     """True where kernels on `x`'s device are launched with programmatic dependent launch."""
-    return _pdl_enabled and x.is_cuda and not INTERPRET and _capability(x.device.index or 0) >= (9, 0)
+    return _pdl_enabled.value and x.is_cuda and not INTERPRET and capability(x.device.index or 0) >= (9, 0)
 
 
 def launch_options(x: torch.Tensor) -> dict:
@@ -193,15 +209,9 @@ def launch_options(x: torch.Tensor) -> dict:
     return {"PDL": True, "launch_pdl": True} if pdl_supported(x) else {"PDL": False}
 
 
-@contextlib.contextmanager
 def pdl_disabled():
     """Launches everything inside without PDL: what the ordering tests compare with. Not for concurrent use."""
-    global _pdl_enabled
-    before, _pdl_enabled = _pdl_enabled, False
-    try:
-        yield
-    finally:
-        _pdl_enabled = before
+    return _pdl_enabled.set_to(False)
 
 
 def fix_cache_keys(package: str) -> None:

@@ -404,7 +404,7 @@ def _flash_ring_kernel(
         top, total, acc = _add_warps(top, total, acc)
         m = gl.arange(0, ROWS, gl.SliceLayout(1, OWN))
         column = gl.arange(0, D, gl.SliceLayout(0, OWN))
-        if not (SPLIT or CLUSTER):
+        if not (SPLIT or CLUSTER):  # known when compiling: no code to merge with
             _store_out(out_ptr, acc, total, m, column, b, head, D, T, HKV, G, PERMUTE)
         elif parts == 1:
             if part == 0:

@@ -13,7 +13,6 @@ Letters: B sequences, T query tokens a sequence, S cache rows, Hq/Hkv heads, G =
 M query rows (G * T, padded) and N cache rows of a tile.
 """
 
-import contextlib
 import functools
 import math
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ import triton.language as tl
 from kernels._common import (
     INTERPRET,
     INTERPRETED,
+    Setting,
     arrives_last,
     hold,
     launch_options,
@@ -502,19 +502,13 @@ def choose_launch(
     )
 
 
-_overrides: dict = {}
+_overrides = Setting({})
 
 
-@contextlib.contextmanager
 def override_launch(**changes):
     """Every launch inside has these fields of Launch changed, or where it can has this `ring`, a FlashRing; without one none
     has. For measuring and for tests. Not for concurrent use."""
-    global _overrides
-    before, _overrides = _overrides, changes
-    try:
-        yield
-    finally:
-        _overrides = before
+    return _overrides.set_to(changes)
 
 
 def launch_flash_decode(
@@ -632,7 +626,7 @@ def _flash_decode(
     paged, sms = table.shape[1] > 1, num_sms(q.device.index or 0)
     if flash_ring_serves(q, k_cache, v_cache, table, k_scale, split_size):
         ring = choose_flash_ring(batch=B, tokens=T, num_kv_heads=Hkv, head_dim=D, capacity=page_size, sms=sms)
-        ring = _overrides.get("ring") if _overrides else ring
+        ring = _overrides.value.get("ring") if _overrides.value else ring
         if ring is not None:
             at = {"scale_log2": scale * LOG2_E, "window": window, "permute": permute}
             return launch_flash_ring(q, k_cache, v_cache, lengths, table, ring, **at)
@@ -647,7 +641,7 @@ def _flash_decode(
         split_size=split_size,
         sms=sms,
     )
-    launch = replace(launch, **{name: value for name, value in _overrides.items() if name != "ring"})
+    launch = replace(launch, **{name: value for name, value in _overrides.value.items() if name != "ring"})
     return launch_flash_decode(q, k_cache, v_cache, lengths, table, launch, permute=permute, **options)
 
 

@@ -5,14 +5,13 @@ the product, and when a linear takes this path. Does not know the model.
 Letters: N rows (tokens), K features that go in, O features that come out, F intermediate features.
 """
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from kernels._common import _capability, launch_options, pdl_trigger, pdl_wait, runs_kernels, to_cache
+from kernels._common import Setting, capability, launch_options, pdl_trigger, pdl_wait, runs_kernels, to_cache
 from kernels._matmul import rms_norm_ref
 from kernels.formats import LARGEST, Weight, saturated
 
@@ -20,7 +19,7 @@ FP8 = torch.float8_e4m3fn
 LEAST_SCALE = tl.constexpr(2.0**-126)  # float32's smallest normal number: its inverse is finite
 STEP = 16  # what PyTorch's fp8 products want K and O to be multiples of
 
-_rounding = False
+_rounding = Setting(False)
 
 
 class QuantizedRows(NamedTuple):
@@ -60,27 +59,18 @@ def _store_row(x, mask, row, k, K, codes_ptr, scale_ptr):
 
 
 @triton.jit
-def _quantize_rows_kernel(x_ptr, codes_ptr, scale_ptr, K, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One row."""
+def _quantize_rows_kernel(x_ptr, weight_ptr, codes_ptr, scale_ptr, K, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """One row, normed first where there is a gain."""
     pdl_trigger(PDL)
     row = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, BLOCK)
+    if weight_ptr is not None:
+        gain = tl.load(weight_ptr + k, mask=k < K, other=0).to(tl.float32)
     pdl_wait(PDL)
     x = tl.load(x_ptr + row * K + k, mask=k < K, other=0).to(tl.float32)
+    if weight_ptr is not None:
+        x = x * tl.rsqrt(tl.sum(x * x, 0) / K + eps) * gain
     _store_row(x, k < K, row, k, K, codes_ptr, scale_ptr)
-
-
-@triton.jit
-def _rms_norm_rows_kernel(x_ptr, weight_ptr, codes_ptr, scale_ptr, K, eps, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    """One row."""
-    pdl_trigger(PDL)
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, BLOCK)
-    weight = tl.load(weight_ptr + k, mask=k < K, other=0).to(tl.float32)
-    pdl_wait(PDL)
-    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0).to(tl.float32)
-    factor = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
-    _store_row(x * factor * weight, k < K, row, k, K, codes_ptr, scale_ptr)
 
 
 @triton.jit
@@ -117,38 +107,24 @@ def _launch(kernel, codes, scale, before: tuple, after: tuple = ()) -> None:
         kernel[(N,)](*before, codes, scale, K, *after, BLOCK=block, num_warps=warps, **launch_options(codes))
 
 
-@torch.library.custom_op("rooflama::quantize_rows", mutates_args=())
-def _quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scale = _rows(x)
-    if not runs_kernels(x):
-        return quantize_rows_ref(x)
-    _launch(_quantize_rows_kernel, codes, scale, (x,))
-    return codes, scale
-
-
-@_quantize_rows.register_fake
-def _(x):
-    return _rows(x)
-
-
-@torch.library.custom_op("rooflama::rms_norm_rows", mutates_args=())
-def _rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    codes, scale = _rms_norm_outputs(x, weight)
-    if not runs_kernels(x):
-        return quantize_rows_ref(rms_norm_ref(x.float(), weight.float(), eps))
-    _launch(_rms_norm_rows_kernel, codes, scale, (x, weight), (eps,))
-    return codes, scale
-
-
-def _rms_norm_outputs(x, weight):
-    if weight.shape != x.shape[-1:] or not weight.is_contiguous():
+def _quantize_outputs(x, weight):
+    if weight is not None and (weight.shape != x.shape[-1:] or not weight.is_contiguous()):
         raise ValueError(f"weight: found {list(weight.shape)}, expected [{x.shape[-1]}], contiguous")
     return _rows(x)
 
 
-@_rms_norm_rows.register_fake
+@torch.library.custom_op("rooflama::quantize_rows", mutates_args=())
+def _quantize_rows(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = _quantize_outputs(x, weight)
+    if not runs_kernels(x):
+        return quantize_rows_ref(x if weight is None else rms_norm_ref(x.float(), weight.float(), eps))
+    _launch(_quantize_rows_kernel, codes, scale, (x, weight), (eps,))
+    return codes, scale
+
+
+@_quantize_rows.register_fake
 def _(x, weight, eps):
-    return _rms_norm_outputs(x, weight)
+    return _quantize_outputs(x, weight)
 
 
 @torch.library.custom_op("rooflama::silu_mul_rows", mutates_args=())
@@ -209,15 +185,11 @@ def _(codes, scale, weight, weight_scale, bias, dtype):
 # ---------------------------------------------------------------- what the model calls
 
 
-def quantize_rows(x: torch.Tensor) -> QuantizedRows:
+def quantize_rows(x: torch.Tensor, weight: torch.Tensor | None = None, eps: float = 0.0) -> QuantizedRows:
     """x [N, K] to e4m3, each row divided by its largest magnitude / 448; a row of zeros keeps a scale of 1. The scale of
-    a row with NaN or infinity is NaN, and so is every product with it. ValueError: another shape."""
-    return QuantizedRows(*torch.ops.rooflama.quantize_rows(x.contiguous()))
-
-
-def rms_norm_rows(x: torch.Tensor, weight: torch.Tensor, eps: float) -> QuantizedRows:
-    """`quantize_rows` of the RMSNorm of x [N, K] with a gain [K], which is not rounded in between."""
-    return QuantizedRows(*torch.ops.rooflama.rms_norm_rows(x.contiguous(), weight, eps))
+    a row with NaN or infinity is NaN, and so is every product with it. weight [K]: the gain of an RMSNorm before that, whose
+    result is not rounded in between. ValueError: another shape."""
+    return QuantizedRows(*torch.ops.rooflama.quantize_rows(x.contiguous(), weight, eps))
 
 
 def silu_mul_rows(x: torch.Tensor) -> QuantizedRows:
@@ -228,24 +200,18 @@ def silu_mul_rows(x: torch.Tensor) -> QuantizedRows:
 def scaled_runs(device: torch.device, dtype: torch.dtype) -> bool:
     """True where `scaled_linear` gives results in dtype: bfloat16 on NVIDIA cards with fp8 units (Ada on); any on a CPU,
     slowly. (In float16 PyTorch's product has given bfloat16's bits: pytorch#187569.)"""
-    return device.type == "cpu" or (dtype == torch.bfloat16 and _capability(device.index or 0) >= (8, 9))
+    return device.type == "cpu" or (dtype == torch.bfloat16 and capability(device.index or 0) >= (8, 9))
 
 
-@contextlib.contextmanager
 def rounding_activations(enabled: bool = True):
     """Products with fp8 weights round x within this block: that of a prompt's forward."""
-    global _rounding
-    before, _rounding = _rounding, enabled
-    try:
-        yield
-    finally:
-        _rounding = before
+    return _rounding.set_to(enabled)
 
 
 def takes_scaled(weight: Weight) -> bool:
     """True where the product with this weight rounds x: in a block that says so, an fp8 weight of sizes that PyTorch takes.
     However many rows: a row's codes do not depend on what it shares a forward with."""
-    return _rounding and weight.format == "fp8" and weight.in_features % STEP == weight.out_features % STEP == 0
+    return _rounding.value and weight.format == "fp8" and weight.in_features % STEP == weight.out_features % STEP == 0
 
 
 def scaled_linear(
@@ -254,7 +220,7 @@ def scaled_linear(
     """x [N, K] -> [N, out], as model.linear has it, x rounded after the norm. y_rounded: what "silu_mul" gives is rounded for
     the next product. On a GPU `residual` is overwritten with the result: PyTorch's fp8 products take none."""
     if not isinstance(x, QuantizedRows):
-        x = quantize_rows(x) if norm is None else rms_norm_rows(x, norm, eps)
+        x = quantize_rows(x, norm, eps)
     y = torch.ops.rooflama.scaled_mm(*x, weight.fp8_codes(), weight.scale, weight.bias, weight.dtype)
     if activation == "silu_mul":
         return silu_mul_rows(y) if y_rounded else torch.ops.rooflama.silu_mul(y)  # rows.py

@@ -4,11 +4,11 @@ Owns the measured table, the fall-back rule behind it, and the override that a t
 Letters: M rows of x, N output features, K input features. `op` is one of OPS.
 """
 
-import contextlib
 import dataclasses
 import itertools
 from dataclasses import dataclass
 
+from kernels._common import Setting
 from kernels.formats import UNIT_COLUMNS
 
 OPS = ("linear", "silu_mul", "qkv", "head")
@@ -207,7 +207,7 @@ def choose_tile(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: b
 
 def kernel_rows(N: int, K: int, sms: int) -> int:
     """Rows of x up to which plain weights [N, K] are for the kernels; beyond, for cuBLAS. An overridden tile is to be used."""
-    if any(key[1:] == (N, K) for key in _overrides if isinstance(key, tuple)):
+    if any(key[1:] == (N, K) for key in _overrides.value if isinstance(key, tuple)):
         return MAX_ROWS
     return KERNEL_ROWS.get((sms, N, K), PLAIN_ROWS)
 
@@ -224,7 +224,7 @@ def folds_norm(*formats) -> bool:
 def fold_block(rows: int, fmt, ring: bool = False) -> int:
     """Output features behind one sum of squares of a folded norm, for a first weight in this format: few enough that every tile
     computes whole blocks. A ring's tiles have 64 at least."""
-    return 16 if fmt is not None and rows <= 16 and not (_batch_invariant or ring) else 64
+    return 16 if fmt is not None and rows <= 16 and not (is_batch_invariant() or ring) else 64
 
 
 def measured_rows(rows: int) -> tuple[int, ...]:
@@ -531,40 +531,28 @@ def fma_chunk(K: int, warps: int) -> int:
 
 # ---------------------------------------------------------------- overriding
 
-_overrides: dict = {}
-_batch_invariant = False
+_overrides = Setting({})
+_batch_invariant = Setting(False)
 
 
-@contextlib.contextmanager
 def override_tiles(tiles: dict):
     """Within, an op uses `tiles[op, N, K]`, else `tiles[op]`, else its own choice. For tuners; not for concurrent use."""
-    global _overrides
-    before, _overrides = _overrides, {**_overrides, **tiles}
-    try:
-        yield
-    finally:
-        _overrides = before
+    return _overrides.set_to({**_overrides.value, **tiles})
 
 
 def is_batch_invariant() -> bool:
-    return _batch_invariant
+    return _batch_invariant.value
 
 
-@contextlib.contextmanager
 def batch_invariant(enabled: bool = True):
     """Within, tiles do not depend on the number of rows: a row's result is the same in every batch, at some cost in speed."""
-    global _batch_invariant
-    before, _batch_invariant = _batch_invariant, enabled
-    try:
-        yield
-    finally:
-        _batch_invariant = before
+    return _batch_invariant.set_to(enabled)
 
 
 def tile_for(op: str, fmt: str, rows: int, N: int, K: int, sms: int, rings: bool = False) -> Tile:
     """What a kernel asks: the override, the batch-invariant tile, or the choice; with a ring only if `rings`. A packed weight's
     ring by an override is for those that can have it: the first layer's qkv cannot."""
-    tile = _overrides.get((op, N, K), _overrides.get(op))
+    tile = _overrides.value.get((op, N, K), _overrides.value.get(op))
     if tile is not None and (rings or not tile.ring or fmt not in UNIT_COLUMNS):
         return tile
-    return invariant_tile(op, fmt, N, K, sms) if _batch_invariant else choose_tile(op, fmt, rows, N, K, sms, rings)
+    return invariant_tile(op, fmt, N, K, sms) if is_batch_invariant() else choose_tile(op, fmt, rows, N, K, sms, rings)

@@ -42,6 +42,11 @@ class Setup:
     kv_cache_dtype: str = "auto"  # or fp8
     activation_dtype: str = "auto"  # or fp8; rooflama's
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether weights, cache and activations are in the model's dtype."""
+        return not self.quantize and self.kv_cache_dtype == self.activation_dtype == "auto"
+
 
 @dataclass
 class Job:
@@ -126,7 +131,7 @@ class Transformers:
         import transformers
 
         self.torch, self.transformers, self.static, self.device = torch, transformers, static, setup.device
-        if setup.quantize or setup.kv_cache_dtype != "auto" or setup.activation_dtype != "auto":
+        if not setup.is_plain:
             raise Absent(f"quantize {setup.quantize}, cache {setup.kv_cache_dtype}: it has not these formats")
         dtype = getattr(torch, setup.dtype)
         if setup.random:
@@ -258,7 +263,7 @@ class GptFast:
             raise Absent(f"{setup.gpt_fast_dir}: found {model.__file__}, expected gpt-fast's model.py")
         if not setup.random:
             raise Absent("it reads checkpoints of its own format only: give --random_weights")
-        if setup.quantize or setup.kv_cache_dtype != "auto" or setup.activation_dtype != "auto":
+        if not setup.is_plain:
             raise Absent(f"quantize {setup.quantize}, cache {setup.kv_cache_dtype}: not compared here")
         import torch
 

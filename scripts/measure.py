@@ -83,10 +83,8 @@ class Row:
 
     def __str__(self) -> str:
         padding = f", padding {self.padding_ratio:g}" if self.padding_ratio else ""
-        name = f"{Path(self.model).name} {self.quantize or 'plain'}"
-        name += f", {self.kv_cache_dtype} cache" if self.kv_cache_dtype != "auto" else ""
-        name += f", x in {self.activation_dtype}" if self.activation_dtype != "auto" else ""
-        return f"{name}, batch {self.batch_size}, {self.prompt_len}/{self.max_new_tokens}{padding}"
+        formats = roofline.formats_of(self.quantize or "plain", None, self.kv_cache_dtype, self.activation_dtype)
+        return f"{Path(self.model).name} {formats}, batch {self.batch_size}, {self.prompt_len}/{self.max_new_tokens}{padding}"
 
     def prompt_lens(self) -> list[int]:
         """Of each sequence: evenly spread from (1 - 2 padding_ratio) of the longest up to it, in random order."""
@@ -105,6 +103,10 @@ class Row:
     def formats(self) -> tuple[str, str]:
         """Of the layers' weights and the head's, by their names in roofline.FORMATS."""
         return (MODES[self.quantize][0], MODES[self.quantize][2]) if self.quantize else ("bf16", "bf16")
+
+    @property
+    def predicted_model(self) -> roofline.Model:
+        return roofline.Model(roofline.load_config(self.model), *self.formats, self.kv_cache_dtype, self.activation_dtype)
 
 
 def loaded_as(row: Row) -> tuple:
@@ -128,10 +130,7 @@ def check_row(row: Row) -> None:
     config = roofline.load_config(row.model, "model")
     context = config.max_position_embeddings
     own = config.layer_format.format if config.layer_format else "16 bits"
-    if row.activation_dtype == "fp8" and (row.quantize or own) != "fp8":
-        raise ValueError(
-            f"--activation_dtype: found fp8 with weights in {row.quantize or own}, expected --quantize fp8 with it"
-        )
+    roofline.check_activations(row.activation_dtype, row.quantize or own)
     if row.prompt_len + row.max_new_tokens > context:
         found = f"{row.prompt_len} + {row.max_new_tokens}"
         raise ValueError(f"--prompt_len, --max_new_tokens: found {found}, expected at most the context of {context} together")
@@ -258,7 +257,7 @@ def summary(row: Row, answer: dict) -> dict:
 
 def predictions(row: Row, card: roofline.Card) -> tuple[roofline.Prediction, roofline.Prediction]:
     """Of a decode step in the middle of the answer, and of the prefill, at the mean prompt length."""
-    model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype, row.activation_dtype)
+    model = row.predicted_model
     mean_len = round(statistics.mean(row.prompt_lens()))
     step = roofline.decode(row.batch_size, mean_len + row.max_new_tokens // 2)
     return roofline.predict(card, model, step), roofline.predict(card, model, roofline.prefill(row.batch_size, mean_len))
@@ -404,8 +403,7 @@ def max_batch(row: Row, engine: tuple[str, str], plan: Plan, most: int) -> int:
     card = card_of(plan.device)
     guess = most
     if card:
-        model = roofline.Model(roofline.load_config(row.model), *row.formats, row.kv_cache_dtype, row.activation_dtype)
-        guess = roofline.largest_batch(card, model, row.prompt_len + row.max_new_tokens)
+        guess = roofline.largest_batch(card, row.predicted_model, row.prompt_len + row.max_new_tokens)
     once = dataclasses.replace(plan, warmup_runs=0, timed_runs=1)
     worker = Worker(setup_of(*engine, row, [row], plan), plan.deadline)
 

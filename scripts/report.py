@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from roofline import TOLERANCE, Run, num, parse_run
+from roofline import TOLERANCE, Run, formats_of, num, parse_run
 
 ENGINE_BENCHMARKS = ("latency", "throughput", "sweep", "double_batch")
 RIVAL = "vllm_0.26.0_h200.json"
@@ -61,8 +61,7 @@ def formats(record: dict) -> str:
     body, head = record.get("quantize") or "bf16", record.get("quantize_head")
     cache = record.get("kv_cache_dtype") or "auto"
     x = record.get("activation_dtype") or "auto"
-    text = body + (f", head {head}" if head and head != body else "") + (f", {cache} cache" if cache != "auto" else "")
-    return text + (f", x in {x}" if x != "auto" else "")
+    return formats_of(body, head, cache, x)
 
 
 def run_of(record: dict) -> Run | None:
@@ -151,8 +150,7 @@ def off_list(records: list[dict], stored: list[dict]) -> str:
 
 def step_key(record: dict) -> tuple:
     """What decides which kernels a step runs: all but lengths."""
-    formats = [record.get(name, "auto") for name in ("kv_cache_dtype", "activation_dtype")]
-    return record["model"], record["mode"], record["batch_size"], record["engine"], *formats
+    return record["model"], record["mode"], record["batch_size"], record["engine"], record.get("kv_cache_dtype", "auto")
 
 
 def why(record: dict, run: Run, traced: dict | None) -> str:

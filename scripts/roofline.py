@@ -432,11 +432,22 @@ def parse_run(row: dict, where: str, card: Card | None = None) -> Run:
     require("kv_cache_dtype", cache, isinstance(cache, str) and cache in CACHE_DTYPES, f"one of {', '.join(CACHE_DTYPES)}")
     x = row.get("activation_dtype") or "auto"
     require("activation_dtype", x, x in ACTIVATION_DTYPES, f"one of {', '.join(ACTIVATION_DTYPES)}")
-    label = f"{row.get('engine', 'rooflama')} {Path(row['model']).name} {body}" + (f", head {head}" if head != body else "")
-    label += (f", {cache} cache" if cache != "auto" else "") + (f", x in {x}" if x != "auto" else "")
+    label = f"{row.get('engine', 'rooflama')} {Path(row['model']).name} {formats_of(body, head, cache, x)}"
     context = round(prompt_len * (1 - padding)) + max_new_tokens // 2
     predicted = predict(card, Model(config, body, head, cache, x), decode(batch_size, context))
     return Run(label, batch_size, prompt_len, max_new_tokens, ms, predicted)
+
+
+def formats_of(body: str, head: str | None, cache: str, x: str) -> str:
+    """For people: of the layers' weights, and of the head's, the cache and a prompt's x what does not go without saying."""
+    text = body + (f", head {head}" if head and head != body else "")
+    return text + (f", {cache} cache" if cache != "auto" else "") + (f", x in {x}" if x != "auto" else "")
+
+
+def check_activations(dtype: str, body: str) -> None:
+    """ValueError: x is to be in fp8 beside weights that are not."""
+    if dtype == "fp8" and body != "fp8":
+        raise ValueError(f"--activation_dtype: found fp8 with weights in {body}, expected --quantize fp8 with it")
 
 
 def load_config(name: str, source: str = "MODEL") -> ModelConfig:
@@ -653,8 +664,7 @@ def measure_doubling(args: argparse.Namespace, card: Card, model: Model) -> dict
 
 def run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
-    if args.activation_dtype == "fp8" and args.quantize != "fp8":
-        raise ValueError(f"--activation_dtype: found fp8 with weights in {args.quantize}, expected --quantize fp8 with it")
+    check_activations(args.activation_dtype, args.quantize)
     model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype, args.activation_dtype)
     context, prompt_len = args.context, args.prompt_len or args.context
     for flag, length in (("--context", context), ("--prompt_len", prompt_len)):

@@ -101,12 +101,11 @@ def test_engines_over_one_model_at_once(model):
 
 def test_compiled_prefill(model):
     """For all lengths: the tokens of the plain way."""
-    params = PARAMS
     prompts = [LONG[i:] for i in range(65)]
     outputs = []
     for options in ({}, {"compile_prefill": True, "decode_mode": "compile"}):
         engine = Engine(model, activation_dtype="fp8", max_seq_len=128, **options)
-        outputs.append([out.tokens for out in engine.generate(prompts, params)[0]])
+        outputs.append([out.tokens for out in engine.generate(prompts, PARAMS)[0]])
         assert ("compiled" in engine.path) == bool(options)
     assert outputs[0] == outputs[1]
     assert len({tuple(tokens) for tokens in outputs[0]}) > 1

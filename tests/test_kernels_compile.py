@@ -21,7 +21,7 @@ from kernels import _common
 from kernels._flash_ring import choose_flash_ring
 from kernels.flash_decode import override_launch
 from kernels.formats import PackedFormat, Weight
-from kernels.scaled import quantize_rows, rms_norm_rows, silu_mul_rows
+from kernels.scaled import quantize_rows, silu_mul_rows
 from kernels.tiles import (
     MEASURED,
     SHARED_BYTES,
@@ -419,7 +419,7 @@ def test_rounding_of_rows(launches, K):
     """Rows of the 8B, Qwen2.5 7B and the 70B, and what their feed-forwards make: loaded 16 bytes at a time, nothing spilled."""
     F = {4096: 14336, 3584: 18944, 8192: 28672}[K]
     quantize_rows(empty(300, K))
-    rms_norm_rows(empty(300, K), empty(K), 1e-5)
+    quantize_rows(empty(300, K), empty(K), 1e-5)
     silu_mul_rows(empty(300, 2 * F))
     for compiled in check(launches, 3):
         assert "cvt.rn.satfinite.e4m3x2.f32" in compiled.asm["ptx"]
@@ -430,10 +430,7 @@ def test_rounding_of_rows(launches, K):
 
 def test_fp8_codes(launches):
     """A lane's bytes are put in order by one instruction a word; 8 bytes at a time come and go."""
-    weight = Weight(4096, 1024, packed=PackedFormat("fp8"))
-    weight.weight.zero_()
-    weight.tile()
-    weight.fp8_codes()
+    tiled(4096, 1024, PackedFormat("fp8")).fp8_codes()
     (compiled,) = check(launches, 1)
     ptx = compiled.asm["ptx"]
     assert set(re.findall(r"[sl][td]\.global\S*", ptx)) == {"ld.global.v2.b32", "st.global.v2.b32"}

@@ -13,7 +13,7 @@ from kernels import scaled
 from kernels._matmul import rms_norm_ref
 from kernels.formats import PackedFormat, Weight
 from kernels.rows import silu_mul_ref
-from kernels.scaled import FP8, QuantizedRows, quantize_rows, rms_norm_rows, scaled_linear, silu_mul_rows
+from kernels.scaled import FP8, QuantizedRows, quantize_rows, scaled_linear, silu_mul_rows
 from model import SHAPES, PrefillStep, Transformer
 from quantize import make_recipe
 
@@ -78,7 +78,7 @@ def test_quantize_rows(shape, dtype, guarded):
 def test_rms_norm_rows(shape, dtype, guarded):
     x, weight = randn(*shape, dtype=dtype), randn(shape[-1], dtype=dtype)
     x[-1] *= 1e-4  # where eps counts
-    check(rms_norm_rows(x, weight, 1e-5), rms_norm_ref(x.double(), weight.double(), 1e-5))
+    check(quantize_rows(x, weight, 1e-5), rms_norm_ref(x.double(), weight.double(), 1e-5))
     assert len(guarded) == 2
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_number_stays_so(bad):
     plain = scaled_linear(x, weight)
     x[1, 9] = bad
     gain = torch.ones(64, dtype=x.dtype, device=DEVICE)
-    for rows in (quantize_rows(x), rms_norm_rows(x, gain, 1e-5), silu_mul_rows(torch.cat([x, x], dim=1))):
+    for rows in (quantize_rows(x), quantize_rows(x, gain, 1e-5), silu_mul_rows(torch.cat([x, x], dim=1))):
         assert rows.scale[:, 0].isnan().tolist() == [False, True, False]
     y = scaled_linear(x, weight)
     assert y[1].isnan().all()
@@ -118,7 +118,7 @@ def test_what_is_no_number_stays_so(bad):
 
 def test_no_rows():
     x = randn(0, 64)
-    for rows in (quantize_rows(x), rms_norm_rows(x, randn(64), 1e-5)):
+    for rows in (quantize_rows(x), quantize_rows(x, randn(64), 1e-5)):
         assert (rows.codes.shape, rows.scale.shape) == ((0, 64), (0, 1))
     assert silu_mul_rows(x).codes.shape == (0, 32)
 
@@ -194,8 +194,8 @@ def test_opcheck():
     """Without the tests that compare numbers: on a CPU, PyTorch cannot compare those of e4m3."""
     x, weight = randn(5, 64), fp8_weight(48, 64, bias=True)
     ops, which = torch.ops.rooflama, ("test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(ops.quantize_rows, (x,), test_utils=which)
-    torch.library.opcheck(ops.rms_norm_rows, (x, randn(64), 1e-5), test_utils=which)
+    torch.library.opcheck(ops.quantize_rows, (x, None, 0.0), test_utils=which)
+    torch.library.opcheck(ops.quantize_rows, (x, randn(64), 1e-5), test_utils=which)
     torch.library.opcheck(ops.silu_mul_rows, (x,), test_utils=which)
     torch.library.opcheck(
         ops.scaled_mm, (*quantize_rows(x), weight.weight, weight.scale, weight.bias, torch.bfloat16), test_utils=which
@@ -210,9 +210,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"x: found \[5, 63\], expected \[N, 2 F\]"):
         silu_mul_rows(randn(5, 63))
     with pytest.raises(ValueError, match="x: found strides"):
-        ops.quantize_rows(x.T)
+        ops.quantize_rows(x.T, None, 0.0)
     with pytest.raises(ValueError, match=r"weight: found \[32\], expected \[64\]"):
-        rms_norm_rows(x, randn(32), 1e-5)
+        quantize_rows(x, randn(32), 1e-5)
     with pytest.raises(ValueError, match=r"scale: found torch.float32 \[1, 5\], expected torch.float32 \[5, 1\]"):
         ops.scaled_mm(rows.codes, rows.scale.T, weight.weight, weight.scale, None, torch.bfloat16)
     with pytest.raises(ValueError, match=r"weight: found \[40, 64\], expected multiples of 16"):
