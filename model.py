@@ -393,7 +393,7 @@ def linear(
     "silu_mul"), plus residual. x_permuted, y_permuted: the order of columns, as kernels.linear has it; only where `fused`.
 
     x may be in fp8 already: what a linear before it gave that was told so by `y_rounded` (only where `takes_scaled`).
-    `residual`, of many rows, is overwritten with the result.
+    `residual`, of many rows, may be overwritten with the result.
     """
     if kernels.takes_scaled(weight):
         options = {"activation": activation, "residual": residual, "y_rounded": y_rounded}

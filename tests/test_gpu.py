@@ -242,7 +242,8 @@ def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
 
 @pytest.mark.parametrize("shape", ["llama-3.1-8b", "qwen2.5-7b", "qwen3-8b"])
 def test_activations_in_fp8(shape):
-    """A prefill, by a graph and step by step, of 3 tokens, 370 and 3,000: near to that of x in bf16, e4m3 errs by 2.6% RMS."""
+    """A prefill, by a graph and step by step, of 3 tokens, 370 and 3,000: near to that of x in bf16. e4m3
+    errs by 2.6% RMS, and eight products follow each other: 7.4% of one like the others, of which twice is allowed."""
     config = dataclasses.replace(make_recipe("fp8", SHAPES[shape]).config(SHAPES[shape]), num_layers=2)
     model = Transformer(config, device="cuda")
     fill_randomly(model)
@@ -256,7 +257,7 @@ def test_activations_in_fp8(shape):
                 hidden[name, mode, sum(len(p.tokens) for p in pieces)] = engine.prefiller.run(pieces).float()
     for count in (3, 370, 3000):
         plain, rounded, graph = (hidden[(*key, count)] for key in (("auto", "eager"), ("fp8", "eager"), ("fp8", "graph")))
-        assert 1e-3 * plain.norm() < (rounded - plain).norm() < 0.1 * plain.norm()
+        assert 1e-3 * plain.norm() < (rounded - plain).norm() < 0.15 * plain.norm()
         assert (graph - rounded).norm() < 0.02 * rounded.norm()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_folding import TINY, random_model
+from test_folding import TINY, exact_x, random_model
 from test_head import check_candidates, sampling
 from test_linear import DEVICE, EPS, make_qkv, on_hopper, randn, wide
 from test_packed import FP8, INT4, INT8, exact_weight, make
@@ -278,7 +278,7 @@ def test_gated_rings(fmt, tile):
             residual = randn(M, 128, dtype=dtype)
             summed = linear(x, weight, norm=norm, eps=EPS, activation="silu_mul", residual=residual)
         rest = (None, None, EPS, "silu_mul", None)
-        exact = linear_ref(folded.scaled.double(), exact_weight(weight), *rest, folded.squares.double())
+        exact = linear_ref(exact_x(folded), exact_weight(weight), *rest, folded.squares.double())
         working = linear_ref(folded.scaled, weight.dequantized(), *rest, folded.squares)
         assert_within(summed, working + residual, exact + residual.double())
         assert_within(permute_columns(y) if permute else y, working, exact)
@@ -390,7 +390,7 @@ def test_head_rings(fmt, tile, temperature, rings_run):
         folded, norm = permuted_norm(x, randn(K, dtype=dtype))
         given = draws(M, T, temperature)
         rest = (None, EPS, vocab_size, None, None, None, given["lengths"])
-        exact = head_ref(folded.scaled.double(), exact_weight(weight), *rest, folded.squares.double())[0]
+        exact = head_ref(exact_x(folded), exact_weight(weight), *rest, folded.squares.double())[0]
         working = head_ref(folded.scaled, weight.dequantized(), *rest, folded.squares)[0]
         for name in ("weight", "scale", "zero"):
             tensor = getattr(weight, name)

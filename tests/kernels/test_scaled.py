@@ -154,8 +154,7 @@ def test_codes_of_a_tiled_weight(N, K, monkeypatch):
 def by_hand(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """The product of x, rounded, and the weight's values, in float64."""
     codes, scale = scaled.quantize_rows_ref(x)
-    y = (codes.double() * scale.double()) @ (weight.fp8_codes().double() * weight.scale.double()).T
-    return y if weight.bias is None else y + weight.bias.double()
+    return (codes.double() * scale.double()) @ (weight.fp8_codes().double() * weight.scale.double()).T
 
 
 @pytest.mark.parametrize("tiled", [False, True])
@@ -166,16 +165,18 @@ def test_product(M, N, K, bias, tiled):
     weight, x, residual = fp8_weight(N, K, bias), randn(M, K), randn(M, N)
     if tiled:
         weight.tile()
-    exact = by_hand(x, weight)
-    magnitudes = by_hand(x.abs(), weight) * 0 + x.double().norm(dim=1, keepdim=True) * weight.dequantized().double().norm(dim=1)
-    sums = 2.0**-13 if DEVICE == "cuda" else 2.0**-20
-    rounding = 2 * unit_roundoff(torch.bfloat16)
-    y = scaled_linear(x, weight)
-    assert ((y.double() - exact).abs() <= rounding * exact.abs() + sums * magnitudes).all()
-    added = exact + residual.double()
-    y = scaled_linear(x, weight, residual=residual)
-    assert y is residual, "the residual is overwritten, as cuBLAS's own epilogue would"
-    assert ((y.double() - added).abs() <= rounding * (exact.abs() + added.abs()) + sums * magnitudes).all()
+    product = by_hand(x, weight)
+    magnitudes = x.double().norm(dim=1, keepdim=True) * weight.dequantized().double().norm(dim=1)
+    sums = (2.0**-13 if DEVICE == "cuda" else 2.0**-20) * magnitudes
+    exact = product + weight.bias.double() if bias else product
+    added, before = exact + residual.double(), residual.clone()
+    for y, steps in (
+        (scaled_linear(x, weight), [product, exact]),
+        (scaled_linear(x, weight, residual=residual), [product, exact, added]),
+    ):
+        allowed = sums + 2 * unit_roundoff(torch.bfloat16) * sum(step.abs() for step in steps)
+        assert ((y.double() - steps[-1]).abs() <= allowed).all()
+    assert torch.equal(residual, before), "of few rows it may be a graph's input, which the graph's warm-up must not change"
 
 
 def test_norm_and_activation():
@@ -197,9 +198,7 @@ def test_opcheck():
     torch.library.opcheck(ops.quantize_rows, (x, None, 0.0), test_utils=which)
     torch.library.opcheck(ops.quantize_rows, (x, randn(64), 1e-5), test_utils=which)
     torch.library.opcheck(ops.silu_mul_rows, (x,), test_utils=which)
-    torch.library.opcheck(
-        ops.scaled_mm, (*quantize_rows(x), weight.weight, weight.scale, weight.bias, torch.bfloat16), test_utils=which
-    )
+    torch.library.opcheck(ops.scaled_mm, (*quantize_rows(x), weight.weight, weight.scale, torch.bfloat16), test_utils=which)
     weight.tile()
     torch.library.opcheck(ops.untile_fp8, (weight.weight, 48, 64), test_utils=which)
 
@@ -214,9 +213,9 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"weight: found \[32\], expected \[64\]"):
         quantize_rows(x, randn(32), 1e-5)
     with pytest.raises(ValueError, match=r"scale: found torch.float32 \[1, 5\], expected torch.float32 \[5, 1\]"):
-        ops.scaled_mm(rows.codes, rows.scale.T, weight.weight, weight.scale, None, torch.bfloat16)
+        ops.scaled_mm(rows.codes, rows.scale.T, weight.weight, weight.scale, torch.bfloat16)
     with pytest.raises(ValueError, match=r"weight: found \[40, 64\], expected multiples of 16"):
-        ops.scaled_mm(*rows, weight.weight[:40], weight.scale[:40], None, torch.bfloat16)
+        ops.scaled_mm(*rows, weight.weight[:40], weight.scale[:40], torch.bfloat16)
     with pytest.raises(ValueError, match="columns: found 66, expected a multiple of 4"):
         ops.untile_fp8(weight.weight, 48, 66)
     with pytest.raises(ValueError, match=r"weight: found torch.float8_e4m3fn \[48, 64\], expected int32"):
