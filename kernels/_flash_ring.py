@@ -471,11 +471,12 @@ def choose_flash_ring(
         return FlashRing(rows, 6, 4, programs=min(most, 8), cluster=True)
     if pairs <= sms:
         if long:
-            return FlashRing(rows, 3, 4, programs=2 * sms)
+            even = 2 * sms - 2 * sms % pairs  # the same number for each pair, unless that leaves out many
+            return FlashRing(rows, 3, 4, programs=even if 20 * even >= 19 * 2 * sms else 2 * sms)
         return FlashRing(rows, 2 if head_dim == 64 and capacity <= 1024 else 4, 4, programs=sms)
     if pairs <= 2 * sms:
         return FlashRing(rows, 3, 4, programs=pairs + sms if long else 2 * sms)
-    if pairs <= 4 * sms and (head_dim == 128 or capacity <= 1024):  # four a multiprocessor
+    if pairs <= 4 * sms:  # four a multiprocessor
         return FlashRing(rows // 2, 3, 2, programs=pairs + (2 * sms if long else 0))
     if head_dim == 128 and pairs > 8 * sms:
         return FlashRing(rows // 2, 2, 2, programs=pairs + (2 * sms if long else 0))
