@@ -3,6 +3,9 @@
 Owns inline PTX, the launch of a cluster, and how a multiprocessor shares its memory between L1 and shared memory. Does not know
 what the programs compute. Needs a GPU of compute capability 9.0.
 
+What PTX reads and writes, Triton does not see: buffers that it uses must be kept alive (`_keep_alive`) behind a barrier of all
+warps, or the compiler's own shared memory may lie in them too early.
+
 PTX needs addresses, and Triton does not say where it has put a buffer. A kernel finds out when it starts: it writes its address
 into each 1,024 bytes of its shared memory, and reads the buffer's beginning.
 
@@ -39,6 +42,13 @@ def shared_address(buffer, LAYOUT: gl.constexpr):
     return buffer._reinterpret(gl.int32, [1, 1], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])).load(LAYOUT)
 
 
+@gluon.jit
+def first_address(buffer):
+    """`shared_address` as a scalar."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [gl.num_warps(), 1], [1, 0])
+    return gl.max(shared_address(buffer, L).reshape([1]), 0)
+
+
 @gluon.constexpr_function
 def _prefetching(kernel, parameters):
     return "".join(f"prefetch.param.tensormap [{kernel}_param_{i}]; " for i in parameters) + "mov.b32 $0, $1;"
@@ -50,6 +60,96 @@ def prefetch_descriptors(KERNEL: gl.constexpr, PARAMETERS: gl.constexpr):
     them, too. Triton passes a descriptor of two dimensions as five parameters."""
     asm: gl.constexpr = _prefetching(KERNEL, PARAMETERS)
     gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+
+
+# ---------------------------------------------------------------- barriers and copies of single threads and warps
+# Triton's own are the whole program's: it puts a barrier of all warps before a copy, and does not let a warp wait by itself.
+
+
+@gluon.jit
+def lane_number():
+    asm: gl.constexpr = "mov.u32 $0, %laneid; // $1"
+    return gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def warp_number():
+    """ptxas knows that all of a warp have the same."""
+    asm: gl.constexpr = "mov.u32 $0, %tid.x; shr.u32 $0, $0, 5; shfl.sync.idx.b32 $0, $0, 0, 31, -1; // $1"
+    return gl.inline_asm_elementwise(asm, "=&r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def one_thread(pred):
+    """Where pred, which is all of a warp's or none's: True in one thread of the warp, each time the same. ptxas knows it for
+    one, where it is asked for just before it is used, and copies need no loop over threads."""
+    own = False
+    if pred:
+        asm: gl.constexpr = "{ .reg .pred own; elect.sync _|own, 0xffffffff; selp.b32 $0, 1, 0, own; } // $1"
+        own = gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1) != 0
+    return own
+
+
+@gluon.jit
+def init_barrier(bar_at, count):
+    """By one thread; before others come, fence_barriers() and a barrier of all warps."""
+    asm: gl.constexpr = "mbarrier.init.shared::cta.b64 [$1], $2; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, count], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def fence_barriers():
+    """What this thread has initialized is there for copies, and for the cluster."""
+    asm: gl.constexpr = "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; mov.u32 $0, $1;"
+    gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive_expecting(bar_at, num_bytes):
+    """By one thread: it arrives, and copies are to bring so many bytes."""
+    asm: gl.constexpr = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.u32 $0, 0;"
+    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, num_bytes], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_phase(bar_at, phase):
+    """Each thread by itself, until the barrier's phase of this parity is over."""
+    asm: gl.constexpr = """{
+    .reg .pred done;
+    again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2; @!done bra again;
+    mov.u32 $0, 0;
+    }"""
+    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, phase], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive_warp(bar_at, lane, pred):
+    """Where pred, which is all of a warp's or none's: the warp arrives, once, when all its lanes have come here."""
+    asm: gl.constexpr = """{
+    .reg .pred own;
+    setp.ne.b32 own, $3, 0; setp.eq.and.u32 own, $2, 0, own;
+    bar.warp.sync 0xffffffff; @own mbarrier.arrive.shared::cta.b64 _, [$1]; mov.u32 $0, 0;
+    }"""
+    gl.inline_asm_elementwise(asm, "=r,r,r,r", [bar_at, lane, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1)
+
+
+@gluon.constexpr_function
+def _copying(kernel, parameter, rank):
+    coordinates = ", ".join(f"${3 + i}" for i in range(rank))
+    return (
+        f"{{ .reg .b64 d; mov.b64 d, {kernel}_param_{parameter}; cvta.param.u64 d, d;"
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [d, {{{coordinates}}}], [$2];"
+        "mov.u32 $0, 0; }"
+    )
+
+
+@gluon.jit
+def copy_box(KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar_at, coordinates):
+    """By one thread: a box of what the kernel's parameter describes (see prefetch_descriptors), at coordinates of which the
+    first is the last dimension's, to an address in shared memory."""
+    asm: gl.constexpr = _copying(KERNEL, PARAMETER, len(coordinates))
+    constraints: gl.constexpr = "=r,r,r" + ",r" * len(coordinates)
+    gl.inline_asm_elementwise(asm, constraints, (at, bar_at) + coordinates, gl.int32, is_pure=False, pack=1)  # noqa: RUF005
 
 
 # ---------------------------------------------------------------- clusters

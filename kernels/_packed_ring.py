@@ -14,6 +14,9 @@ within each 32 (`_common.permuted`), and whoever writes x does that: nothing mov
 Widened in order, codes would do with x as it is; but the kernels of one row would then load x four bytes at a time, which
 took 6% of a step (LOG.md).
 
+No warp waits for all others: each waits for a stage's bytes by itself, and arrives at a barrier when it has left the stage. One
+thread waits for that and fills the stage again, while a product is under way. All this is PTX (_hopper.py).
+
 While a product of 8-bit codes is under way this program widens nothing: where two share a multiprocessor, the other one does.
 int4's products are a group's each, whose sums take its scale in float32.
 """
@@ -27,14 +30,25 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from kernels._candidates import PARTIALS, load_draws, store_candidates, store_logits, with_noise
 from kernels._common import arrives_last, best_of, launch_options, pdl_trigger, pdl_wait, permuted
+from kernels._hopper import (
+    arrive_expecting,
+    arrive_warp,
+    copy_box,
+    fence_barriers,
+    first_address,
+    init_barrier,
+    lane_number,
+    mark_shared,
+    one_thread,
+    wait_phase,
+    warp_number,
+)
 from kernels._matmul import FoldedNorm, Operand, rms_factor, scratch, token_positions, x_scale
 from kernels._packed import FP8_BF16, FP8_FP16, INT4_BF16, INT4_FP16, INT8_BF16, INT8_FP16
 from kernels._random import gumbel_quads
@@ -129,79 +143,112 @@ def _operand(words, zeros, FORMAT: gl.constexpr, UC: gl.constexpr, MP: gl.conste
 # ---------------------------------------------------------------- the ring
 
 
+W_PARAMETER, X_PARAMETER, SCALE_PARAMETER, ZERO_PARAMETER = (gl.constexpr(i) for i in (0, 9, 14, 23))  # of PTX: _hopper.py
+LINE = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # of buffers [lines, 32] of 32 bits, aligned to 1,024 bytes
+BAR_BYTES = gl.constexpr(32)  # of a stage's barriers: weights are there, x is there, every warp has left; and a gap
+
+
 @gluon.constexpr_function
-def _weight_bytes(w_desc, scale_desc, zero_desc, SUB):
-    """That arrive for a stage."""
-    return SUB * sum(d.block_type.nbytes for d in (w_desc, scale_desc, zero_desc) if d is not None)
+def _nbytes(desc):
+    return 0 if desc is None else desc.block_type.nbytes
 
 
 @gluon.jit
-def _load_weights(ring, w_desc, scale_desc, zero_desc, bar, slot, group, unit, pred, SUB: gl.constexpr):
-    """A tile's boxes of W from `unit` on into a stage, and int4's scales and zeros."""
+def _load_weights(
+    ring, w_desc, scale_desc, zero_desc, slot, group, unit, S: gl.constexpr, SUB: gl.constexpr, KERNEL: gl.constexpr
+):  # fmt: skip
+    """A tile's boxes of W from `unit` on into a stage, and int4's scales and zeros. By one thread."""
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
+    gl.static_assert(UC <= 2)  # a box has 256 columns at most
+    W_BYTES: gl.constexpr = _nbytes(w_desc)
+    SCALE_BYTES: gl.constexpr = _nbytes(scale_desc)
+    ZERO_BYTES: gl.constexpr = _nbytes(zero_desc)
+    w_at, groups_at, bar = ring[4], ring[6], ring[7] + slot * BAR_BYTES
+    arrive_expecting(bar, SUB * (W_BYTES + SCALE_BYTES + ZERO_BYTES))
     for u in gl.static_range(SUB):
         at = slot * SUB + u
-        tma.async_copy_global_to_shared(w_desc, [0, group, 0, (unit + u * UC) * 128], bar, ring[0].index(at), pred=pred)
+        copy_box(KERNEL, W_PARAMETER, w_at + at * W_BYTES, bar, ((unit + u * UC) * 128, 0, group, 0))
         if scale_desc is not None:
-            tma.async_copy_global_to_shared(scale_desc, [0, group, 0, (unit + u) * 8], bar, ring[4].index(at), pred=pred)
+            copy_box(KERNEL, SCALE_PARAMETER, groups_at + at * SCALE_BYTES, bar, ((unit + u) * 8, 0, group, 0))
         if zero_desc is not None:
-            tma.async_copy_global_to_shared(zero_desc, [0, group, 0, (unit + u) * 8], bar, ring[5].index(at), pred=pred)
+            zero_at = groups_at + S * SUB * SCALE_BYTES + at * ZERO_BYTES
+            copy_box(KERNEL, ZERO_PARAMETER, zero_at, bar, ((unit + u) * 8, 0, group, 0))
 
 
 @gluon.jit
-def _load_x(ring, x_desc, bar, slot, k, pred, SUB: gl.constexpr):
-    """x from column k on into a stage."""
-    COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
-    for u in gl.static_range(SUB):
-        tma.async_copy_global_to_shared(x_desc, [0, k + u * COLUMNS], bar, ring[1].index(slot * SUB + u), pred=pred)
+def _load_x(ring, x_desc, slot, k, SUB: gl.constexpr, KERNEL: gl.constexpr):
+    """x from column k on into a stage, 64 columns a box. By one thread."""
+    MP: gl.constexpr = x_desc.block_type.shape[0]
+    BOXES: gl.constexpr = SUB * x_desc.block_type.shape[1] // 64
+    bar = ring[7] + slot * BAR_BYTES + 8
+    for i in gl.static_range(BOXES):
+        copy_box(KERNEL, X_PARAMETER, ring[5] + (slot * BOXES + i) * (128 * MP), bar, (k + 64 * i, 0))
 
 
 @gluon.jit
 def _begin(
-    w_desc, x_desc, scale_desc, zero_desc, group, unit0, first, S: gl.constexpr, SUB: gl.constexpr, PDL: gl.constexpr
+    w_desc, x_desc, scale_desc, zero_desc, group, unit0, first,
+    S: gl.constexpr, SUB: gl.constexpr, PDL: gl.constexpr, KERNEL: gl.constexpr,
 ):  # fmt: skip
     """A ring whose first stages are on their way: weights, and behind the dependency wait x. group: of W's, the first.
 
     first: stages that are filled; not a constant, for LLVM would unroll the loops over it.
     """
+    W: gl.constexpr = gl.num_warps()
     MP: gl.constexpr = x_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
     BOXES: gl.constexpr = w_desc.block_type.shape[0]
     PER: gl.constexpr = w_desc.block_type.shape[1]
     HB: gl.constexpr = w_desc.block_type.shape[2]
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [S * SUB, BOXES, PER, HB, UC * 128], w_desc.layout)
+    SCALES: gl.constexpr = S * SUB * _nbytes(scale_desc)
+    OTHERS: gl.constexpr = SCALES + S * SUB * _nbytes(zero_desc)
+    gl.static_assert(
+        x_desc.layout.swizzle_byte_width == 128 and _nbytes(scale_desc) % 128 == 0 and _nbytes(zero_desc) % 128 == 0
+    )
+    w_lines = gl.allocate_shared_memory(gl.int32, [S * SUB * _nbytes(w_desc) // 128, 32], LINE)
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [S * SUB, MP, COLUMNS], x_desc.layout)
-    w_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    x_bars = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    lines = gl.allocate_shared_memory(gl.int32, [OTHERS // 128 + (S * BAR_BYTES + 127) // 128, 32], LINE)
+    w_smem = w_lines._reinterpret(w_desc.dtype, [S * SUB, BOXES, PER, HB, UC * 128], w_desc.layout)
     scale_smem, zero_smem = w_smem, w_smem  # where there are none: a tuple takes no None
     if scale_desc is not None:
-        scale_smem = gl.allocate_shared_memory(scale_desc.dtype, [S * SUB, BOXES, PER, HB, 8], scale_desc.layout)
-    if zero_desc is not None:
-        zero_smem = gl.allocate_shared_memory(zero_desc.dtype, [S * SUB, BOXES, PER, HB, 8], zero_desc.layout)
-    ring = (w_smem, x_smem, w_bars, x_bars, scale_smem, zero_smem)
-    for i in range(first):  # a stage after the other, so that the first load is out at once
-        w_bar, x_bar = w_bars.index(i), x_bars.index(i)
-        mbarrier.init(w_bar, count=1)
-        mbarrier.init(x_bar, count=1)
-        fence_async_shared()
-        mbarrier.expect(w_bar, _weight_bytes(w_desc, scale_desc, zero_desc, SUB))
-        mbarrier.expect(x_bar, SUB * x_desc.block_type.nbytes)
-        tl.debug_barrier()
-        _load_weights(ring, w_desc, scale_desc, zero_desc, w_bar, i, group, unit0 + i * (SUB * UC), True, SUB)
+        scale_smem = lines._reinterpret(scale_desc.dtype, [S * SUB, BOXES, PER, HB, 8], scale_desc.layout)
+    if zero_desc is not None:  # behind the scales
+        ALL: gl.constexpr = OTHERS // _nbytes(zero_desc)
+        zero_smem = lines._reinterpret(zero_desc.dtype, [ALL, BOXES, PER, HB, 8], zero_desc.layout)
+    mark_shared(W)
+    w_at, x_at, groups_at = first_address(w_lines), first_address(x_smem), first_address(lines)
+    fence_async_shared()  # copies overwrite marks
+    tl.debug_barrier()
+    ring = (w_smem, x_smem, scale_smem, zero_smem, w_at, x_at, groups_at, groups_at + OTHERS, w_lines, lines)
+    if one_thread(warp_number() == 0):
+        for i in range(first):  # a stage after the other, so that the first load is out at once
+            bar = groups_at + OTHERS + i * BAR_BYTES
+            init_barrier(bar, 1)
+            init_barrier(bar + 8, 1)
+            init_barrier(bar + 16, W)
+            fence_barriers()
+            arrive_expecting(bar + 8, SUB * _nbytes(x_desc))
+            _load_weights(ring, w_desc, scale_desc, zero_desc, i, group, unit0 + i * (SUB * UC), S, SUB, KERNEL)
+    tl.debug_barrier()  # barriers are there
     pdl_wait(PDL)
-    for i in range(first):
-        _load_x(ring, x_desc, x_bars.index(i), i, unit0 * (COLUMNS // UC) + i * (SUB * COLUMNS), True, SUB)
+    if one_thread(warp_number() == 0):
+        for i in range(first):
+            _load_x(ring, x_desc, i, unit0 // UC * COLUMNS + i * (SUB * COLUMNS), SUB, KERNEL)
     return ring
 
 
 @gluon.jit
 def _multiply(
     ring, w_desc, x_desc, scale_desc, zero_desc, group, unit0,
-    FORMAT: gl.constexpr, CHUNKS: gl.constexpr, S: gl.constexpr, SUB: gl.constexpr,
+    FORMAT: gl.constexpr, CHUNKS: gl.constexpr, S: gl.constexpr, SUB: gl.constexpr, KERNEL: gl.constexpr,
 ):  # fmt: skip
-    """Of a program's CHUNKS stages the sums [ROWS, MP]: of int4 scaled, of 8-bit codes yet without their rows' scales."""
-    w_smem, x_smem, w_bars, x_bars = ring[0], ring[1], ring[2], ring[3]
+    """Of a program's CHUNKS stages the sums [ROWS, MP]: of int4 scaled, of 8-bit codes yet without their rows' scales.
+
+    No warp waits for all others: each waits for the stage that it reads, and says when it has left it; one thread, which fills
+    a stage again, waits for that, when it has set off the product behind it.
+    """
+    w_smem, x_smem, scale_smem, zero_smem, bars_at = ring[0], ring[1], ring[2], ring[3], ring[7]
     W: gl.constexpr = gl.num_warps()
     MP: gl.constexpr = x_desc.block_type.shape[0]
     COLUMNS: gl.constexpr = x_desc.block_type.shape[1]
@@ -213,23 +260,26 @@ def _multiply(
     WORDS: gl.constexpr = _words_layout(BOXES, PER, HB, UC, W)
     GROUPS: gl.constexpr = _groups_layout(BOXES, PER, HB, W)
     BY_GROUPS: gl.constexpr = scale_desc is not None
+    lane = lane_number()
+    warp = warp_number()
     sums = gl.zeros([16 * W, MP], gl.float32, MMA)
     slot = 0
     phase = 0
     for c in range(CHUNKS):
-        mbarrier.wait(w_bars.index(slot), phase)
+        bar = bars_at + slot * BAR_BYTES
+        wait_phase(bar, phase)
         part_before, scale_before = sums, sums  # not carried from stage to stage: ptxas would multiply one k16 at a time
         for u in gl.static_range(SUB):
             at = slot * SUB + u
             zeros = None
             if zero_desc is not None:
-                zeros = ring[5].index(at).load(GROUPS)
+                zeros = zero_smem.index(S * SUB * _nbytes(scale_desc) // _nbytes(zero_desc) + at).load(GROUPS)
             w = _operand(w_smem.index(at).load(WORDS), zeros, FORMAT, UC, MP, x_desc.dtype)
             if BY_GROUPS:
-                scale = gl.reshape(ring[4].index(at).load(GROUPS), [16 * W])
+                scale = gl.reshape(scale_smem.index(at).load(GROUPS), [16 * W])
                 scale = gl.convert_layout(scale, gl.SliceLayout(1, MMA), assert_trivial=True).to(gl.float32)
             if u == 0:
-                mbarrier.wait(x_bars.index(slot), phase)
+                wait_phase(bar + 8, phase)
             operand = x_smem.index(at).permute((1, 0))
             if BY_GROUPS:
                 nothing = gl.zeros([16 * W, MP], gl.float32, MMA)
@@ -240,25 +290,26 @@ def _multiply(
                 part_before, scale_before = part, scale
             else:
                 sums = warpgroup_mma(w, operand, sums, is_async=True)
-        # Chunk c - 1 has been multiplied: its stage is free.
-        free = gl.where(slot == 0, S - 1, slot - 1)
-        more = (c >= 1) & (c < CHUNKS - S + 1)
-        unit = unit0 + (c + S - 1) * (SUB * UC)
-        w_bar, x_bar = w_bars.index(free), x_bars.index(free)
-        mbarrier.expect(w_bar, _weight_bytes(w_desc, scale_desc, zero_desc, SUB), pred=more)
-        mbarrier.expect(x_bar, SUB * x_desc.block_type.nbytes, pred=more)
-        tl.debug_barrier()  # every warp has multiplied
-        _load_weights(ring, w_desc, scale_desc, zero_desc, w_bar, free, group, unit, more, SUB)
-        _load_x(ring, x_desc, x_bar, free, unit * (COLUMNS // UC), more, SUB)
-        wraps = slot == S - 1
-        phase = gl.where(wraps, phase ^ 1, phase)
-        slot = gl.where(wraps, 0, slot + 1)
+        if one_thread((warp == 0) & (c >= 1) & (c <= CHUNKS - S)):  # chunk c - 1's stage is for chunk c - 1 + S
+            free = gl.where(slot == 0, S - 1, slot - 1)
+            wait_phase(bars_at + free * BAR_BYTES + 16, gl.where(slot == 0, phase ^ 1, phase))
+            unit = unit0 + (c + S - 1) * (SUB * UC)
+            _load_weights(ring, w_desc, scale_desc, zero_desc, free, group, unit, S, SUB, KERNEL)
+            arrive_expecting(bars_at + free * BAR_BYTES + 8, SUB * _nbytes(x_desc))
+            _load_x(ring, x_desc, free, unit // UC * COLUMNS, SUB, KERNEL)
         if BY_GROUPS:
             done = warpgroup_mma_wait(0, deps=(part_before,))
             sums += done * scale_before[:, None]
         else:  # the next codes are to be widened into the registers that this product reads
             sums = warpgroup_mma_wait(0, deps=(sums,))
+        arrive_warp(bar + 16, lane, c < CHUNKS - S)
+        wraps = slot == S - 1
+        phase = gl.where(wraps, phase ^ 1, phase)
+        slot = gl.where(wraps, 0, slot + 1)
     tl.debug_barrier()  # the compiler's own shared memory lies in the ring: not before every warp has multiplied
+    ring[8]._keep_alive()  # nor does Triton see that copies write here
+    x_smem._keep_alive()
+    ring[9]._keep_alive()
     return sums
 
 
@@ -376,6 +427,7 @@ def _packed_ring_linear_kernel(
     SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """y[m, tile] = act(factor[m] * (x[m] @ W[tile].T)) + residual; with a gain, y's FoldedNorm. x's columns are permuted."""
+    KERNEL: gl.constexpr = "_packed_ring_linear_kernel"
     pdl_trigger(PDL)
     HALF: gl.constexpr = 8 * gl.num_warps()
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
@@ -384,11 +436,11 @@ def _packed_ring_linear_kernel(
     unit0 = part * (CHUNKS * SUB * UC)
     f = tile * (HALF if SILU_MUL else 2 * HALF) + gl.arange(0, HALF, gl.SliceLayout(1, box_layout(HALF, MP, gl.num_warps())))
     second = f + (F if SILU_MUL else HALF)
-    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, tile, unit0, first, S, SUB, PDL)
+    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, tile, unit0, first, S, SUB, PDL, KERNEL)
     if SPLIT == 1:  # behind x, and there long before the sums are
         factors = _load_factors(scale_ptr, folded_ptr, f, second, M, FOLDED, MP)
         loaded = _load_residuals(residual_ptr, gain_ptr, f, F, M, SILU_MUL, HALF, MP)
-    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, tile, unit0, FORMAT, CHUNKS, S, SUB)
+    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, tile, unit0, FORMAT, CHUNKS, S, SUB, KERNEL)
     if SPLIT == 1:
         scaled = _scaled(boxes(sums), factors, eps, K, X_SCALE)
         _linear_epilogue(scaled, loaded, y_ptr, scaled_ptr, sum_ptr, f, F, M, SILU_MUL, PERMUTE, HALF, MP, X_SCALE)
@@ -413,6 +465,7 @@ def _packed_ring_qkv_kernel(
     SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """PER heads of queries, keys or values. qk-norm only where PER is 1. x's columns are permuted."""
+    KERNEL: gl.constexpr = "_packed_ring_qkv_kernel"
     pdl_trigger(PDL)
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
     CHUNKS: gl.constexpr = K // SPLIT // (x_desc.block_type.shape[1] * SUB)
@@ -422,7 +475,7 @@ def _packed_ring_qkv_kernel(
     gl.static_assert(q_norm_ptr is None or PER == 1)
     tile, part = gl.program_id(0) // SPLIT, gl.program_id(0) % SPLIT
     unit0 = part * (CHUNKS * SUB * UC)
-    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, tile * PER, unit0, first, S, SUB, PDL)
+    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, tile * PER, unit0, first, S, SUB, PDL, KERNEL)
     i, m = gl.arange(0, 64, gl.SliceLayout(1, Y)), gl.arange(0, MP, gl.SliceLayout(0, Y))
     head, pair = tile * PER + i // H, i % H
     position, page = token_positions(lengths_ptr, table_ptr, m, M, T, P, page_size)
@@ -430,7 +483,7 @@ def _packed_ring_qkv_kernel(
     if SPLIT == 1:
         factors = _load_factors(scale_ptr, folded_ptr, n, n + H, M, FOLDED, MP)
         of_heads = load_of_heads(bias_ptr, q_norm_ptr, k_norm_ptr, cos_ptr, sin_ptr, head, pair, position, HQ, H)
-    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, tile * PER, unit0, FORMAT, CHUNKS, S, SUB)
+    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, tile * PER, unit0, FORMAT, CHUNKS, S, SUB, KERNEL)
     if SPLIT == 1:
         scaled = _scaled(boxes(sums), factors, eps, K, X_SCALE)
         qkv_epilogue(
@@ -467,6 +520,7 @@ def _packed_ring_head_kernel(
     SPLIT: gl.constexpr, SUB: gl.constexpr, S: gl.constexpr, MP: gl.constexpr, X_SCALE: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Logits and best candidate of ROWS rows of the vocabulary, which may end among them. x's columns are permuted."""
+    KERNEL: gl.constexpr = "_packed_ring_head_kernel"
     pdl_trigger(PDL)
     gl.static_assert(SPLIT == 1)
     W: gl.constexpr = gl.num_warps()
@@ -476,13 +530,13 @@ def _packed_ring_head_kernel(
     QUADS: gl.constexpr = _ids_layout(1, MP, W)
     tile = gl.program_id(0)
     group = tile * (ROWS // 8)
-    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, group, 0, first, S, SUB, PDL)
+    ring = _begin(w_desc, x_desc, scale_desc, zero_desc, group, 0, first, S, SUB, PDL, KERNEL)
     m, rows = gl.arange(0, MP, gl.SliceLayout(0, Y)), tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, Y))
     if scale_ptr is not None:  # behind x, and there long before the sums are
         scale = gl.load(scale_ptr + rows, mask=rows < V, other=0.0)
     if MP <= 32:  # beyond, the loop has no registers to spare
         folded = _load_squares(folded_ptr, M, FOLDED, MP)
-    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, group, 0, FORMAT, CHUNKS, S, SUB)
+    sums = _multiply(ring, w_desc, x_desc, scale_desc, zero_desc, group, 0, FORMAT, CHUNKS, S, SUB, KERNEL)
     if MP > 32:
         folded = _load_squares(folded_ptr, M, FOLDED, MP)
     logits = gl.convert_layout(sums, Y)
