@@ -40,6 +40,11 @@ def _two_formats(text: str, **values: tuple[str, str]) -> tuple:
 _INT4 = "".join(
     f"shr.u32 b, $4, {4 * p}; lop3.b32 a, b, 0x000f000f, BASE, 0xea; fma.rn.TYPE ${p}, a, one, $5;" for p in range(4)
 )
+_INT4_QUARTERS = ".reg .b32 power, high; mov.b32 one, QUARTER; mov.b32 power, POWER; shr.u32 high, $4, 8;" + "".join(
+    f"lop3.b32 a, {word}, 0x000f000f, BASE, 0xea; fma.rn.TYPE ${p}, a, one, $5;"
+    f"lop3.b32 b, {word}, 0x00f000f0, OTHER, 0xea; fma.rn.TYPE ${p + 1}, b, power, $6;"
+    for p, word in ((0, "$4"), (2, "high"))
+)
 _INT8 = (
     "lop3.b32 a, $2, 0x807f807f, BASE, 0xea; lop3.b32 b, $2, 0x80008000, BASE, 0xae;"
     "fma.rn.TYPE $0, a, one, b;"
@@ -56,6 +61,17 @@ _FP8 = (
     "fma.rn.TYPE $1, a, one, b;"
 )
 INT4_BF16, INT4_FP16 = _two_formats(_INT4, BASE=("0x43004300", "0x64006400"))
+# A quarter of code less zero, in 9 instructions a word where that takes 11: the second and fourth codes stay where they are. As
+# bfloat16 they are 2^-129 each (the numbers of exponents 0 and 1 are equally far apart), and 16 more than 1024 in float16. $5
+# and $6 are added to the first and third, and to the second and fourth: _packed_ring.py has them.
+INT4_QUARTERS_BF16, INT4_QUARTERS_FP16 = _two_formats(
+    _INT4_QUARTERS, BASE=("0x43004300", "0x64006400"), OTHER=("0", "0x64006400"), QUARTER=("0x3e803e80", "0x34003400"),
+    POWER=("0x7f007f00", "0x24002400"),
+)  # fmt: skip
+# From $5 to $6: from -(128 + zero) / 4 to -zero / 4, in float16 from -(1024 + zero) / 4 to -(64 + zero) / 4
+OTHER_ZEROS_BF16, OTHER_ZEROS_FP16 = _two_formats(
+    "mov.b32 a, ADDEND; fma.rn.TYPE $0, $1, one, a;", ADDEND=("0x42004200", "0x5b805b80")
+)
 INT8_BF16, INT8_FP16 = _two_formats(_INT8, BASE=("0x43004300", "0x64006400"))
 # e4m3's exponent and mantissa in the place of a wider type's, times 2^120 (2^8): the difference of the exponents' biases
 FP8_BF16, FP8_FP16 = _two_formats(_FP8, SHIFT=("4", "1"), MASK=("0x07f007f0", "0x3f803f80"), POWER=("0x7b807b80", "0x5c005c00"))

@@ -18,7 +18,7 @@ No warp waits for all others: each waits for a stage's bytes by itself, and arri
 thread waits for that and fills the stage again, while a product is under way. All this is PTX (_hopper.py).
 
 While a product of 8-bit codes is under way this program widens nothing: where two share a multiprocessor, the other one does.
-int4's products are a group's each, whose sums take its scale in float32.
+int4's products are a group's each, of quarters of codes (_packed.py), and their sums take its scale in float32.
 """
 
 from typing import NamedTuple
@@ -50,7 +50,16 @@ from kernels._hopper import (
     warp_number,
 )
 from kernels._matmul import FoldedNorm, Operand, rms_factor, scratch, token_positions, x_scale
-from kernels._packed import FP8_BF16, FP8_FP16, INT4_BF16, INT4_FP16, INT8_BF16, INT8_FP16
+from kernels._packed import (
+    FP8_BF16,
+    FP8_FP16,
+    INT4_QUARTERS_BF16,
+    INT4_QUARTERS_FP16,
+    INT8_BF16,
+    INT8_FP16,
+    OTHER_ZEROS_BF16,
+    OTHER_ZEROS_FP16,
+)
 from kernels._random import gumbel_quads
 from kernels._ring import (
     add_parts,
@@ -104,26 +113,40 @@ def _halves(pair, DTYPE: gl.constexpr):
 
 
 @gluon.jit
+def _quarter_zeros(zeros, words, BF16: gl.constexpr):
+    """Of int4's zeros [BOXES, PER, HB, 8], or 8 where there are None, what _packed.py adds to quarters of words' codes."""
+    W: gl.constexpr = gl.num_warps()
+    P: gl.constexpr = words.type.layout
+    if zeros is None:
+        eight: gl.constexpr = (0xC208 if BF16 else 0xDC08) * 0x10001 - (1 << 32)
+        other_eight: gl.constexpr = (0xC000 if BF16 else 0xCC80) * 0x10001 - (1 << 32)
+        z, other = gl.full(words.shape, eight, gl.int32, P), gl.full(words.shape, other_eight, gl.int32, P)
+    else:
+        z3 = gl.reshape(zeros.to(gl.int32), [W, 2, 8])
+        z3 = gl.convert_layout(z3, gl.SliceLayout(2, gl.SliceLayout(4, gl.SliceLayout(5, P))), assert_trivial=True)
+        z3 = (z3 | (0xC200 if BF16 else 0xDC00)) * 0x10001
+        asm: gl.constexpr = OTHER_ZEROS_BF16 if BF16 else OTHER_ZEROS_FP16
+        other3 = gl.inline_asm_elementwise(asm, "=r,r", [z3], dtype=gl.int32, is_pure=True, pack=1)
+        z, other = z3[:, :, None, :, None, None], other3[:, :, None, :, None, None]
+    return z, other
+
+
+@gluon.jit
 def _operand(words, zeros, FORMAT: gl.constexpr, UC: gl.constexpr, MP: gl.constexpr, DTYPE: gl.constexpr):
-    """Codes as wgmma's first operand [ROWS, UC units]: words [BOXES, PER, HB, UC * 128]; int4's zeros or None."""
+    """Codes as wgmma's first operand [ROWS, UC units], int4's divided by 4: words [BOXES, PER, HB, UC * 128]; int4's zeros or
+    None."""
     W: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = 16 * W
     A: gl.constexpr = gl.DotOperandLayout(0, sums_layout(MP, W), 2)
     BF16: gl.constexpr = gl.bfloat16 == DTYPE
     if FORMAT == "int4":
         w = gl.reshape(words, [W, 2, UC, 8, 4, 4])  # block h u g t s
-        if zeros is None:
-            eight: gl.constexpr = -1022835960 if BF16 else -469179384  # twice -(128 + 8), or -(1024 + 8)
-            z = gl.full([W, 2, UC, 8, 4, 4], eight, gl.int32, w.type.layout)
-        else:
-            P: gl.constexpr = w.type.layout
-            z3 = gl.reshape(zeros.to(gl.int32), [W, 2, 8])
-            z3 = gl.convert_layout(z3, gl.SliceLayout(2, gl.SliceLayout(4, gl.SliceLayout(5, P))), assert_trivial=True)
-            z = ((z3 | (0xC300 if BF16 else 0xE400)) * 0x10001)[:, :, None, :, None, None]
-        asm: gl.constexpr = INT4_BF16 if BF16 else INT4_FP16
+        z, other = _quarter_zeros(zeros, w, BF16)
+        asm: gl.constexpr = INT4_QUARTERS_BF16 if BF16 else INT4_QUARTERS_FP16
         w, z = gl.broadcast(w, z)
+        w, other = gl.broadcast(w, other)
         p = gl.inline_asm_elementwise(
-            asm, "=&r,=&r,=&r,=&r,r,r", [w, z], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+            asm, "=&r,=&r,=&r,=&r,r,r,r", [w, z, other], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
         )
         first = gl.join(_halves(p[0], DTYPE), _halves(p[1], DTYPE))
         both = gl.join(first, gl.join(_halves(p[2], DTYPE), _halves(p[3], DTYPE)))  # block h u g t s kl b kh
@@ -310,6 +333,8 @@ def _multiply(
     ring[8]._keep_alive()  # nor does Triton see that copies write here
     x_smem._keep_alive()
     ring[9]._keep_alive()
+    if BY_GROUPS:
+        sums *= 4.0  # of quarters: exactly
     return sums
 
 

@@ -152,7 +152,7 @@ MEASURED = {
     (132, "int4", 16, "linear", 4096, 14336): packed_ring_tile(64, 256, 3, 8),
     (132, "int4", 64, "qkv", 6144, 4096): packed_ring_tile(128, 128, 9, 2),
     (132, "int4", 64, "linear", 4096, 4096): packed_ring_tile(64, 128, 5, 4),
-    (132, "int4", 64, "silu_mul", 28672, 4096): packed_ring_tile(128, 128, 4),
+    (132, "int4", 64, "silu_mul", 28672, 4096): packed_ring_tile(128, 128, 4, registers=128),  # two a multiprocessor
     (132, "int4", 64, "linear", 4096, 14336): packed_ring_tile(64, 128, 5, 4),
     # Qwen3-8B: 3837.7, with a qkv of Tile(8, 1024, 2, preload=1)
     (132, "bf16", 1, "silu_mul", 24576, 4096): Tile(8, 1024, 2, preload=1, stream=True),

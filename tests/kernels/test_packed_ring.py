@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import re
 import sys
 
 import pytest
@@ -16,6 +17,7 @@ from tolerance import assert_within, unit_roundoff
 
 import kernels
 from decoding import Session, candidates
+from kernels import _packed
 from kernels._common import permute_columns, permuted
 from kernels._matmul import Operand, fold_norm_ref, x_scale
 from kernels._packed_ring import launch_packed_ring_head
@@ -95,6 +97,53 @@ def test_head_takes_it_by_reference():
     given = {"eps": EPS, "vocab_size": 48, "lengths": torch.ones(3, dtype=torch.int32, device=DEVICE)}
     both = [kernels.head(x, weight, norm=n, **given) for n in (norm, turned)]
     assert all(torch.equal(*pair) for pair in zip(*both, strict=True))
+
+
+def run_ptx(text, dtype, *operands):
+    """What the PTX of one word (_packed.py) leaves in its operands, as 32-bit numbers, by exact arithmetic."""
+
+    def halves(word):
+        return torch.tensor([word & 0xFFFF, word >> 16]).to(torch.uint16).view(dtype).double()
+
+    values = {f"${i}": operand for i, operand in enumerate(operands)}
+    for line in re.sub(r"\.reg[^;]*;", "", text.strip("{} ")).split(";")[:-1]:
+        name, target, *sources = line.replace(",", " ").split()
+        a, b, c, *_ = *(values.get(s) if s in values else int(s, 0) for s in sources), None, None
+        if name == "lop3.b32":
+            assert sources[3] == "0xea"
+            a = a & b | c
+        elif name == "shr.u32":
+            a >>= b
+        elif name.startswith("fma.rn"):
+            exact = halves(a) * halves(b) + halves(c)
+            assert torch.equal(exact.to(dtype).double(), exact), "nothing is rounded"
+            low, high = exact.to(dtype).view(torch.uint16).tolist()
+            a = low | high << 16
+        else:
+            assert name == "mov.b32"
+        values[target] = a
+    return [halves(values[f"${i}"]) for i, operand in enumerate(operands) if operand is None]
+
+
+QUARTERS = {  # what is added to 128 or 1024 and a code, less the zero; to the other codes, of a zero of 8; and the PTX
+    BF16: (0xC200, 0xC000, _packed.INT4_QUARTERS_BF16, _packed.OTHER_ZEROS_BF16),
+    FP16: (0xDC00, 0xCC80, _packed.INT4_QUARTERS_FP16, _packed.OTHER_ZEROS_FP16),
+}
+
+
+@pytest.mark.parametrize("dtype", QUARTERS, ids=str)
+def test_quarters_of_codes(dtype):
+    """Of all codes and zeros, wherever in a word they are, with whatever beside them."""
+    first, other_eight, of_codes, of_zero = QUARTERS[dtype]
+    nibbles = torch.randint(0, 16, (16, 8), generator=torch.Generator().manual_seed(0))
+    for zero, more in itertools.product(range(16), range(16)):
+        codes = (nibbles[zero] + more) % 16  # each will have been every code
+        word, z = sum(n << 4 * i for i, n in enumerate(codes.tolist())), (first | zero) * 0x10001
+        (other,) = run_ptx(of_zero.value, dtype, None, z)
+        (other,) = set(other.to(dtype).view(torch.uint16).tolist())
+        assert zero != 8 or other == other_eight
+        found = run_ptx(of_codes.value, dtype, None, None, None, None, word, z, other * 0x10001)
+        assert torch.equal(torch.stack(found, 1).flatten(), (codes.double() - zero) / 4)
 
 
 @pytest.mark.usefixtures("few_programs")
