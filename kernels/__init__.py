@@ -15,7 +15,7 @@ from kernels.gate_up import gate_up, takes_gate_up
 from kernels.head import advance, head, partial_argmax
 from kernels.linear import MAX_ROWS, linear, linear_folding, qkv_rope_append
 from kernels.lookup import lookup
-from kernels.rows import rms_norm, rope_append, silu_mul
+from kernels.rows import fold_norm, rms_norm, rope_append, silu_mul
 from kernels.scaled import QuantizedRows, rounding_activations, scaled_linear, scaled_runs, takes_scaled
 from kernels.tiles import PLAIN_ROWS, batch_invariant, folds_norm, is_batch_invariant
 
@@ -37,6 +37,7 @@ __all__ = [
     "flash_decode",
     "flash_prefill",
     "flash_runs",
+    "fold_norm",
     "folds_norm",
     "gate_up",
     "gumbel",

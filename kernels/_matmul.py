@@ -425,7 +425,8 @@ class Operand(NamedTuple):
 
 
 class FoldedNorm(NamedTuple):
-    """What an RMSNorm of x [M, K] comes to, but for a factor a row: made by the kernel that made x, for those that read it."""
+    """What an RMSNorm of x [M, K] comes to, but for a factor a row: made by the kernel that made x (or rows.fold_norm), for
+    those that read it."""
 
     scaled: torch.Tensor  # [M, K]: x times the norm's gain and x_scale
     squares: torch.Tensor  # [M, P] float32: the sums of x^2 over blocks of columns
@@ -446,7 +447,7 @@ def fold_norm_ref(x, gain, block):
     """`FoldedNorm` of x [M, K], with sums over `block` columns each."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     blocks = torch.nn.functional.pad(wide.square(), (0, -x.shape[1] % block)).unflatten(1, (-1, block))
-    return FoldedNorm((wide * (gain * x_scale(x.dtype))).to(x.dtype), blocks.sum(-1).to(torch.float32))
+    return FoldedNorm((wide * (gain.to(wide.dtype) * x_scale(x.dtype))).to(x.dtype), blocks.sum(-1).to(torch.float32))
 
 
 def apply_norm_ref(x, norm, squares, eps):

@@ -1,6 +1,7 @@
-"""What stands between the matrix products of a forward of many rows, where cuBLAS does the products: a kernel each.
+"""What stands between the matrix products of a forward of many rows, where cuBLAS does the products: a kernel each; and what
+may stand before the first product of a forward of few rows.
 
-Owns `rms_norm`, `silu_mul` and `rope_append` (qk-norm, RoPE, append to the KV cache). Does not know the model.
+Owns `rms_norm`, `silu_mul` and `rope_append` (qk-norm, RoPE, append to the KV cache), and `fold_norm`. Does not know the model.
 Letters: N rows (tokens), K features, F intermediate features, Hq/Hkv heads, D head size, S rows of a cache slot.
 """
 
@@ -8,8 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels._common import launch_options, pdl_trigger, pdl_wait, runs_kernels, to_cache
-from kernels._matmul import append_ref, rms_norm_ref, rotate_ref
+from kernels._common import launch_options, pdl_trigger, pdl_wait, permute_columns, permuted, runs_kernels, to_cache
+from kernels._matmul import FoldedNorm, append_ref, fold_norm_ref, rms_norm_ref, rotate_ref, uses_kernel, x_scale
+from kernels.tiles import fold_block
+
+FOLD_COLUMNS = 1024  # of a row in a program of fold_norm: 16 bytes for each of 128 threads; 64 rows of 4,096 are 256 programs
 
 # ---------------------------------------------------------------- reference
 
@@ -48,6 +52,27 @@ def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, K, eps, BLOCK: tl.constexpr, PD
     x = tl.load(x_ptr + row + k, mask=mask, other=0).to(tl.float32)
     factor = tl.rsqrt(tl.sum(x * x, 0) / K + eps)
     tl.store(out_ptr + row + k, (x * factor * weight).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _fold_norm_kernel(
+    x_ptr, gain_ptr, scaled_ptr, sum_ptr, K,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PERMUTE: tl.constexpr, X_SCALE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS features of one row: what a FoldedNorm has of them. PERMUTE: the columns of `scaled`."""
+    pdl_trigger(PDL)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    k = part * COLUMNS + tl.arange(0, COLUMNS)
+    gain = tl.load(gain_ptr + k, mask=k < K, other=0).to(tl.float32) * X_SCALE
+    pdl_wait(PDL)
+    x = tl.load(x_ptr + row * K + k, mask=k < K, other=0).to(tl.float32)
+    target = row * K + k
+    if PERMUTE:  # of words of two; said of what `permuted` returns, that would be lost when it is inlined
+        target = tl.max_contiguous(tl.multiple_of(row * K + permuted(k), 2), 2)
+    tl.store(scaled_ptr + target, (x * gain).to(scaled_ptr.dtype.element_ty), mask=k < K)
+    squares = tl.sum((x * x).reshape([COLUMNS // BLOCK, BLOCK]), 1)
+    block, P = part * (COLUMNS // BLOCK) + tl.arange(0, COLUMNS // BLOCK), tl.cdiv(K, BLOCK)
+    tl.store(sum_ptr + row * P + block, squares, mask=block < P)
 
 
 @triton.jit
@@ -146,6 +171,48 @@ def _(x, weight, eps):
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x [..., K] / sqrt(mean(x^2) + eps) * weight [K], in float32, rounded once. ValueError: a shape that does not fit."""
     return torch.ops.rooflama.rms_norm(x.contiguous(), weight, eps)
+
+
+def _fold_norm_outputs(x, gain, permuted) -> FoldedNorm:
+    if x.dim() != 2 or not x.shape[1]:
+        raise ValueError(f"x: found {list(x.shape)}, expected [N, K]")
+    if gain.shape != x.shape[1:] or gain.dtype != x.dtype:
+        raise ValueError(f"gain: found {gain.dtype} {list(gain.shape)}, expected {x.dtype} [{x.shape[1]}]")
+    if permuted and x.shape[1] % 32:
+        raise ValueError(f"x: found {x.shape[1]} columns, expected a multiple of 32 where they are permuted")
+    _contiguous(x=x, gain=gain)
+    blocks = -(-x.shape[1] // fold_block(x.shape[0], None))
+    return FoldedNorm(torch.empty_like(x), x.new_empty(x.shape[0], blocks, dtype=torch.float32), permuted)
+
+
+@torch.library.custom_op("rooflama::fold_norm", mutates_args=())
+def _fold_norm(x: torch.Tensor, gain: torch.Tensor, permuted: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    scaled, squares, _ = _fold_norm_outputs(x, gain, permuted)
+    (N, K), block = x.shape, fold_block(x.shape[0], None)
+    if not uses_kernel(x):
+        scaled, squares, _ = fold_norm_ref(x, gain, block)
+        return permute_columns(scaled) if permuted else scaled, squares
+    columns = max(block, min(FOLD_COLUMNS, triton.next_power_of_2(K)))
+    if N:
+        _fold_norm_kernel[(N, triton.cdiv(K, columns))](
+            x, gain, scaled, squares, K, COLUMNS=columns, BLOCK=block, PERMUTE=permuted, X_SCALE=x_scale(x.dtype),
+            num_warps=max(1, columns // 256), **launch_options(x),
+        )  # fmt: skip
+    return scaled, squares
+
+
+@_fold_norm.register_fake
+def _(x, gain, permuted):
+    return _fold_norm_outputs(x, gain, permuted)[:2]
+
+
+def fold_norm(x: torch.Tensor, gain: torch.Tensor, permuted: bool) -> FoldedNorm:
+    """The FoldedNorm of x [N, K] for a norm of this gain [K], by blocks of 64: for a first linear, before which none can fold.
+
+    permuted: the order of its columns, which the reader's `reads_permuted` is about. ValueError: a shape or dtype that does not
+    fit.
+    """
+    return FoldedNorm(*torch.ops.rooflama.fold_norm(x, gain, permuted), permuted)
 
 
 @torch.library.custom_op("rooflama::silu_mul", mutates_args=())

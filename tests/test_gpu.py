@@ -224,7 +224,7 @@ def test_packed_rings_in_a_step(shape, mode, rows, cache, monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, real=real, **k: (launched.append(real), real(*a, **k)))
     start()
     rings = decode_one_token(model, session, "greedy").clone()
-    assert len(launched) == (6 if config.head_dim == 80 else 11), "all but the first qkv; of odd heads the feed-forwards"
+    assert len(launched) == (6 if config.head_dim == 80 else 12), "all; of odd heads the feed-forwards"
     start()
     engine.decoder.run(1)
     assert torch.equal(engine.decoder.logits, rings)

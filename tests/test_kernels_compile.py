@@ -425,6 +425,22 @@ def test_between_the_products(launches, Hq, Hkv, head_dim):
     check(launches, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(("M", "K"), [(2, 2048), (64, 4096), (16, 3584), (64, 8192)])
+def test_fold_norm(launches, M, K, permuted, dtype):
+    """16 bytes a thread are loaded, the gain before the wait and x behind it; what is stored goes as words, at least."""
+    kernels.fold_norm(empty(M, K, dtype=dtype), empty(K, dtype=dtype), permuted)
+    (compiled,) = check(launches, 1)
+    ptx = compiled.asm["ptx"]
+    before, behind = ptx.split("griddepcontrol.wait")
+    assert "griddepcontrol.launch_dependents" in before
+    assert re.findall(r"ld\.global\S*", before) == re.findall(r"ld\.global\S*", behind) == ["ld.global.v4.b32"]
+    stores = re.findall(r"st\.global\S*", behind)
+    assert len(stores) == (5 if permuted else 2)
+    assert all(re.search("b32", store) for store in stores)
+
+
 @pytest.mark.parametrize("K", [4096, 3584, 8192])
 def test_rounding_of_rows(launches, K):
     """Rows of the 8B, Qwen2.5 7B and the 70B, and what their feed-forwards make: loaded 16 bytes at a time, nothing spilled."""

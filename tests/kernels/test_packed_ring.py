@@ -38,7 +38,7 @@ from kernels.tiles import (
     packed_tile,
     tile_for,
 )
-from model import SHAPES, DecodeStep
+from model import SHAPES, DecodeStep, PackStep
 
 BF16, FP16 = torch.bfloat16, torch.float16
 ZEROS = PackedFormat("int4", 128, False, BF16)
@@ -149,11 +149,13 @@ def test_quarters_of_codes(dtype):
 @pytest.mark.usefixtures("few_programs")
 @torch.no_grad()
 def test_it_goes_from_kernel_to_kernel(monkeypatch):
-    """A step in which every linear is given permuted columns: the same logits, bit for bit."""
+    """A step in which every linear is given permuted columns: the same logits, bit for bit, as where none is and all norms are
+    folded, the first as well."""
     config = dataclasses.replace(SHAPES["llama-3.2-1b"], tie_word_embeddings=False, **TINY)
     model = random_model(config, "int8")
     model.tile_weights(), model.setup_rope(16)
     x, asked = randn(17, config.hidden_size, dtype=BF16), []  # 17 rows: sums of squares by 64 columns either way
+    norms = watch_first_norm(model, monkeypatch)
 
     def logits():
         session = Session(model, len(x), 16)
@@ -161,12 +163,56 @@ def test_it_goes_from_kernel_to_kernel(monkeypatch):
         hidden, norm = model.run(x, DecodeStep(session.cache))
         return norm.permuted, candidates(model, session, hidden, slice(None), "greedy", norm)[0]
 
-    in_order, expected = logits()
+    with monkeypatch.context() as patch:
+        patch.setattr("model.first_norm", lambda x, reader, step: kernels.fold_norm(x, reader.gain, permuted=False))
+        in_order, expected = logits()
     monkeypatch.setattr(kernels, "reads_permuted", lambda op, x, weight: asked.append((op, weight)) or True)
     permuted, found = logits()
     assert (in_order, permuted) == (False, True)
     assert ("head", model.head) in asked
+    assert asked[0] == ("qkv", model.layers[0].attention.wqkv)
     assert torch.equal(found, expected)
+    assert [norm.permuted for norm in norms] == [False, True]
+
+
+def watch_first_norm(model, monkeypatch):
+    """A list of what the first layer is given as its norm."""
+    norms, run = [], model.layers[0].run
+    monkeypatch.setattr(model.layers[0], "run", lambda x, norm, *rest: norms.append(norm) or run(x, norm, *rest))
+    return norms
+
+
+@pytest.mark.usefixtures("few_programs")
+@torch.no_grad()
+def test_the_first_layers_norm(monkeypatch):
+    """Folded in a step where its qkv goes through a ring, and nowhere else."""
+    config = dataclasses.replace(SHAPES["llama-3.2-1b"], **TINY)
+    model = random_model(config, "int8")
+    model.tile_weights(), model.setup_rope(16)
+    norms = watch_first_norm(model, monkeypatch)
+    session = Session(model, 3, 16)
+    session.cache.lengths.fill_(1)
+    x, gain = randn(3, config.hidden_size, dtype=BF16), model.layers[0].attention_norm.weight
+
+    def first(step=None, rows=3):
+        model.run(x[:rows], step or DecodeStep(session.cache, rows=rows))
+        return norms.pop()
+
+    if DEVICE == "cpu":
+        assert first() is gain, "on no other card"
+    monkeypatch.setattr("kernels._matmul.has_wgmma", lambda x: True)
+    monkeypatch.setattr("kernels._matmul._has_ring", lambda op, *_: op == "qkv")  # for who asks; no tile has one
+    monkeypatch.setattr("kernels._matmul.tile_for", lambda *given: tile_for(*given[:6]))
+    folded, want = first(), kernels.fold_norm(x, gain, permuted=True)
+    assert folded.permuted
+    assert torch.equal(folded.scaled, want.scaled)
+    assert torch.equal(folded.squares, want.squares)
+    assert first(rows=1) is gain, "one row has no ring"
+    assert first(PackStep.of(session.cache, [(0, 3, 0)])) is gain, "a prompt's qkv is another kernel"
+    with batch_invariant():
+        assert first() is gain
+    monkeypatch.setattr("model.kernels.ring_serves_qkv", lambda *_: False)
+    assert first() is gain, "heads of another size"
 
 
 def test_what_cannot_be_permuted():

@@ -1,11 +1,13 @@
-"""rms_norm, silu_mul and rope_append against float64, and what rope_append leaves alone."""
+"""rms_norm, fold_norm, silu_mul and rope_append against float64, and what they leave alone."""
 
 import pytest
 import torch
-from tolerance import assert_within
+from tolerance import assert_within, unit_roundoff
 
-from kernels import rms_norm, rope_append, silu_mul
-from kernels._matmul import rms_norm_ref
+import kernels.rows
+from kernels import fold_norm, rms_norm, rope_append, silu_mul
+from kernels._common import permute_columns
+from kernels._matmul import fold_norm_ref, rms_norm_ref, x_scale
 from kernels.rows import rope_append_ref, silu_mul_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,6 +27,73 @@ def test_rms_norm(shape, dtype):
         assert_within(rms_norm(x, weight, 1e-5), rms_norm_ref(x, weight, 1e-5), exact)
     assert rms_norm(x, weight, 1e-5).shape == x.shape
     torch.library.opcheck(torch.ops.rooflama.rms_norm, (x, weight, 1e-5))
+
+
+def poisoned(t):
+    """t with NaN before and behind it in memory."""
+    around = torch.full((t.numel() + 4096,), torch.nan, dtype=t.dtype, device=t.device)
+    around[2048 : t.numel() + 2048] = t.flatten()
+    return around[2048 : t.numel() + 2048].view(t.shape)
+
+
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("M", "K"), [(1, 64), (2, 128), (3, 96), (5, 1056), (17, 3584), (33, 160), (64, 2048), (2, 16384), (4, 3000), (0, 64)]
+)
+def test_fold_norm(M, K, dtype, permuted):
+    """One rounding, of gains that float16 would lose as of others; a row's bits are its own."""
+    if permuted and K % 32:
+        pytest.skip("no such order of columns")
+    x, gain = randn(M, K, dtype=dtype) * 3, randn(K, dtype=dtype)
+    gain[::5] *= 2.0**-13
+    x, gain = poisoned(x), poisoned(gain)
+    folded = fold_norm(x, gain, permuted)
+    assert folded.permuted == permuted
+    scaled, product = permute_columns(folded.scaled) if permuted else folded.scaled, x.double() * gain.double() * x_scale(dtype)
+    assert ((scaled.double() - product).abs() <= unit_roundoff(dtype) * product.abs() + 2.0**-25).all()
+    if DEVICE == "cuda" or dtype != torch.bfloat16:  # which the interpreter cuts off
+        assert torch.equal(scaled, fold_norm_ref(x, gain, 64).scaled)
+    exact = fold_norm_ref(x.double(), gain.double(), 64).squares.double()
+    assert folded.squares.shape == exact.shape == (M, -(-K // 64))
+    torch.testing.assert_close(folded.squares.double(), exact, rtol=1e-5, atol=0)
+    for i in range(min(M, 2)):
+        alone = fold_norm(x[i : i + 1], gain, permuted)
+        assert torch.equal(alone.scaled[0], folded.scaled[i])
+        assert torch.equal(alone.squares[0], folded.squares[i])
+    torch.library.opcheck(torch.ops.rooflama.fold_norm, (x, gain, permuted))
+
+
+def test_fold_norm_writes_its_own(monkeypatch):
+    """Neither behind its last column nor behind its last row."""
+    given = []
+
+    def outputs(x, gain, permuted):
+        (N, K), blocks = x.shape, -(-x.shape[1] // 64)
+        given.append((torch.full((N + 2, K), 7.0).to(x), torch.full((N + 2, blocks), 7.0, device=x.device)))
+        return kernels.FoldedNorm(*(t[1 : N + 1] for t in given[-1]), permuted)
+
+    monkeypatch.setattr(kernels.rows, "_fold_norm_outputs", outputs)
+    for M, K in ((1, 96), (3, 1120), (2, 2080)):
+        kernels.rows._fold_norm._opoverload(randn(M, K), randn(K), True)
+        for t in given[-1]:
+            assert (t[[0, -1]] == 7).all()
+            assert (t[1:-1] != 7).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "gain", "permuted", "message"),
+    [
+        (torch.ones(64), torch.ones(64), False, r"x: found \[64\], expected \[N, K\]"),
+        (torch.ones(2, 64), torch.ones(32), False, r"gain: found torch.float32 \[32\], expected torch.float32 \[64\]"),
+        (torch.ones(2, 64), torch.ones(64).half(), False, r"gain: found torch.float16 \[64\], expected torch.float32 \[64\]"),
+        (torch.ones(2, 48), torch.ones(48), True, "x: found 48 columns, expected a multiple of 32 where they are permuted"),
+        (torch.ones(64, 2).T, torch.ones(64), False, r"x: found strides \(1, 2\), expected a contiguous tensor"),
+    ],
+)
+def test_fold_norm_refuses(x, gain, permuted, message):
+    with pytest.raises(ValueError, match=message):
+        fold_norm(x, gain, permuted)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
