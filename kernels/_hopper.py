@@ -91,6 +91,14 @@ def one_thread(pred):
 
 
 @gluon.jit
+def not_unrolled():
+    """First in a loop: ptxas is to leave it a loop. What a program runs once, it also has to fetch."""
+    gl.inline_asm_elementwise(
+        '.pragma "nounroll"; mov.u32 $0, $1;', "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def init_barrier(bar_at, count):
     """By one thread; before others come, fence_barriers() and a barrier of all warps."""
     asm: gl.constexpr = "mbarrier.init.shared::cta.b64 [$1], $2; mov.u32 $0, 0;"

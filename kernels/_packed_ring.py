@@ -45,6 +45,7 @@ from kernels._hopper import (
     init_barrier,
     lane_number,
     mark_shared,
+    not_unrolled,
     one_thread,
     wait_phase,
     warp_number,
@@ -182,7 +183,6 @@ def _load_weights(
 ):  # fmt: skip
     """A tile's boxes of W from `unit` on into a stage, and int4's scales and zeros. By one thread."""
     UC: gl.constexpr = w_desc.block_type.shape[3] // 128
-    gl.static_assert(UC <= 2)  # a box has 256 columns at most
     W_BYTES: gl.constexpr = _nbytes(w_desc)
     SCALE_BYTES: gl.constexpr = _nbytes(scale_desc)
     ZERO_BYTES: gl.constexpr = _nbytes(zero_desc)
@@ -243,20 +243,23 @@ def _begin(
     w_at, x_at, groups_at = first_address(w_lines), first_address(x_smem), first_address(lines)
     fence_async_shared()  # copies overwrite marks
     tl.debug_barrier()
-    ring = (w_smem, x_smem, scale_smem, zero_smem, w_at, x_at, groups_at, groups_at + OTHERS, w_lines, lines)
+    bars_at = groups_at + OTHERS
+    ring = (w_smem, x_smem, scale_smem, zero_smem, w_at, x_at, groups_at, bars_at, w_lines, lines)
     if one_thread(warp_number() == 0):
-        for i in range(first):  # a stage after the other, so that the first load is out at once
-            bar = groups_at + OTHERS + i * BAR_BYTES
-            init_barrier(bar, 1)
-            init_barrier(bar + 8, 1)
-            init_barrier(bar + 16, W)
-            fence_barriers()
-            arrive_expecting(bar + 8, SUB * _nbytes(x_desc))
+        for i in gl.static_range(S):
+            init_barrier(bars_at + i * BAR_BYTES, 1)
+            init_barrier(bars_at + i * BAR_BYTES + 8, 1)
+            init_barrier(bars_at + i * BAR_BYTES + 16, W)
+        fence_barriers()
+        for i in range(first):
+            not_unrolled()
             _load_weights(ring, w_desc, scale_desc, zero_desc, i, group, unit0 + i * (SUB * UC), S, SUB, KERNEL)
     tl.debug_barrier()  # barriers are there
     pdl_wait(PDL)
     if one_thread(warp_number() == 0):
         for i in range(first):
+            not_unrolled()
+            arrive_expecting(bars_at + i * BAR_BYTES + 8, SUB * _nbytes(x_desc))
             _load_x(ring, x_desc, i, unit0 // UC * COLUMNS + i * (SUB * COLUMNS), SUB, KERNEL)
     return ring
 
@@ -611,6 +614,8 @@ def _launch(kernel, x: torch.Tensor, w: Operand, squares, boxes: Boxes, tile: Ti
         raise ValueError(f"weight: found {N} x {K}, expected tiles of {tile.rows} rows and {split} times {tile.chunk} columns")
     if int4 and w.scale.shape[-1] != 1:
         raise ValueError(f"weight: found {w.scale.shape[-1]} groups in {unit} columns, expected 1")
+    if units > 2:
+        raise ValueError(f"Tile.chunk: found {tile.chunk}, expected {2 * unit} at most: a TMA box's 256 words a row")
     MP, tiles, chunks = ring_padded(M), -(-N // tile.rows), K // split // tile.chunk
     stages = min(tile.stages, chunks - 1)  # with nothing to refill ptxas 12.8 crashes
     if stages < 2:

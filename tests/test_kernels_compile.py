@@ -190,15 +190,29 @@ def test_qkv_rings(launches, head_dim, bias, qk_norm, M, cache):
     check(launches, 2)
 
 
-def check_loop(compiled):
+def loop_of_products(compiled, tmp_path) -> str:
+    """The machine code of the loop that multiplies: from the label to the branch back to it that wgmmas stand between."""
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(compiled.asm["cubin"])
+    nvdisasm = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    code = subprocess.run([nvdisasm, "-c", cubin], capture_output=True, text=True, check=True).stdout
+    loops = []
+    for label in re.findall(r"^(\.L_x_\d+):", code, re.MULTILINE):
+        begin = code.index(f"\n{label}:")
+        end = code.find(f"BRA `({label})", begin)
+        loops += [code[begin:end]] if "HGMMA" in code[begin : max(begin, end)] else []
+    return min(loops, key=len)
+
+
+def check_loop(compiled, tmp_path):
     """Of a packed ring: no warp waits for all others, no code passes through shared memory again or from thread to thread; and
     copies are told of the kernel's descriptors by their names."""
-    ptx = compiled.asm["ptx"]
-    loop = ptx[ptx.index("mbarrier.try_wait") : max(ptx.rindex("mbarrier.arrive."), ptx.rindex("cp.async.bulk"))]
-    assert loop.count("mbarrier.try_wait") == 3, "for weights, for x, and before a stage is filled again"
-    assert not re.search(r"shfl|st\.shared|bar\.sync|fence\.proxy|mbarrier\.init", loop)
+    loop, ptx = loop_of_products(compiled, tmp_path), compiled.asm["ptx"]
+    assert loop.count("TRYWAIT") == 3, "for weights, for x, and before a stage is filled again"
+    assert loop.count("WARPSYNC.ALL") == 1, "before a warp says that it has left a stage"
+    assert not re.search(r"SHFL|STS|BAR\.SYNC|FENCE|MEMBAR|CCTL", loop)
     descriptors = re.findall(r"\.param \.align 64 \.b8 (\w+)\[128\]", ptx)
-    assert set(descriptors) == set(re.findall(r"mov\.b64 d, (\w+);", loop))
+    assert set(descriptors) == set(re.findall(r"mov\.b64 d, (\w+);", ptx))
 
 
 PACKED_RINGS = [
@@ -213,7 +227,7 @@ PACKED_RINGS = [
 
 
 @pytest.mark.parametrize(("op", "N", "K", "M", "packed", "more"), PACKED_RINGS, ids=str)
-def test_packed_rings(launches, op, N, K, M, packed, more):
+def test_packed_rings(launches, tmp_path, op, N, K, M, packed, more):
     """By the rule: no spill; of 8-bit codes room for as many programs on a multiprocessor as it counts on; and between shared
     memory and the products no code passes through shared memory again, or from thread to thread."""
     call(op, N, K, M, packed=packed, fold=True, **more)
@@ -226,7 +240,7 @@ def test_packed_rings(launches, op, N, K, M, packed, more):
     assert "0 bytes spill stores" in remarks
     assert "serialized" not in remarks
     assert packed.format == "int4" or registers * 32 * tile.warps * each <= 65536
-    check_loop(compiled)
+    check_loop(compiled, tmp_path)
 
 
 def call_packed_head(packed, V, K, M, drawn, T=1, dtype=torch.bfloat16, permuted=True):
@@ -246,7 +260,7 @@ HEAD_RINGS = [  # format, V, K, M, T: the 8B's; vocabularies that end within a t
 
 @pytest.mark.parametrize("drawn", [False, True], ids=["greedy", "drawn"])
 @pytest.mark.parametrize(("fmt", "V", "K", "M", "T"), HEAD_RINGS, ids=str)
-def test_packed_head_rings(launches, fmt, V, K, M, T, drawn):
+def test_packed_head_rings(launches, tmp_path, fmt, V, K, M, T, drawn):
     """Two programs fit on a multiprocessor, by registers and shared memory, and nothing is spilled for it; logits go out 16
     bytes a thread where rows of them are aligned."""
     packed = INT4[0] if fmt == "int4" else PackedFormat(fmt)
@@ -256,7 +270,7 @@ def test_packed_head_rings(launches, fmt, V, K, M, T, drawn):
     assert launches[0][0].__name__ == "_packed_ring_head_kernel"
     assert compiled.metadata.num_warps == 8
     assert ".maxnreg 128" in ptx
-    check_loop(compiled)
+    check_loop(compiled, tmp_path)
     assert "0 bytes spill stores" in remarks
     assert "serialized" not in remarks
     assert 2 * (compiled.metadata.shared + 1024) <= SHARED_BYTES + 1024, "1 KB a program is the card's own"
