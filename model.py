@@ -633,8 +633,8 @@ def first_norm(x: torch.Tensor, reader: Reader, step: Step) -> Norm:
     takes nothing but a FoldedNorm. 8B in fp8, 64 rows: that qkv took 40 us without a ring, the other layers' 17 each (H200; at
     up to 8 rows not measured)."""
     (gain, weight, op), ring = reader, False
-    few = isinstance(step, DecodeStep) and x.shape[0] > 8
-    if few and op is not None and fused(x, weight) and kernels.folds_norm(weight.packed):
+    pays = isinstance(step, DecodeStep) and x.shape[0] > 8
+    if pays and op is not None and fused(x, weight) and kernels.folds_norm(weight.packed):
         ring = kernels.reads_permuted(op, x, weight)
     return kernels.fold_norm(x, gain, permuted=True) if ring else gain
 
