@@ -726,7 +726,7 @@ def attention(args) -> None:
         run_comparison(points, args)
 
 
-def main(argv=None) -> int:
+def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("attention", help="flash_decode, one query token")
@@ -757,13 +757,18 @@ def main(argv=None) -> int:
 
     p = commands.add_parser("linear", help="one linear layer in every weight format, beside cuBLAS and torch's int4")
     benchmark_linear.add_flags(p)
+    p.set_defaults(run=benchmark_linear.run)
     add_flag(p, "output", type=Path, help="append a JSON line for each point")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv=None) -> int:
+    args = parse_args(argv)
     if not torch.cuda.is_available() and not getattr(args, "check_only", False):
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
     if args.command == "linear":
-        benchmark_linear.run(args)
+        args.run(args)
     else:
         {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
     return 0

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
+import benchmark_kernels
 import benchmark_prefill
 import comparison
 import explain
@@ -429,3 +431,28 @@ def test_bad_flags_are_named(capsys, argv, message):
     assert (status, out) == (1, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_everything_measured_again(tmp_path):
+    """measure_all.sh: each command is one that the script it names takes; of parts that there are not, nothing is run."""
+    script, files = Path(__file__).resolve().parent.parent / "scripts" / "measure_all.sh", tmp_path / "again"
+
+    def commands(*parts):
+        done = subprocess.run(
+            ["bash", script, files, *parts], env=os.environ | {"PYTHON": "echo"}, capture_output=True, text=True
+        )
+        return done.returncode, [line.split() for line in done.stdout.splitlines()], done.stderr
+
+    status, every, _ = commands()
+    assert status == 0
+    assert len(every) == 12 + 1 + 10 + 1 + 1 + 1
+    for name, *argv in every:
+        if name == "scripts/benchmark.py":
+            args = benchmark.parse_args(argv)
+        else:
+            assert name == "scripts/benchmark_kernels.py"
+            args = benchmark_kernels.parse_args(argv)
+        assert args.output.parent == files
+    assert commands("cold", "choose")[1] == [c for c in every if "--cold" in c or c[1] == "choose"]
+    assert commands("cold", "everything") == (2, [], commands("everything")[2])
+    assert "usage: scripts/measure_all.sh DIRECTORY [decode cold" in commands("everything")[2]
