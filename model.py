@@ -632,11 +632,11 @@ def first_norm(x: torch.Tensor, reader: Reader, step: Step) -> Norm:
     """The norm of x [N, H] as it enters the layers: the gain, but where its reader goes through a ring of packed weights, which
     takes nothing but a FoldedNorm. 8B in fp8, 64 rows: that qkv took 40 us without a ring, the other layers' 17 each (H200; at
     up to 8 rows not measured)."""
-    (gain, weight, op), ring = reader, False
-    pays = isinstance(step, DecodeStep) and x.shape[0] > 8
-    if pays and op is not None and fused(x, weight) and kernels.folds_norm(weight.packed):
-        ring = kernels.reads_permuted(op, x, weight)
-    return kernels.fold_norm(x, gain, permuted=True) if ring else gain
+    gain, weight, op = reader
+    pays = isinstance(step, DecodeStep) and x.shape[0] > 8 and op is not None
+    if pays and fused(x, weight) and kernels.folds_norm(weight.packed) and kernels.reads_permuted(op, x, weight):
+        return kernels.fold_norm(x, gain, permuted=True)
+    return gain
 
 
 class Scale(nn.Module):

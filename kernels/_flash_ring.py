@@ -38,6 +38,7 @@ from kernels._common import (
 )
 from kernels._flash_split import FLOOR, MAX_COUNTERS, find_part, first_row, parts_of, query_rows, second_unit
 from kernels._hopper import (
+    LINE,
     expect_bytes,
     launch_clusters,
     leave_l1,
@@ -262,9 +263,9 @@ def _open_inboxes(SHARE: gl.constexpr, C: gl.constexpr, D: gl.constexpr, W: gl.c
     behind them, and where these three are. SHARE: numbers of the output that one program adds up, in R rows of at most D."""
     L: gl.constexpr = gl.SliceLayout(0, _warps_layout(W, D))
     MAXIMA: gl.constexpr = 4 * C * (SHARE // min(SHARE, D))  # bytes
-    values = gl.allocate_shared_memory(gl.float32, [C * SHARE // 32, 32], gl.NVMMASharedLayout(128, 32, 2))
+    values = gl.allocate_shared_memory(gl.float32, [C * SHARE // 32, 32], LINE)
     LINES: gl.constexpr = (2 * MAXIMA + 16 + 1023) // 1024 * 8
-    stats = gl.allocate_shared_memory(gl.float32, [LINES, 32], gl.NVMMASharedLayout(128, 32, 2))
+    stats = gl.allocate_shared_memory(gl.float32, [LINES, 32], LINE)
     mark_shared(W)
     values_at = shared_address(values, L)
     stats_at = shared_address(stats, L)

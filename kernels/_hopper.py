@@ -21,6 +21,14 @@ from triton.experimental.gluon import language as gl
 
 # ---------------------------------------------------------------- addresses
 
+LINE = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # of buffers [lines, 32] of 32 bits, aligned to 1,024 bytes
+
+
+@gluon.jit
+def _issue(PTX: gl.constexpr):
+    """Instructions that take nothing and give nothing, by all threads that come here."""
+    gl.inline_asm_elementwise(PTX, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+
 
 @gluon.jit
 def mark_shared(num_warps: gl.constexpr):
@@ -58,8 +66,7 @@ def _prefetching(kernel, parameters):
 def prefetch_descriptors(KERNEL: gl.constexpr, PARAMETERS: gl.constexpr):
     """TMA's descriptors among a kernel's parameters, by its name and their numbers in its PTX: else the first load waits for
     them, too. Triton passes a descriptor of two dimensions as five parameters."""
-    asm: gl.constexpr = _prefetching(KERNEL, PARAMETERS)
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+    _issue(_prefetching(KERNEL, PARAMETERS))
 
 
 # ---------------------------------------------------------------- barriers and copies of single threads and warps
@@ -93,9 +100,7 @@ def one_thread(pred):
 @gluon.jit
 def not_unrolled():
     """First in a loop: ptxas is to leave it a loop. What a program runs once, it also has to fetch."""
-    gl.inline_asm_elementwise(
-        '.pragma "nounroll"; mov.u32 $0, $1;', "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1
-    )
+    _issue('.pragma "nounroll"; mov.u32 $0, $1;')
 
 
 @gluon.jit
@@ -108,8 +113,7 @@ def init_barrier(bar_at, count):
 @gluon.jit
 def fence_barriers():
     """What this thread has initialized is there for copies, and for the cluster."""
-    asm: gl.constexpr = "fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; mov.u32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+    _issue("fence.mbarrier_init.release.cluster; fence.proxy.async.shared::cta; mov.u32 $0, $1;")
 
 
 @gluon.jit
@@ -179,8 +183,7 @@ def open_inbox(bar_at):
 @gluon.jit
 def wait_for_inboxes():
     """Until every program of the cluster has opened its own. Each of them must come here, once."""
-    asm: gl.constexpr = "barrier.cluster.wait.acquire.aligned; mov.u32 $0, $1;"
-    gl.inline_asm_elementwise(asm, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+    _issue("barrier.cluster.wait.acquire.aligned; mov.u32 $0, $1;")
 
 
 @gluon.jit

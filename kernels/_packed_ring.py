@@ -37,6 +37,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from kernels._candidates import PARTIALS, load_draws, store_candidates, store_logits, with_noise
 from kernels._common import arrives_last, best_of, launch_options, pdl_trigger, pdl_wait, permuted
 from kernels._hopper import (
+    LINE,
     arrive_expecting,
     arrive_warp,
     copy_box,
@@ -168,7 +169,6 @@ def _operand(words, zeros, FORMAT: gl.constexpr, UC: gl.constexpr, MP: gl.conste
 
 
 W_PARAMETER, X_PARAMETER, SCALE_PARAMETER, ZERO_PARAMETER = (gl.constexpr(i) for i in (0, 9, 14, 23))  # of PTX: _hopper.py
-LINE = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # of buffers [lines, 32] of 32 bits, aligned to 1,024 bytes
 BAR_BYTES = gl.constexpr(32)  # of a stage's barriers: weights are there, x is there, every warp has left; and a gap
 
 

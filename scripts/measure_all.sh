@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What benchmarks/ holds of this card, measured again: scripts/measure_all.sh DIRECTORY [decode cold quantized attention choose table]
-# Each part appends to files of its own in DIRECTORY; without names all are run, some 20 minutes on an H200. Put what shall be
-# kept into benchmarks/ and run `python scripts/benchmark.py report`.
+# Most of what benchmarks/ holds of a card, measured again: steps, first tokens, attention, choices, and vLLM's table.
+#     scripts/measure_all.sh DIRECTORY [decode cold quantized attention choose table]
+# Each part appends to a file in DIRECTORY; without names all are run, the table last and longest. Put what shall be kept into
+# benchmarks/ and run `python scripts/benchmark.py report`.
 set -euo pipefail
 parts=(decode cold quantized attention choose table)
 directory=${1:-}
