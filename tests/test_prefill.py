@@ -213,5 +213,7 @@ def test_graph_buckets():
     assert graph_bucket(16, 2) == (16, 16)
     assert graph_bucket(17, 1) == (32, 1)
     assert graph_bucket(1024, 17) == (1024, 64)
-    assert graph_bucket(1025, 1) is None
+    assert graph_bucket(1025, 1) == (1280, 1)
+    assert graph_bucket(2048, 16) == (2048, 16)
+    assert graph_bucket(2049, 1) is None
     assert graph_bucket(200, 65) is None
