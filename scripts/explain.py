@@ -24,7 +24,8 @@ from sampling import SamplingParams
 GRAPHS_TRACED = 6  # launches of a graph, the first of which is left out: it waited for the prompt
 STAGES = {"qkv": "qkv", "attention": "attention", "output": "wo", "gate/up": "gate/up", "down": "down", "head": "head"}
 ATTENTION = re.compile("flash|fmha|attention", re.IGNORECASE)
-PRODUCT = re.compile("linear|qkv|gemm|gemv|nvjet|matmul|cutlass|_mm_|xmma", re.IGNORECASE)
+PRODUCT = re.compile("linear|qkv|gate_up|gemm|gemv|nvjet|matmul|cutlass|_mm_|xmma", re.IGNORECASE)
+PRODUCTS_SUM = re.compile("splitKreduce")  # cuBLAS' second kernel of a product
 FOR_THE_HOST = re.compile("^Memcpy DtoH|CatArray|Memcpy.*Device -> Pinned")
 
 
@@ -61,6 +62,8 @@ def classify(names: list[str]) -> list[str]:
             products = 0
         elif "_head_kernel" in name:
             out.append("head")
+        elif out and PRODUCTS_SUM.search(name):
+            out.append(out[-1])
         elif not PRODUCT.search(name):
             out.append("elementwise")
         elif i < first:

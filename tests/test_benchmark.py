@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -303,6 +304,26 @@ def test_kernels_of_a_large_batch():
         "elementwise",
     )
     assert explain.classify(names) == ["status for the host"] * 2 + one * 2 + [e, "head", "choice/advance", "choice/advance"]
+
+
+def test_kernels_of_256_rows():
+    """gate/up by our kernel, SiLU in it; cuBLAS adds up the parts of its down projection by a kernel of its own."""
+    layer = ["_rms_norm_kernel", "nvjet_qkv", "_rope_append_kernel", "_flash_ring_kernel", "nvjet_wo", "_rms_norm_kernel"]
+    layer += ["_gate_up_kernel", "nvjet_down_splitK", "void cublasLt::splitKreduce_kernel<32, 16, int, float>"]
+    e = "elementwise"
+    stages = [e, "qkv", e, "attention", "wo", e, "gate/up", "down", "down"]
+    names = [*layer, *layer, "_rms_norm_kernel", "nvjet_head", "_partial_argmax_kernel", "_advance_kernel"]
+    assert explain.classify(names) == [*stages, *stages, e, "head", "choice/advance", "choice/advance"]
+
+
+def test_products_are_known_by_their_names():
+    """Every kernel of ours that multiplies, and no other."""
+    sources = [path.read_text() for path in sorted((measure.ROOT / "kernels").glob("*.py"))]
+    names = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)", source, re.MULTILINE)}
+    found = {name for name in names if explain.PRODUCT.search(name) or "_head_kernel" in name}
+    others = "accept advance choose dequantize feed flash_decode flash_ring fold_norm lookup partial_argmax quantize_rows"
+    others += " rms_norm rope_append silu_mul silu_mul_rows untile_fp8"
+    assert names - found == {f"_{name}_kernel" for name in others.split()}
 
 
 def test_exposed_time():
