@@ -86,6 +86,7 @@ MEASURED = {
     (132, "bf16", 16, "linear", 2048, 8192): ring_tile(64, 8, 8),
     (132, "bf16", 16, "head", 128256, 2048): Tile(128, 128, 8, preload=2, dot=True, stages=3, stream=True),
     (132, "bf16", 64, "silu_mul", 16384, 2048): ring_tile(64, 8),  # by cuBLAS 1149.7, so 1103.8
+    (132, "bf16", 64, "qkv", 3072, 2048): ring_tile(128, 4, 4),  # by cuBLAS 1092.9, so 1069.2
     # Llama-3.2-3B: 1700.1
     (132, "bf16", 1, "qkv", 5120, 3072): Tile(4, 256, 1, preload=3),
     (132, "bf16", 1, "linear", 3072, 3072): Tile(2, 512, 1, preload=3, registers=96),
@@ -113,6 +114,7 @@ MEASURED = {
     (132, "bf16", 32, "silu_mul", 28672, 4096): ring_tile(128, 4),
     (132, "bf16", 32, "linear", 4096, 14336): ring_tile(128, 4, 4),
     (132, "bf16", 64, "silu_mul", 28672, 4096): ring_tile(128, 4),
+    (132, "bf16", 64, "qkv", 6144, 4096): ring_tile(128, 4, 2),  # by cuBLAS 4854.4, so 4771.4
     # packed, Llama-3.1-8B, 1 row: int8 2374.8 by the rule of old, 2148.8 so; fp8 2339.8 and 2190.8; int4 1619.5 and 1481.5
     (132, "int8", 1, "qkv", 6144, 4096): Tile(16, 256, 4, preload=8, dot=True),
     (132, "int8", 1, "linear", 4096, 4096): Tile(16, 512, 8, preload=8, dot=True, registers=96),
@@ -136,19 +138,20 @@ MEASURED = {
     (132, "int4", 1, "silu_mul", 16384, 2048): Tile(32, 512, 4, preload=4, dot=True, registers=128),
     (132, "int4", 1, "linear", 2048, 8192): Tile(16, 2048, 16, preload=4, dot=True),
     # Llama-3.1-8B through rings: without them, by the rule, and so: fp8 64 rows 7937, 3889, 3827; int4 16 rows 2707, 2202,
-    # 2110; 64 rows 7949, 3552, 3503; fp8 8 rows 2770, 2598, 2466, and int4 1815, 2028, 1961, so that it has none there. At 16
-    # rows of fp8 (without, 3108) nothing was found beside the rule's 2593.
+    # 2110; 64 rows 7949, 3552, 3503; fp8 8 rows 2770, 2598, 2466, and int4 1815, 2028, 1961, so that it has none there. Since
+    # warps wait by themselves: fp8 16 rows 2496.4 by the rule, 2472.3 so; int4 16 rows 1752.7, 1691.4 by a wider gate/up.
     (132, "fp8", 8, "qkv", 6144, 4096): packed_ring_tile(128, 128, 6, 4),
     (132, "fp8", 8, "linear", 4096, 4096): packed_ring_tile(128, 128, 7, 4),
     (132, "fp8", 8, "silu_mul", 28672, 4096): packed_ring_tile(128, 128, 6),
     (132, "fp8", 8, "linear", 4096, 14336): packed_ring_tile(128, 128, 6, 8),
+    (132, "fp8", 16, "linear", 4096, 14336): packed_ring_tile(128, 128, 5, 8),
     (132, "fp8", 64, "qkv", 6144, 4096): packed_ring_tile(128, 128, 6, 2),
     (132, "fp8", 64, "linear", 4096, 4096): packed_ring_tile(64, 128, 4, 4),
     (132, "fp8", 64, "silu_mul", 28672, 4096): packed_ring_tile(128, 128, 3, registers=128),
     (132, "fp8", 64, "linear", 4096, 14336): packed_ring_tile(64, 128, 4, 4),
     (132, "int4", 16, "qkv", 6144, 4096): packed_ring_tile(128, 256, 3, 4),
     (132, "int4", 16, "linear", 4096, 4096): packed_ring_tile(64, 256, 7, 2),
-    (132, "int4", 16, "silu_mul", 28672, 4096): packed_ring_tile(128, 128, 8, registers=128),
+    (132, "int4", 16, "silu_mul", 28672, 4096): packed_ring_tile(128, 256, 4),
     (132, "int4", 16, "linear", 4096, 14336): packed_ring_tile(64, 256, 3, 8),
     (132, "int4", 64, "qkv", 6144, 4096): packed_ring_tile(128, 128, 9, 2),
     (132, "int4", 64, "linear", 4096, 4096): packed_ring_tile(64, 128, 5, 4),
@@ -170,11 +173,11 @@ MEASURED = {
 # By (SMs, N, K): up to so many rows of x the kernels multiply plain weights faster than cuBLAS. Measured in whole steps before
 # there were rings, us (cuBLAS): at 32 rows the 1B 974.8 (1071.7), the 8B 4412 (4728); at 64, mixed so, 1104 (1120) and 4687
 # (4917). At 64 rows the kernels took longer for the 3B, 3164 (2617), Qwen2.5-7B, 6030 (4583), and Qwen3-8B, 5172 (4961). Since
-# then, with a token of its own in each row, wo of the 1B at 64 rows: 1129.5 (1149.7), and gate/up as above.
+# then, with a token of its own in each row, wo of the 1B at 64 rows: 1129.5 (1149.7), and gate/up and qkv as above.
 KERNEL_ROWS = {
-    **dict.fromkeys([(132, 3072, 2048), (132, 128256, 2048), (132, 6144, 4096)], 32),
-    **dict.fromkeys([(132, 2048, 2048), (132, 16384, 2048), (132, 2048, 8192), (132, 128256, 4096)], 64),
-    **dict.fromkeys([(132, 4096, 4096), (132, 28672, 4096), (132, 4096, 14336)], 64),
+    (132, 128256, 2048): 32,
+    **dict.fromkeys([(132, 3072, 2048), (132, 2048, 2048), (132, 16384, 2048), (132, 2048, 8192)], 64),
+    **dict.fromkeys([(132, 6144, 4096), (132, 4096, 4096), (132, 28672, 4096), (132, 4096, 14336), (132, 128256, 4096)], 64),
 }
 
 # By (SMs, N, K): from how many to how many rows of x one kernel for gate/up and SiLU x up (gate_up.py) takes less time than

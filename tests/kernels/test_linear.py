@@ -463,10 +463,10 @@ def test_candidates_fit(op, N, K, rows):
 
 
 def test_which_rows_are_for_the_kernels():
-    assert [kernel_rows(*shape, 132) for shape in ((3072, 3072), (6144, 4096), (28672, 4096))] == [16, 32, 64]
+    assert [kernel_rows(*shape, 132) for shape in ((3072, 3072), (128256, 2048), (28672, 4096))] == [16, 32, 64]
     assert kernel_rows(28672, 4096, 108) == 16, "another card was not measured"
-    with override_tiles({("qkv", 6144, 4096): Tile(64, 64, 4, dot=True)}):  # a tuner's: it must not time cuBLAS
-        assert [kernel_rows(*shape, 132) for shape in ((6144, 4096), (3072, 3072))] == [64, 16]
+    with override_tiles({("head", 128256, 2048): Tile(64, 64, 4, dot=True)}):  # a tuner's: it must not time cuBLAS
+        assert [kernel_rows(*shape, 132) for shape in ((128256, 2048), (3072, 3072))] == [64, 16]
 
 
 def test_override_goes_back():
