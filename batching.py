@@ -19,11 +19,13 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from generate import Engine, Output, Request
 from sampling import SamplingParams
+from timing import short
 
 PARAMETERS = {f.name for f in dataclasses.fields(SamplingParams)}
 LISTS = ("stop", "stop_token_ids")
@@ -53,14 +55,22 @@ def read_requests(path: Path, defaults: SamplingParams) -> list[Request]:
 
 
 def _parse(line: bytes, source: str) -> dict:
+    twice = []
+
+    def keep(pairs):
+        twice.extend(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        return dict(pairs)
+
     try:
-        fields = json.loads(line.decode("utf-8-sig"))
+        fields = json.loads(line.decode("utf-8-sig"), object_pairs_hook=keep)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source}: found byte {line[error.start]:#04x} at {error.start}, expected UTF-8") from None
     except (ValueError, RecursionError):
         fields = None
     if not isinstance(fields, dict):
         raise ValueError(f"{source}: found {line.strip()[:40]!r}, expected a JSON object")
+    if twice:
+        raise ValueError(f"{source}, {twice[0][:40]}: found twice, expected once")
     return fields
 
 
@@ -189,7 +199,7 @@ def run(engine: Engine, params: SamplingParams, prompt_file: Path, output_file: 
             return {}
         results, progress = engine.generate_many(todo, batch_size), Progress(len(todo))
         cache, why = engine.session.cache, "" if batch_size else " (the largest that fits, and is of use)"
-        size = f"{cache.batch_size} x {cache.max_seq_len} tokens, {cache.num_bytes / 2**30:.2f} GiB"
+        size = f"{cache.batch_size} x {cache.max_seq_len} tokens, {short(cache.num_bytes / 2**30)} GiB"
         say(f"batch size {results.batch_size}{why}; KV cache: {size}\npath: {engine.path}")
         try:
             for request, outputs in results:
@@ -206,6 +216,6 @@ def run(engine: Engine, params: SamplingParams, prompt_file: Path, output_file: 
     capture_sec = sum(part.capture_sec for part in (engine.decoder, engine.prefiller, engine.speculator) if part)
     busy = timing.queued_busy_steps / timing.queued_slot_steps if timing.queued_slot_steps else None
     waited = f"slots {busy:.1%} busy while prompts waited" if busy else "no prompt waited for a slot"
-    say(f"{progress.tokens:,} tokens in {total_sec:.1f} s; {waited}; capturing graphs took {capture_sec:.1f} s of it")
+    say(f"{progress.tokens:,} tokens in {total_sec:.1f} s; {waited}; compiling and graphs took {capture_sec:.1f} s of it")
     out = {"prompts": len(todo), "tokens": progress.tokens, "total_sec": total_sec, "tok_per_sec": progress.tokens / total_sec}
     return out | {"batch_size": results.batch_size, "capture_sec": capture_sec, "busy_slots": busy}

@@ -188,3 +188,7 @@ def _check(chat: Chat) -> None:
             pass
     say(f"path: {engine.path}")
     say(f"template: {engine.tokenizer.chat.name}; context: {engine.context} tokens")
+
+
+if __name__ == "__main__":
+    sys.exit("chat.py: a module, expected python generate.py --interactive")

@@ -196,6 +196,17 @@ def _serve():
 # ---------------------------------------------------------------- the template, in the parent
 
 
+def _is_message(m) -> bool:
+    """A role, and as content a text, or parts with a type. A tool may answer anything; who calls one need not say anything."""
+    if not isinstance(m, dict) or not isinstance(m.get("role"), str):
+        return False
+    if m["role"] not in ("system", "user", "assistant"):
+        return "content" in m or "tool_calls" in m
+    content = m.get("content")
+    parts = isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)
+    return isinstance(content, str) or bool(parts) or (content is None and m["role"] == "assistant" and "tool_calls" in m)
+
+
 class ChatTemplate:
     """One template and the child that renders it: started at the first use (0.1 s), kept for the next ones."""
 
@@ -210,8 +221,7 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> tuple[str, str]:
         """(text, mark), see `render`. ValueError if the messages are no conversation, or the template fails or is stopped."""
-        whole = lambda m: isinstance(m, dict) and "role" in m and ("content" in m or "tool_calls" in m)
-        if not isinstance(messages, list) or not messages or not all(map(whole, messages)):
+        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
             raise ValueError(f"messages: found {messages!r:.80}, expected a list of one or more objects with role and content")
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:

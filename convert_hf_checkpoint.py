@@ -470,6 +470,8 @@ def _meta_config(path: Path, shards: list[dict[str, Tensor]]) -> tuple[ModelConf
 def resolve(name: str, revision: str | None = None) -> Path:
     """A directory as it is, or a hub name (owner/model), downloaded into the hub's cache."""
     if Path(name).is_dir():
+        if revision:
+            raise ValueError(f"revision: found {revision!r} with the directory {name}, expected a hub name like owner/model")
         return Path(name)
     if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ValueError(f"{name}: expected a directory, or a hub name like owner/model")
@@ -622,7 +624,20 @@ def end_output() -> None:
 
 def one_line(error: BaseException | str) -> str:
     """What an error says, whoever raised it: one line, in which no file can command the terminal."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(error).split()))
+    text = _found(error) if isinstance(error, OSError) and isinstance(error.filename, (str, Path)) else str(error)
+    return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
+
+
+def _found(error: OSError) -> str:
+    """What the system's commonest complaints of a path come from, in the words of all other messages."""
+    path = Path(error.filename)
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return f"{path}: found no such file" if path.parent.is_dir() else f"{path}: found no directory {path.parent}"
+    if isinstance(error, IsADirectoryError):
+        return f"{path}: found a directory, expected a file"
+    if isinstance(error, NotADirectoryError) or (isinstance(error, FileExistsError) and path.is_file()):
+        return f"{path}: found a file there or on the way, expected a directory"
+    return str(error)
 
 
 def main(argv: list[str] | None = None) -> int:

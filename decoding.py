@@ -289,7 +289,7 @@ def check_mode(mode: str, device: torch.device) -> str:
 
 
 class Decoder:
-    """Runs decode steps of a session in one of WAYS; `path` says which one, and why."""
+    """Runs decode steps of a session in one of WAYS; `path` says which one, and whose kernels they are."""
 
     MODES = ("auto", *WAYS)
 
@@ -304,10 +304,13 @@ class Decoder:
         self.graphs: dict[tuple[int, int, str, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.logits: torch.Tensor | None = None  # [rows, V] of the step launched last
         self.pool = torch.cuda.graph_pool_handle() if mode == "graph" else None  # memory of all graphs, of prefill's too
-        self.capture_sec = 0.0
+        self.compiled: set[tuple[str, bool]] = set()  # what torch.compile has seen
+        self.capture_sec = 0.0  # for graphs and compiling
         heads = model.config.head_dim in kernels.HEAD_SIZES
         if session.batch_invariant and not (heads and self.in_kernels(session.batch_size)):
-            found = f"{session.batch_size} sequences of {session.x.dtype} on {session.x.device}"
+            if not kernels.runs_kernels(session.x):
+                raise ValueError(f"batch_invariant: found device {session.x.device}, expected a CUDA device")
+            found = f"{session.batch_size} sequences of {session.x.dtype}"
             raise ValueError(f"batch_invariant: found {found}, expected at most {kernels.MAX_ROWS}, and a model in our kernels")
 
     def choose_token(self, *arguments) -> torch.Tensor:
@@ -363,7 +366,11 @@ class Decoder:
                 return
             some = None if rows == self.session.batch_size else rows
             for _ in range(steps):
+                started = time.perf_counter()
                 self.logits = self.step(self.model, self.session, kind, logprobs, some)
+                if self.mode != "eager" and (kind, logprobs) not in self.compiled:
+                    self.compiled.add((kind, logprobs))
+                    self.capture_sec += time.perf_counter() - started
 
     def _graph(self, steps: int, rows: int, kind: str, logprobs: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         """The captured graph of so many steps and its last step's logits, made when first asked for. All share one pool."""

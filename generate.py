@@ -1,7 +1,7 @@
-"""Text from a model: prefill and the decode loop, streaming, stopping; the Python API and the command line.
+"""Text from a model: the Python API (`Engine`) and the command line.
 
-Owns the run of a generation. Knows no file format: checkpoints come from convert_hf_checkpoint, text from tokenizer; what runs
-on the device, and how it is launched, is decoding's.
+Owns what an engine is made of and when a session is made anew. Knows no file format: checkpoints come from
+convert_hf_checkpoint, text from tokenizer; the loop behind every way to generate is runs', what runs on the device decoding's.
 Letters: T tokens of a prompt, H hidden size.
 """
 
@@ -25,9 +25,9 @@ from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import ACTIVATION_DTYPES, DTYPES, SHAPES, Scale, Transformer
 from prefill import CHUNK_ROWS, Prefiller
 from runs import Output, Request, Run
-from sampling import SamplingParams
+from sampling import MAX_SAMPLES, SamplingParams
 from speculative import MAX_DRAFTS, Drafter, ModelDrafter, NgramDrafter, SelfDrafter, Speculator
-from timing import Timing, metrics, report
+from timing import Timing, metrics, report, short
 from tokenizer import load_tokenizer
 
 DEMO = Path(__file__).parent / "assets" / "demo"
@@ -405,7 +405,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("draft_checkpoint_path", type=Path, help="speculate with this smaller model of the same vocabulary")
     flag("speculate", choices=("ngram", "self"), help="speculate without one: by look-up in the text, or the model in int4")
     flag("speculate_k", type=int, help=f"the most tokens drafted at once (default {DRAFTS}); fewer where that is faster")
-    flag("max_seq_len", type=int, help="context: cache rows a sequence (default: what prompt and answer need)")
+    flag("max_seq_len", type=int, help="context: cache rows a sequence (default: the next 1,024 from what is needed)")
     flag("kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="fp8: half the bytes (default: the model's dtype)")
     flag("activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help="of x in prompts' products with fp8 weights")
     flag("quantize", metavar="MODE", help="quantise at load: int8, fp8, int4, int4-gptq or int4-awq (see quantize.py)")
@@ -415,11 +415,11 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("json", action="store_true", help="one JSON object as the last line of standard output")
     flag("debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(argv)
-    for name in ("num_samples", "batch_size"):
-        if (number := getattr(args, name)) is not None and number < 1:
-            parser.error(f"--{name}: found {number}, expected at least 1")
-    if args.interactive and (args.json or args.num_samples * (args.batch_size or 1) > 1):
-        parser.error("--interactive: found with --json, --num_samples or --batch_size, expected none of them")
+    for name, most in (("num_samples", MAX_SAMPLES), ("batch_size", sys.maxsize if args.prompt_file else MAX_SAMPLES)):
+        if (number := getattr(args, name)) is not None and not 1 <= number <= most:
+            parser.error(f"--{name}: found {number}, expected {'at least 1' if number < 1 else f'at most {most}'}")
+    if args.interactive and (args.json or args.profile or args.num_samples * (args.batch_size or 1) > 1):
+        parser.error("--interactive: found with --json, --profile, --num_samples or --batch_size, expected none of them")
     if bool(args.prompt_file) != bool(args.output_file):
         parser.error("--prompt_file, --output_file: found one of them, expected both")
     if args.prompt_file and (args.interactive or args.num_samples > 1 or args.profile):
@@ -456,7 +456,10 @@ def load_engine(args: argparse.Namespace) -> Engine:
     if args.quantize:
         import quantize
 
+        started = time.perf_counter()
         quantize.quantize_at_load(engine.model, args.quantize, engine.tokenizer)
+        synchronize(engine.device)
+        engine.load_sec += time.perf_counter() - started
     return engine
 
 
@@ -528,8 +531,8 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
         last = metrics(engine, timing, compile_sec)
         if i == 0:
             cache = engine.session.cache
-            gib, dtype = cache.num_bytes / 2**30, str(engine.cache_dtype).removeprefix("torch.")
-            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib:.2f} GiB of {dtype}", file=sys.stderr)
+            gib, dtype = short(cache.num_bytes / 2**30), str(engine.cache_dtype).removeprefix("torch.")
+            print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib} GiB of {dtype}", file=sys.stderr)
         if streams:
             print()
         else:

@@ -1,6 +1,6 @@
 """The key/value cache: what earlier tokens left for later ones.
 
-Owns per-layer K and V, the length of every sequence and the table that says where its rows are. Knows nothing of attention.
+Owns per-layer K and V, the length of every sequence and the table that says where its rows are. Computes nothing.
 Letters: B sequences, S rows a sequence may have, Hkv key/value heads, D head size.
 
 The static cache is the paged cache with one page a sequence: `table[b, 0]` is the slot of sequence b, so that a slot can change
@@ -50,8 +50,8 @@ class KVCache(nn.Module):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of K and V, all layers."""
-        return self.bytes_per_row * self.batch_size * self.max_seq_len
+        """Bytes of K and V, all layers, spare rows too."""
+        return self.bytes_per_row * self.batch_size * self.k0.shape[2]
 
     def twin(self) -> "KVCache":
         """The same K and V with lengths and a table of its own: for a drafter, whose rows are then written again."""
@@ -67,7 +67,7 @@ class KVCache(nn.Module):
 def as_rows(cache: torch.Tensor) -> torch.Tensor:
     """A layer's K or V [slots, Hkv, S, D] as a strided view [rows, Hkv, D]: slot s has rows s * Hkv * S .. s * Hkv * S + S.
 
-    The head's stride is S rows, so a token's heads stand Hkv times apart, and rows between two slots' are those of other heads.
+    A token's heads stand S rows apart, and rows between two slots' are those of other heads.
     """
     slots, heads, rows, size = cache.shape
     return cache.as_strided((((slots - 1) * heads + 1) * rows, heads, size), (size, rows * size, 1))

@@ -91,7 +91,7 @@ class ModelConfig:
         return _parse_config(hf, source)
 
     def to_dict(self) -> dict:
-        """The inverse of `from_dict`, in transformers-5 style."""
+        """The inverse of `from_dict`, in transformers-5 style, but for weight formats, which checkpoint.py writes."""
         rope = {"rope_theta": self.rope_theta, "rope_type": "default"}
         if self.rope_scaling:
             fields = {k: v for k, v in dataclasses.asdict(self.rope_scaling).items() if v is not None}

@@ -370,26 +370,44 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, progress
 # ---------------------------------------------------------------- command line
 
 
+CALIBRATED = ("int4-gptq", "int4-awq")
+OPTIONS = {  # flags with a default that not every mode has a use for: (default, modes)
+    "groupsize": (128, ("int4", *CALIBRATED)),
+    "calibration_file": (CALIBRATION_FILE, CALIBRATED),
+    "calibration_limit": (128, CALIBRATED),
+    "calibration_seq_length": (2048, CALIBRATED),
+    "percdamp": (0.01, ("int4-gptq",)),
+    "blocksize": (128, ("int4-gptq",)),
+}
+
+
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     flag = parser.add_argument
     flag("--checkpoint_path", required=True, help="a directory of any layout, or a hub name like owner/model")
     flag("--output_dir", type=Path, help="default: beside the checkpoint, its name with the mode and the label behind")
-    flag("--mode", "-q", choices=MODES, default="int8", help="format of the layers, and the quantiser")
-    flag("--groupsize", type=int, choices=GROUP_SIZES["int4"], default=128, help="int4: columns that share a scale")
+    flag("--mode", "-q", choices=MODES, default="int8", help="format of the layers, and the quantiser (default int8)")
+    flag("--groupsize", type=int, choices=GROUP_SIZES["int4"], help="int4: columns that share a scale (default 128)")
     flag("--asymmetric", action="store_true", help="int4: with zero points")
     flag("--no_search", dest="search", action="store_false", help="mode int4: do not look for better ranges than the whole")
     flag("--quantize_head", choices=("int8", "int4", "fp8", "none"), help="default: fp8 for mode fp8, else int8")
-    flag("--calibration_file", type=Path, default=CALIBRATION_FILE, help="text (default: the demo model's training text)")
-    flag("--calibration_limit", type=int, default=128, help="windows of text at most")
-    flag("--calibration_seq_length", type=int, default=2048, help="tokens of a window; the model's context at most")
-    flag("--percdamp", type=float, default=0.01, help="int4-gptq: damping of the Hessian")
-    flag("--blocksize", type=int, default=128, help="int4-gptq: columns of a block")
+    flag("--calibration_file", type=Path, help="int4-gptq, int4-awq: text (default: the start of the demo model's)")
+    flag("--calibration_limit", type=int, help="likewise: windows of text at most (default 128)")
+    flag("--calibration_seq_length", type=int, help="likewise: tokens of a window, the model's context at most (default 2048)")
+    flag("--percdamp", type=float, help="int4-gptq: damping of the Hessian (default 0.01)")
+    flag("--blocksize", type=int, help="int4-gptq: columns of a block (default 128)")
     flag("--label", default="", help="put at the end of the output's name and into its config.json")
     flag("--revision", help="of the hub's repository: a branch, tag or commit")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     flag("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(underscored(argv))
+    if not args.search and args.mode != "int4":
+        parser.error(f"--no_search: found with mode {args.mode}, expected int4")
+    for name, (default, modes) in OPTIONS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+        elif args.mode not in modes and not (name == "groupsize" and args.quantize_head == "int4"):
+            parser.error(f"--{name}: found with mode {args.mode}, expected {' or '.join(modes)}")
     for name in ("calibration_limit", "calibration_seq_length"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")

@@ -3,6 +3,7 @@
 Owns the names and units of the metrics that users know, and the bandwidths they are divided by. Starts nothing.
 """
 
+import math
 import resource
 import statistics
 import sys
@@ -88,6 +89,12 @@ def metrics(engine, timing: Timing, compile_sec: float) -> dict:
     return out
 
 
+def short(number: float) -> str:
+    """Three significant digits, never as a power of ten."""
+    digits = 2 - math.floor(math.log10(number)) if number > 0 else 0
+    return f"{number:,.{max(0, digits)}f}"
+
+
 def report(m: dict, timing: Timing) -> None:
     """The metrics of one run for a person, on stderr."""
     ms = m["tpot_ms"]
@@ -99,13 +106,14 @@ def report(m: dict, timing: Timing) -> None:
     if timing.steps:
         text += (
             f"decode {m['decode_tok_per_sec']:.1f} tok/s, {ms['p50']:.3f} ms a {'token' if timing.speculation else 'step'} "
-            f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), host {m['host_ms_per_step']:.3f} ms\n"
+            f"(p90 {ms['p90']:.3f}, p99 {ms['p99']:.3f}), "
+            f"host {m['host_ms_per_step']:.3f} ms a {'launch' if timing.speculation else 'step'}\n"
         )
     if timing.speculation:
         text += describe_speculation(timing.speculation) + "\n"
     elif timing.steps:
         mbu = f", MBU {m['mbu']:.1%} of {m['mbu_divided_by_gbps']:.0f} GB/s ({m['device']})" if m["mbu"] else ""
-        text += f"{m['bytes_per_step'] / 1e9:.3f} GB a step at {m['bandwidth_gbps']:.0f} GB/s{mbu}\n"
+        text += f"{short(m['bytes_per_step'] / 1e9)} GB a step at {short(m['bandwidth_gbps'])} GB/s{mbu}\n"
     print(f"{text}peak memory {m['peak_memory_bytes'] / 2**30:.2f} GiB", file=sys.stderr)
 
 
@@ -116,7 +124,8 @@ def describe_speculation(s: dict) -> str:
     if s["rounds"]:
         text += f", {s['acceptance_length']:.2f} tokens a round; by position "
         text += " ".join(map(percent, s["acceptance_by_position"]))
-    text += "\nlaunches " + ", ".join(f"k {k}: {n}" for k, n in s["launches_by_k"].items())
+    launches = [f"k {k}: {n}" if k else f"plain steps and a round of one draft: {n}" for k, n in s["launches_by_k"].items()]
+    text += "\nlaunches: " + ", ".join(launches)
     if s["switched_off"]:
         text += f"; switched off for the most part, {s['plain_steps']} plain steps"
     rounds = ", ".join(f"k {k}: {ms:.3f} + {s['verify_ms'][k]:.3f}" for k, ms in s["draft_ms"].items())

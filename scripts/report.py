@@ -282,7 +282,7 @@ def render(directory: Path) -> str:
         "Greedy and EOS ignored unless said otherwise; medians. Output tok/s: over the whole run, prefill included; total:\n"
         "prompt tokens counted too. Floor: the sum over a step's kernels of max(bytes / bandwidth, FLOPs / peak); predicted:\n"
         "with 2 us a kernel on top (`scripts/roofline.py`); ratio: measured / predicted, * where it is more than "
-        f"{TOLERANCE:.0%}\noff. MBU: of the read bandwidth measured on the card. GiB: peak allocated.\n"
+        f"{TOLERANCE:.0%}\noff. MBU: of the read bandwidth measured on one such card. GiB: peak allocated.\n"
     )
     for title, content, table in sections:
         if content:

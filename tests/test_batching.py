@@ -384,6 +384,7 @@ def test_conversations_samples_and_token_ids(directory, tmp_path):
         ('{"id": 2, "prompt": "a", "messages": []}', ["line 2", "prompt: found 'a', expected none"]),
         ('{"id": 2, "messages": []}', ["line 2", "messages: found []"]),
         ('{"id": 2, "messages": ["hi"]}', ["line 2", "messages: found ['hi']"]),
+        ('{"id": 2, "prompt": "a", "prompt": "b"}', ["line 2, prompt: found twice, expected once"]),
         ('{"id": 2, "prompt": "a", "temprature": 1}', ["line 2", "temprature: found 1", "sampling parameter"]),
         ('{"id": 2, "prompt": "a", "temperature": 9}', ["line 2", "temperature: found 9", "[0, 2]"]),
         ('{"id": 2, "prompt": "a", "temperature": NaN}', ["line 2", "temperature: found nan"]),
@@ -402,12 +403,13 @@ def test_a_malformed_line_is_named(line, words, tmp_path):
     assert len(message.splitlines()) == 1
 
 
-def test_a_batch_size_of_a_prompt_file_is_no_number_of_samples():
+def test_a_batch_size_of_a_prompt_file_is_no_number_of_samples(capsys):
     """It is how many go at once, at most; beyond the number of prompts it has no effect."""
     argv = ["--prompt_file", "in.jsonl", "--output_file", "out.jsonl", "--batch_size", "100000"]
     assert generate.sampling_flags(generate.parse_args(argv)) == {"stop": ()}
-    with pytest.raises(ValueError, match="n: found 100000"):
-        generate.sampling_flags(generate.parse_args(argv[-2:]))
+    with pytest.raises(SystemExit, match="2"):
+        generate.parse_args(argv[-2:])
+    assert "--batch_size: found 100000, expected at most 65536" in capsys.readouterr().err
 
 
 def test_errors_of_the_command(tmp_path, capsys):

@@ -312,7 +312,7 @@ def test_a_checkpoint_that_cannot_chat_is_refused(monkeypatch):
         talk(monkeypatch, engine, "hi")
 
 
-@pytest.mark.parametrize("argv", [["--json"], ["--num_samples", "2"], ["--batch_size", "2"]])
+@pytest.mark.parametrize("argv", [["--json"], ["--num_samples", "2"], ["--batch_size", "2"], ["--profile", "x"]])
 def test_flags_that_make_no_conversation(argv, capsys):
     with pytest.raises(SystemExit) as stopped:
         generate.main(["--interactive", *argv])

@@ -609,7 +609,11 @@ def test_the_program_ends_with_its_input():
 
 @pytest.mark.parametrize(
     "messages",
-    [[], None, "hi", ["hi"], [{"content": "no role"}], [{"role": "user"}], [{"role": "user", "content": {1, 2}}]],
+    [
+        *([], None, "hi", ["hi"], [{"content": "no role"}], [{"role": "user"}], [{"role": "tool", "content": {1, 2}}]),
+        *([{"role": 5, "content": "a"}], [{"role": "user", "content": None}], [{"role": "user", "content": ["a", {"b": 1}]}]),
+        *([{"role": "user", "content": 5}], [{"role": "assistant", "content": None}]),
+    ],
 )
 def test_messages_are_checked(messages):
     with pytest.raises(ValueError, match=r"^messages: found .*, expected (a list|plain JSON)"):

@@ -302,10 +302,14 @@ def test_command_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--percdamp", "0"], "percdamp: found 0.0"),
-        (["--blocksize", "0"], "blocksize: found 0"),
+        (["--percdamp", "0", "-q", "int4-gptq"], "percdamp: found 0.0"),
+        (["--blocksize", "0", "-q", "int4-gptq"], "blocksize: found 0"),
+        (["--revision", "abc"], "revision: found 'abc' with the directory"),
         (["--asymmetric", "-q", "int8"], "asymmetric: found with mode int8"),
-        (["--calibration_file", "/nowhere.txt", "-q", "int4-awq"], "/nowhere.txt"),
+        (["--calibration_file", "/nowhere.txt", "-q", "int4-awq"], "/nowhere.txt: found no such file"),
+        (["--calibration_file", "/no/where.txt", "-q", "int4-awq"], "/no/where.txt: found no directory /no"),
+        (["--calibration_file", str(DEMO), "-q", "int4-awq"], "found a directory, expected a file"),
+        (["--output_dir", f"{DEMO}/config.json/out"], "config.json: found a file there or on the way, expected a directory"),
         (["--calibration_seq_length", "1", "-q", "int4-awq"], "calibration text"),
         (["--output_dir", str(DEMO)], "the output is the input"),
         (["--device", "tpu"], "device: found 'tpu', expected cpu"),
@@ -320,6 +324,22 @@ def test_errors_are_one_line(tmp_path, capsys, flags, named):
     assert error.count("\n") == 1
     assert named in error
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "flag", "said"),
+    [
+        ("int8", ["--groupsize", "64"], "--groupsize: found with mode int8, expected int4 or int4-gptq or int4-awq"),
+        ("fp8", ["--calibration_file", "x"], "--calibration_file: found with mode fp8, expected int4-gptq or int4-awq"),
+        ("int4", ["--blocksize", "64"], "--blocksize: found with mode int4, expected int4-gptq"),
+        ("int4-awq", ["--no_search"], "--no_search: found with mode int4-awq, expected int4"),
+    ],
+)
+def test_flags_that_a_mode_has_no_use_for(capsys, mode, flag, said):
+    with pytest.raises(SystemExit, match="2"):
+        quantize.parse_args(["--checkpoint_path", str(DEMO), "--mode", mode, *flag])
+    assert said in capsys.readouterr().err
+    quantize.parse_args(["--checkpoint_path", str(DEMO), "--quantize_head", "int4", "--groupsize", "64"])  # the head's
 
 
 def test_a_label_is_the_end_of_a_name(capsys):

@@ -1,5 +1,6 @@
 """scripts/report.py: the page says what the stored results say, and nothing else."""
 
+import itertools
 import json
 import re
 import sys
@@ -53,6 +54,21 @@ def test_the_readme_quotes_stored_results():
     bold = [f for row in speed.splitlines() if row.startswith("|") for f in re.findall(r"\*\*([\d.,]+)\*\*", row)]
     assert bold
     assert [f for f in bold if f not in kept] == []
+
+
+def test_the_readme_quotes_rivals_as_they_are_stored():
+    """gpt-fast's and vLLM's columns of the tables of batch 1."""
+    kept = set()
+    for name in ("rivals_batch1_h200.json", report.RIVAL):
+        for row in json.loads((BENCHMARKS / name).read_text())["rows"]:
+            ms = row.get("ms_per_token", row.get("ms_per_step"))
+            kept |= {f"{ms:.{digits}f}" for digits in (2, 3)}
+    lines = (ROOT / "README.md").read_text().splitlines()
+    tables = [i for i, line in enumerate(lines) if line.startswith("|") and "gpt-fast" in line]
+    rows = [list(itertools.takewhile(lambda line: line.startswith("|"), lines[i + 2 :])) for i in tables]
+    found = [re.findall(r"[\d.]+", cell) for row in sum(rows, []) for cell in row.split("|")[-3:-1]]
+    assert len(sum(found, [])) > 8
+    assert [f for f in sum(found, []) if f not in kept] == []
 
 
 def test_speculation(tmp_path):
