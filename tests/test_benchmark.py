@@ -144,6 +144,7 @@ def test_mixed_lengths(batch_size, ratio):
     ("change", "message"),
     [
         ({"batch_size": 0}, "--batch_size: found 0, expected at least 1"),
+        ({"batch_size": 99999999}, "--batch_size: found 99999999, expected at most 65,536"),
         ({"max_new_tokens": 1}, "--max_new_tokens: found 1, expected at least 2, for a decode step to time"),
         ({"padding_ratio": 0.6}, "--padding_ratio: found 0.6, expected 0 to 0.5"),
         ({"batch_size": 1, "padding_ratio": 0.3}, "--padding_ratio: found 0.3 at batch 1, expected 0"),
@@ -399,19 +400,42 @@ def test_chat(capsys, tmp_path):
     assert "gpt-fast: absent: --gpt_fast_dir: not given" in err
 
 
+SHAPE = ["--random_weights", "llama-3.2-1b"]
+
+
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("script", "argv", "message"),
     [
-        (["latency", "--timed_runs", "2"], "--timed_runs: found 2, expected at least 3"),
-        (["sweep", "--warmup_runs", "0"], "--warmup_runs: found 0, expected at least 1"),
-        (["decode", "--repeats", "0"], "--repeats: found 0, expected at least 1"),
-        (["throughput", "--engines", "llama.cpp"], "invalid choice: 'llama.cpp'"),
+        (benchmark, ["latency", "--timed_runs", "2"], "--timed_runs: found 2, expected at least 3"),
+        (benchmark, ["sweep", "--warmup_runs", "0"], "--warmup_runs: found 0, expected at least 1"),
+        (benchmark, ["decode", "--repeats", "0"], "--repeats: found 0, expected at least 1"),
+        (benchmark, ["throughput", "--engines", "llama.cpp"], "invalid choice: 'llama.cpp'"),
+        (benchmark, ["sweep", "--max_batch", "99999999"], "--max_batch: found 99999999, expected 1 to 65,536"),
+        (benchmark, ["decode", "--context", "64", "--prompt_len", "32"], "--prompt_len: found with --context, expected one of"),
+        *(
+            (benchmark, [name, *SHAPE, "--checkpoint_path", DEMO], "--checkpoint_path: found with --random_weights, expected")
+            for name in ("decode", "latency", "throughput", "sweep")
+        ),
     ],
 )
-def test_usage(capsys, argv, message):
+def test_usage(capsys, script, argv, message):
     with pytest.raises(SystemExit, match="2"):
-        benchmark.main(argv)
+        script.main(argv)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        *((benchmark, [name]) for name in ("decode", "latency")),
+        (benchmark, ["chat", "--questions", __file__]),
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "banana"])
+def test_no_such_device(capsys, monkeypatch, script, argv, device):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert script.main([*argv, "--device", device]) == 1
+    assert capsys.readouterr() == ("", f"error: device: found {device!r}, expected cpu\n")
 
 
 def test_no_time_measures_nothing(capsys):
