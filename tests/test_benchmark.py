@@ -400,7 +400,7 @@ def test_chat(capsys, tmp_path):
     assert "gpt-fast: absent: --gpt_fast_dir: not given" in err
 
 
-SHAPE = ["--random_weights", "llama-3.2-1b"]
+SHAPE, EXPECTED_SHAPE = ["--random_weights", "llama-3.2-1b"], "expected N x K, K a multiple of 64, such as 4096x14336"
 
 
 @pytest.mark.parametrize(
@@ -416,6 +416,12 @@ SHAPE = ["--random_weights", "llama-3.2-1b"]
             (benchmark, [name, *SHAPE, "--checkpoint_path", DEMO], "--checkpoint_path: found with --random_weights, expected")
             for name in ("decode", "latency", "throughput", "sweep")
         ),
+        *(
+            (benchmark_kernels, ["linear", "--shapes", shape], f"--shapes: found '{shape}', {EXPECTED_SHAPE}")
+            for shape in ("banana", "0x0", "128x100")
+        ),
+        (benchmark_kernels, ["linear", "--rows", "0"], "--rows: found '0', expected 1 to 64"),
+        (benchmark_kernels, ["linear", "--rows", "-3"], "--rows: found '-3', expected 1 to 64"),
     ],
 )
 def test_usage(capsys, script, argv, message):
@@ -436,6 +442,12 @@ def test_no_such_device(capsys, monkeypatch, script, argv, device):
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert script.main([*argv, "--device", device]) == 1
     assert capsys.readouterr() == ("", f"error: device: found {device!r}, expected cpu\n")
+
+
+def test_a_shape_that_a_format_cannot_have(capsys):
+    argv = ["linear", "--check_only", "--shapes", "128x192", "--rows", "1", "--formats", "int4"]
+    assert benchmark_kernels.main(argv) == 1
+    assert capsys.readouterr().err == "error: found 192 columns, expected a multiple of the group size, 128\n"
 
 
 def test_no_time_measures_nothing(capsys):
