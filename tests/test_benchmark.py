@@ -22,6 +22,7 @@ import comparison
 import explain
 import measure
 import roofline
+import speculate
 import tune
 from explain import Span
 from measure import Plan, Row, Worker, WorkerError
@@ -422,6 +423,10 @@ SHAPE, EXPECTED_SHAPE = ["--random_weights", "llama-3.2-1b"], "expected N x K, K
         ),
         (benchmark_kernels, ["linear", "--rows", "0"], "--rows: found '0', expected 1 to 64"),
         (benchmark_kernels, ["linear", "--rows", "-3"], "--rows: found '-3', expected 1 to 64"),
+        (speculate, ["sweep", "--max_new_tokens", "1"], "--max_new_tokens: found 1, expected at least 2"),
+        (speculate, ["oracle", "--period", "0"], "--period: found 0, expected at least 1"),
+        (speculate, ["oracle", "--alphas", "nan"], "--alphas: found nan, expected 0 to 1"),
+        (speculate, ["oracle", "--alphas", "0.5", "2"], "--alphas: found 2, expected 0 to 1"),
     ],
 )
 def test_usage(capsys, script, argv, message):
@@ -435,6 +440,7 @@ def test_usage(capsys, script, argv, message):
     [
         *((benchmark, [name]) for name in ("decode", "latency")),
         (benchmark, ["chat", "--questions", __file__]),
+        (speculate, ["oracle", "--tiny"]),
     ],
 )
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "banana"])
