@@ -16,6 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
+import benchmark_batching
 import benchmark_kernels
 import benchmark_prefill
 import comparison
@@ -427,6 +428,8 @@ SHAPE, EXPECTED_SHAPE = ["--random_weights", "llama-3.2-1b"], "expected N x K, K
         (speculate, ["oracle", "--period", "0"], "--period: found 0, expected at least 1"),
         (speculate, ["oracle", "--alphas", "nan"], "--alphas: found nan, expected 0 to 1"),
         (speculate, ["oracle", "--alphas", "0.5", "2"], "--alphas: found 2, expected 0 to 1"),
+        (benchmark_batching, ["kill", "--prompts", "0"], "--prompts: found 0, expected at least 1"),
+        (benchmark_batching, ["continuous", "--max_in", "8"], "--min_in: found 32, expected at most --max_in, 8"),
     ],
 )
 def test_usage(capsys, script, argv, message):
@@ -441,6 +444,7 @@ def test_usage(capsys, script, argv, message):
         *((benchmark, [name]) for name in ("decode", "latency")),
         (benchmark, ["chat", "--questions", __file__]),
         (speculate, ["oracle", "--tiny"]),
+        (benchmark_batching, ["kill"]),
     ],
 )
 @pytest.mark.parametrize("device", ["cuda", "cuda:7", "banana"])
