@@ -438,6 +438,14 @@ def test_usage(capsys, script, argv, message):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("argv", [["--help"], []])
+def test_usage_of_the_worker(argv):
+    worker = [sys.executable, str(Path(benchmark.__file__).with_name("engines.py")), *argv]
+    done = subprocess.run(worker, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("usage: scripts/engines.py < JOBS")
+
+
 @pytest.mark.parametrize(
     ("script", "argv"),
     [
