@@ -44,11 +44,12 @@ from generate import DTYPES, Decoder, add_flag, default_device, metrics
 from kv_cache import CACHE_DTYPES
 from model import ACTIVATION_DTYPES, SHAPES
 from quantize import MODES, read_text
-from sampling import SamplingParams
+from sampling import MAX_SAMPLES, SamplingParams
 from tokenizer import load_tokenizer
 
 DEMO = Path(os.path.relpath(generate.DEMO))  # as a stored result shall name it
 MAX_BATCH = 4096
+PROMPT_LEN = 32  # of decode, unless told
 CHAT_TOKENS = 200
 
 # ---------------------------------------------------------------- decode: one model in this process
@@ -60,6 +61,8 @@ def decode(args: argparse.Namespace) -> dict:
         if args.context <= args.max_new_tokens:
             raise ValueError(f"--context: found {args.context}, expected more than --max_new_tokens, {args.max_new_tokens}")
         args.prompt_len = args.context - args.max_new_tokens
+    elif args.prompt_len is None:
+        args.prompt_len = PROMPT_LEN
     if args.explain and not args.device.startswith("cuda"):
         raise ValueError(f"--explain: found device {args.device}, expected a CUDA device")
     model, options = args.random_weights or str(args.checkpoint_path), (args.kv_cache_dtype, args.activation_dtype)
@@ -311,7 +314,7 @@ def add_decode(sub: argparse.ArgumentParser) -> None:
     flag = lambda name, **options: add_flag(sub, name, **options)
     flag("random_weights", metavar="SHAPE")
     flag("checkpoint_path", type=Path, default=DEMO)
-    flag("prompt_len", type=int, default=32)
+    flag("prompt_len", type=int, help=f"default {PROMPT_LEN}")
     flag("context", type=int, metavar="N", help="a prompt so long that prompt and answer are N tokens")
     flag("max_new_tokens", type=int, default=128)
     flag("batch_size", type=int, default=1)
@@ -393,6 +396,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     for name, least in (("timed_runs", 3), ("warmup_runs", 1), ("repeats", 1)):
         if getattr(args, name, least) < least:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least {least}")
+    if (most := getattr(args, "max_batch", None)) is not None and not 1 <= most <= MAX_SAMPLES:
+        parser.error(f"--max_batch: found {most}, expected 1 to {MAX_SAMPLES:,}")
+    default = commands.choices[args.command].get_default
+    for name, other in (("checkpoint_path", "random_weights"), ("prompt_len", "context")):
+        if getattr(args, other, None) is not None and getattr(args, name) is not default(name):
+            parser.error(f"--{name}: found with --{other}, expected one of them")
     return args
 
 
@@ -404,6 +413,7 @@ def run(args: argparse.Namespace) -> None:
 
         report.write(args.directory)
         return
+    generate.device_of(args.device)
     if args.command in ("decode", "chat"):
         result = decode(args) if args.command == "decode" else chat(args)
         append(args.output, result)

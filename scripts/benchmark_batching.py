@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import stamp
 
-from generate import DEMO, DTYPES, Decoder, Engine, Request, add_flag, default_device, synchronize
+from generate import DEMO, DTYPES, Decoder, Engine, Request, add_flag, default_device, device_of, synchronize
 from sampling import SamplingParams
 
 # ---------------------------------------------------------------- continuous against static
@@ -181,12 +181,21 @@ def parse_args(argv=None) -> argparse.Namespace:
             flag("min_out", type=int, default=16)
             flag("repeats", type=int, default=1)
             flag("decode_mode", choices=Decoder.MODES, default="auto")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("prompts", "slots", "min_in", "max_in", "min_out", "max_out", "repeats"):
+        if getattr(args, name, 1) < 1:
+            parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    for name in ("in", "out"):
+        low, high = getattr(args, f"min_{name}", 1), getattr(args, f"max_{name}", 1)
+        if low > high:
+            parser.error(f"--min_{name}: found {low}, expected at most --max_{name}, {high}")
+    return args
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
     try:
+        device_of(args.device)
         result = {"continuous": continuous, "kill": kill}[args.command](args)
     except (ValueError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -39,6 +39,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import stamp
 
+from convert_hf_checkpoint import report_errors
 from generate import DTYPES, add_flag
 from kernels import advance, choose, choose_and_advance, flash_decode, pdl_disabled
 from kernels._common import num_sms, wgmma_device
@@ -767,11 +768,8 @@ def main(argv=None) -> int:
     if not torch.cuda.is_available() and not getattr(args, "check_only", False):
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    if args.command == "linear":
-        args.run(args)
-    else:
-        {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}[args.command](args)
-    return 0
+    works = {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}
+    return report_errors(lambda: getattr(args, "run", works.get(args.command))(args), debug=False)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ Every kernel is checked against float64 first, then timed from a CUDA graph that
 is found in the L2 cache. TB/s (1e12) are of the weight's bytes: codes, scales and zeros.
 """
 
+import argparse
 import functools
 import json
 import math
+import re
 import sys
 
 import torch
@@ -18,10 +20,10 @@ from benchmark import stamp
 from benchmark_kernels import read_gbps, time_graph
 
 from generate import add_flag
-from kernels import linear, pdl_disabled
+from kernels import MAX_ROWS, linear, pdl_disabled
 from kernels.formats import PackedFormat, Weight, dequantize_tiled, unpack_int4
 
-SHAPES = ("6144x4096", "4096x4096", "28672x4096", "4096x14336", "128256x4096")  # Llama-3.1-8B, N x K
+SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))  # Llama-3.1-8B, N x K
 TOLERANCE = 2**-7  # of the norm: bf16 weights, x and result
 
 
@@ -103,8 +105,8 @@ def run(args) -> None:
     if not args.check_only:
         bandwidth, versions = read_gbps(), stamp()
         print(f"{torch.cuda.get_device_name()}: reads {bandwidth / 1e3:.2f} TB/s", flush=True)
-    for shape in args.shapes:
-        N, K = map(int, shape.split("x"))
+    for N, K in args.shapes:
+        shape = f"{N}x{K}"
         for name in args.formats:
             fmt = packed_format(name, args.groupsize, args.asymmetric)
             if args.widen:
@@ -131,12 +133,26 @@ def run(args) -> None:
                         file.write(json.dumps(record) + "\n")
 
 
+def linear_shape(text: str) -> tuple[int, int]:
+    """'4096x14336' -> N, K."""
+    match = re.fullmatch("([1-9][0-9]*)x([1-9][0-9]*)", text)
+    if not match or int(match[2]) % 64:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected N x K, K a multiple of 64, such as 4096x14336")
+    return int(match[1]), int(match[2])
+
+
+def row_count(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_ROWS:
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected 1 to {MAX_ROWS}")
+    return int(text)
+
+
 def add_flags(parser) -> None:
     flag = lambda name, **options: add_flag(parser, name, **options)
-    flag("shapes", nargs="+", default=SHAPES, metavar="NxK")
+    flag("shapes", type=linear_shape, nargs="+", default=SHAPES, metavar="NxK")
     flag("formats", nargs="+", choices=("bf16", "int8", "fp8", "int4"), default=["bf16", "int8", "fp8", "int4"])
     flag("groupsize", type=int, choices=(32, 64, 128), default=128)
     flag("asymmetric", action="store_true", help="int4 with zero points")
-    flag("rows", type=int, nargs="+", default=[1, 8, 16, 64])
+    flag("rows", type=row_count, nargs="+", default=[1, 8, 16, 64])
     flag("widen", action="store_true", help="time what makes a packed weight plain, in place of products")
     flag("check_only", action="store_true", help="no timing; runs anywhere")

@@ -11,6 +11,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import convert_hf_checkpoint as convert
 
 
+def fetch(repo: str, revision: str | None, token: str | None) -> Path:
+    """Where it lies. ValueError: a name that is none, too."""
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return convert.download(repo, revision, token)
+    except HFValidationError:
+        raise ValueError(f"repo: found {repo!r}, expected owner/model") from None
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("repo", help="owner/model")
@@ -18,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--token", help="of an account that may read it; HF_TOKEN otherwise")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(convert.underscored(sys.argv[1:] if argv is None else argv))
-    return convert.report_errors(lambda: print(convert.download(args.repo, args.revision, args.token)), args.debug)
+    return convert.report_errors(lambda: print(fetch(args.repo, args.revision, args.token)), args.debug)
 
 
 if __name__ == "__main__":

@@ -463,6 +463,8 @@ def reported(send):
 
 
 def main() -> None:
+    if len(sys.argv) > 1 or sys.stdin.isatty() or not (setup := sys.stdin.readline()):
+        sys.exit("usage: scripts/engines.py < JOBS, a Setup and then Jobs as JSON lines: the worker of scripts/benchmark.py")
     out = os.fdopen(os.dup(1), "w")  # ours alone; whatever else is printed goes to stderr
     os.dup2(2, 1)
     sys.path.remove(str(ROOT / "scripts"))  # where Python put it: its evaluate.py is not the one that libraries look for
@@ -471,7 +473,7 @@ def main() -> None:
         out.write(json.dumps(message) + "\n")
         out.flush()
 
-    setup = Setup(**json.loads(sys.stdin.readline()))
+    setup = Setup(**json.loads(setup))
     engine = None
     with reported(send):
         started = time.perf_counter()

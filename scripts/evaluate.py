@@ -194,7 +194,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--reference", type=Path, default=DEMO, help="a plain checkpoint (default: the demo model); it is the first row")
     flag("--checkpoint_path", type=Path, nargs="+", help="checkpoints to evaluate beside it")
     flag("--quantize", nargs="+", choices=quantize.MODES, metavar="MODE", help="quantise the reference in memory, so")
-    flag("--groupsize", type=int, nargs="+", choices=GROUP_SIZES["int4"], default=[128], help="of --quantize int4")
+    flag("--groupsize", type=int, nargs="+", choices=GROUP_SIZES["int4"], help="of --quantize int4 (default 128)")
     flag("--asymmetric", action="store_true", help="of --quantize int4")
     flag("--no_search", dest="search", action="store_false", help="of --quantize int4")
     flag("--quantize_head", choices=("int8", "int4", "fp8", "none"), help="of --quantize")
@@ -215,6 +215,11 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in ("window", "max_tokens", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    of_quantize = {name: getattr(args, name) for name in ("groupsize", "asymmetric", "quantize_head")}
+    for name, given in (of_quantize | {"no_search": not args.search}).items():
+        if given and not args.quantize:
+            parser.error(f"--{name}: found without --quantize, expected both")
+    args.groupsize = args.groupsize or [128]
     if args.activation_dtype != "auto" and not (args.quantize or args.checkpoint_path):
         parser.error(f"--activation_dtype: found {args.activation_dtype}, expected --quantize fp8 or --checkpoint_path with it")
     if not 0 <= args.skip < 1:

@@ -28,6 +28,7 @@ import torch
 from engines import Job, Setup
 
 from quantize import MODES
+from sampling import MAX_SAMPLES
 
 # ---------------------------------------------------------------- the machine
 
@@ -119,6 +120,8 @@ def check_row(row: Row) -> None:
     for name in ("batch_size", "prompt_len"):
         if getattr(row, name) < 1:
             raise ValueError(f"--{name}: found {getattr(row, name)}, expected at least 1")
+    if row.batch_size > MAX_SAMPLES:
+        raise ValueError(f"--batch_size: found {row.batch_size}, expected at most {MAX_SAMPLES:,}")
     if row.max_new_tokens < 2:
         raise ValueError(f"--max_new_tokens: found {row.max_new_tokens}, expected at least 2, for a decode step to time")
     if not 0 <= row.padding_ratio <= 0.5:

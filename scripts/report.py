@@ -13,6 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from roofline import TOLERANCE, Run, formats_of, num, parse_run
 
 ENGINE_BENCHMARKS = ("latency", "throughput", "sweep", "double_batch")
+KINDS = (
+    *ENGINE_BENCHMARKS, "decode", "cold", "chat", "attention", "choose", "linear", "widen", "prefill", "continuous", "kill",
+    "speculate oracle", "speculate sweep",
+)  # fmt: skip
 RIVAL = "vllm_0.26.0_h200.json"
 CHARTS = {
     "throughput_vs_tpot.png": "Output tokens a second against time per token as the batch grows (the number at each point)",
@@ -22,19 +26,25 @@ CHARTS = {
 
 
 def read_records(directory: Path) -> list[dict]:
-    """Every line of every .jsonl file there, with the `file` it stands in. ValueError names the line."""
+    """Every line of every .jsonl file there, with the `file` it stands in. ValueError names the line; or there is none."""
     records = []
     for path in sorted(directory.glob("*.jsonl")):
-        for number, line in enumerate(path.read_text().splitlines(), 1):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
             if not line.strip():
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:
+            except ValueError:  # not JSON, or not UTF-8
                 record = None
             if not isinstance(record, dict):
-                raise ValueError(f"{path.name}:{number}: found {line[:40]!r}, expected a JSON object")
+                raise ValueError(f"{path.name}:{number}: found {line[:40].decode(errors='replace')!r}, expected a JSON object")
             records.append(record | {"file": path.name, "where": f"{path.name}:{number}"})
+    if not records:
+        raise ValueError(f"{directory}: found no records, expected *.jsonl of benchmark.py")
+    for record in records:
+        kind = record.get("benchmark")
+        if kind not in KINDS and "command" not in record:  # generate.py's have the command instead
+            raise ValueError(f"{record['where']}: benchmark: found {kind!r}, expected one of {', '.join(KINDS)}")
     return records
 
 

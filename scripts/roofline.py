@@ -540,13 +540,21 @@ def run_table(runs: list[Run]) -> str:
     )
 
 
-def plot(path: Path, cards: list[Card], curve: list[Prediction], prompt: Prediction, title: str, runs: list[Run]) -> None:
-    """The roofline chart: intensity against achieved FLOP/s. `curve`: decode steps of growing batch."""
+def new_figure(path: Path):
+    """An empty figure that can be saved as `path`. ValueError: it cannot, or there is no matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise ValueError("--plot: found no matplotlib, expected it to be installed (pip install matplotlib)") from None
     figure = Figure(figsize=(10, 6.5), layout="constrained")
+    suffixes = [f".{name}" for name in figure.canvas.get_supported_filetypes()]
+    if path.is_dir() or path.suffix.lower() not in suffixes:
+        raise ValueError(f"--plot: found {path}, expected a file that ends in {', '.join(suffixes)}")
+    return figure
+
+
+def plot(figure, cards: list[Card], curve: list[Prediction], prompt: Prediction, title: str, runs: list[Run]) -> None:
+    """The roofline chart: intensity against achieved FLOP/s. `curve`: decode steps of growing batch."""
     axes = figure.add_subplot(
         xscale="log", yscale="log", xlabel="arithmetic intensity, FLOP/byte", ylabel="FLOP/s", title=title
     )
@@ -575,7 +583,6 @@ def plot(path: Path, cards: list[Card], curve: list[Prediction], prompt: Predict
             axes.annotate(text, point, (6, -4), textcoords="offset points", fontsize=7)
     axes.legend(fontsize=8, loc="lower right")
     axes.grid(which="both", linewidth=0.3)
-    figure.savefig(path, dpi=150)
 
 
 def as_dict(p: Prediction) -> dict:
@@ -599,7 +606,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help=f"a checkpoint directory, or one of {', '.join(SHAPES)}")
     parser.add_argument("--gpu", help=f"one of {', '.join(CARDS)} (default: a line for each)")
     parser.add_argument("--batch_size", type=positive, nargs="+", default=[1])
-    parser.add_argument("--context", type=positive, default=2048, help="tokens that a decode step sees of each sequence")
+    parser.add_argument("--context", type=positive, help="tokens a decode step sees of each sequence (default: up to 2048)")
     parser.add_argument("--prompt_len", type=positive, help="tokens of each prompt (default: the context)")
     parser.add_argument("--quantize", choices=FORMATS, default="bf16", help="the layers' weights")
     parser.add_argument("--quantize_head", choices=FORMATS, help="the head's weight (default: as the layers')")
@@ -666,11 +673,13 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
     check_activations(args.activation_dtype, args.quantize)
     model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype, args.activation_dtype)
+    args.context = args.context or min(2048, config.max_position_embeddings)
     context, prompt_len = args.context, args.prompt_len or args.context
     for flag, length in (("--context", context), ("--prompt_len", prompt_len)):
         if length > config.max_position_embeddings:
             raise ValueError(f"{flag}: found {length}, expected 1 to the model's {config.max_position_embeddings}")
     chosen = find_card(args.gpu) if args.gpu else None
+    figure = new_figure(args.plot) if args.plot else None  # what cannot be drawn is known before anything is measured
     cards = [chosen] if chosen else list(CARDS.values())
     runs = [run for path in args.measured or () for run in read_runs(path, chosen)]
     measured = measure_doubling(args, chosen, model) if args.measure else {}
@@ -683,7 +692,8 @@ def run(args: argparse.Namespace) -> None:
         shown = list(dict.fromkeys(r.predicted.card for r in runs)) or cards
         title = f"{args.model} {args.quantize}, {context} tokens of context, on {shown[0].name}"
         title += "\nmeasured runs: filled, their predictions: hollow, * more than 25% apart" if runs else ""
-        plot(args.plot, shown, doubling(shown[0], model, context), both(shown[0], 1)[1], title, runs)
+        plot(figure, shown, doubling(shown[0], model, context), both(shown[0], 1)[1], title, runs)
+        figure.savefig(args.plot, dpi=150)
         print(f"wrote {args.plot}", file=sys.stderr)
     if args.json:
         print(as_json(args, model, pairs, largest, ridges, runs, measured))

@@ -332,12 +332,20 @@ def parse_args(argv=None) -> argparse.Namespace:
             flag("period", type=int, default=64, help="tokens after which the target's text repeats")
         flag("device", default=default_device())
         flag("output", type=Path, help="write the JSON here, and a chart beside it")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, least in (("max_new_tokens", 2), ("prompt_len", 1), ("period", 1)):
+        if getattr(args, name, least) < least:
+            parser.error(f"--{name}: found {getattr(args, name)}, expected at least {least}")
+    for alpha in getattr(args, "alphas", ()):
+        if not 0 <= alpha <= 1:
+            parser.error(f"--alphas: found {alpha:g}, expected 0 to 1")
+    return args
 
 
 def main(argv=None) -> int:
     args = parse_args(argv)
     try:
+        generate.device_of(args.device)
         found = (sweep if args.command == "sweep" else oracle)(args)
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         result = {"benchmark": f"speculate {args.command}", "settings": settings, **stamp()}

@@ -16,12 +16,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import benchmark
+import benchmark_batching
 import benchmark_kernels
 import benchmark_prefill
 import comparison
 import explain
 import measure
 import roofline
+import speculate
 import tune
 from explain import Span
 from measure import Plan, Row, Worker, WorkerError
@@ -144,6 +146,7 @@ def test_mixed_lengths(batch_size, ratio):
     ("change", "message"),
     [
         ({"batch_size": 0}, "--batch_size: found 0, expected at least 1"),
+        ({"batch_size": 99999999}, "--batch_size: found 99999999, expected at most 65,536"),
         ({"max_new_tokens": 1}, "--max_new_tokens: found 1, expected at least 2, for a decode step to time"),
         ({"padding_ratio": 0.6}, "--padding_ratio: found 0.6, expected 0 to 0.5"),
         ({"batch_size": 1, "padding_ratio": 0.3}, "--padding_ratio: found 0.3 at batch 1, expected 0"),
@@ -399,19 +402,70 @@ def test_chat(capsys, tmp_path):
     assert "gpt-fast: absent: --gpt_fast_dir: not given" in err
 
 
+SHAPE, EXPECTED_SHAPE = ["--random_weights", "llama-3.2-1b"], "expected N x K, K a multiple of 64, such as 4096x14336"
+
+
 @pytest.mark.parametrize(
-    ("argv", "message"),
+    ("script", "argv", "message"),
     [
-        (["latency", "--timed_runs", "2"], "--timed_runs: found 2, expected at least 3"),
-        (["sweep", "--warmup_runs", "0"], "--warmup_runs: found 0, expected at least 1"),
-        (["decode", "--repeats", "0"], "--repeats: found 0, expected at least 1"),
-        (["throughput", "--engines", "llama.cpp"], "invalid choice: 'llama.cpp'"),
+        (benchmark, ["latency", "--timed_runs", "2"], "--timed_runs: found 2, expected at least 3"),
+        (benchmark, ["sweep", "--warmup_runs", "0"], "--warmup_runs: found 0, expected at least 1"),
+        (benchmark, ["decode", "--repeats", "0"], "--repeats: found 0, expected at least 1"),
+        (benchmark, ["throughput", "--engines", "llama.cpp"], "invalid choice: 'llama.cpp'"),
+        (benchmark, ["sweep", "--max_batch", "99999999"], "--max_batch: found 99999999, expected 1 to 65,536"),
+        (benchmark, ["decode", "--context", "64", "--prompt_len", "32"], "--prompt_len: found with --context, expected one of"),
+        *(
+            (benchmark, [name, *SHAPE, "--checkpoint_path", DEMO], "--checkpoint_path: found with --random_weights, expected")
+            for name in ("decode", "latency", "throughput", "sweep")
+        ),
+        *(
+            (benchmark_kernels, ["linear", "--shapes", shape], f"--shapes: found '{shape}', {EXPECTED_SHAPE}")
+            for shape in ("banana", "0x0", "128x100")
+        ),
+        (benchmark_kernels, ["linear", "--rows", "0"], "--rows: found '0', expected 1 to 64"),
+        (benchmark_kernels, ["linear", "--rows", "-3"], "--rows: found '-3', expected 1 to 64"),
+        (speculate, ["sweep", "--max_new_tokens", "1"], "--max_new_tokens: found 1, expected at least 2"),
+        (speculate, ["oracle", "--period", "0"], "--period: found 0, expected at least 1"),
+        (speculate, ["oracle", "--alphas", "nan"], "--alphas: found nan, expected 0 to 1"),
+        (speculate, ["oracle", "--alphas", "0.5", "2"], "--alphas: found 2, expected 0 to 1"),
+        (benchmark_batching, ["kill", "--prompts", "0"], "--prompts: found 0, expected at least 1"),
+        (benchmark_batching, ["continuous", "--max_in", "8"], "--min_in: found 32, expected at most --max_in, 8"),
     ],
 )
-def test_usage(capsys, argv, message):
+def test_usage(capsys, script, argv, message):
     with pytest.raises(SystemExit, match="2"):
-        benchmark.main(argv)
+        script.main(argv)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--help"], []])
+def test_usage_of_the_worker(argv):
+    worker = [sys.executable, str(Path(benchmark.__file__).with_name("engines.py")), *argv]
+    done = subprocess.run(worker, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    assert done.stderr.startswith("usage: scripts/engines.py < JOBS")
+
+
+@pytest.mark.parametrize(
+    ("script", "argv"),
+    [
+        *((benchmark, [name]) for name in ("decode", "latency")),
+        (benchmark, ["chat", "--questions", __file__]),
+        (speculate, ["oracle", "--tiny"]),
+        (benchmark_batching, ["kill"]),
+    ],
+)
+@pytest.mark.parametrize("device", ["cuda", "cuda:7", "banana"])
+def test_no_such_device(capsys, monkeypatch, script, argv, device):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert script.main([*argv, "--device", device]) == 1
+    assert capsys.readouterr() == ("", f"error: device: found {device!r}, expected cpu\n")
+
+
+def test_a_shape_that_a_format_cannot_have(capsys):
+    argv = ["linear", "--check_only", "--shapes", "128x192", "--rows", "1", "--formats", "int4"]
+    assert benchmark_kernels.main(argv) == 1
+    assert capsys.readouterr().err == "error: found 192 columns, expected a multiple of the group size, 128\n"
 
 
 def test_no_time_measures_nothing(capsys):

@@ -422,6 +422,9 @@ def test_scripts(hub, tmp_path, capsys):
     assert (path / "config.json").exists()
     assert download.main(["owner/gated"]) == 1
     assert "gated" in capsys.readouterr().err
+    for name in ("", "a/b/c"):
+        assert download.main([name]) == 1
+        assert capsys.readouterr().err == f"error: repo: found {name!r}, expected owner/model\n"
 
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
     command = ["bash", ROOT / "scripts" / "prepare.sh"]

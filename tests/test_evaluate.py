@@ -170,6 +170,13 @@ def test_errors_are_one_line(text, capsys, flags, named):
     assert named in error
 
 
+@pytest.mark.parametrize("flags", [["--groupsize", "32"], ["--asymmetric"], ["--no_search"], ["--quantize_head", "int8"]])
+def test_flags_of_quantize_alone(text, capsys, flags):
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main(["--text", str(text), *flags])
+    assert f"error: {flags[0]}: found without --quantize, expected both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "named"), [(b"", "found 0 tokens, expected"), (b"caf\xe9", "found byte 0xe9 at 3, expected UTF-8")]
 )

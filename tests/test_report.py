@@ -151,7 +151,18 @@ def test_charts_and_other_tables(tmp_path):
     assert text.endswith("By hand.\n")
 
 
-def test_bad_lines_are_named(tmp_path):
-    (tmp_path / "runs.jsonl").write_text("{}\n[1]\n")
-    with pytest.raises(ValueError, match=r"runs.jsonl:2: found '\[1\]', expected a JSON object"):
-        report.render(tmp_path)
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{}\n[1]\n", r"runs.jsonl:2: found '\[1\]', expected a JSON object"),
+        (b'\n"\xff"', "runs.jsonl:2: found '\"\ufffd\"', expected a JSON object"),
+        (b'{"command": "generate.py"}\n{"a": 1}', "runs.jsonl:2: benchmark: found None, expected one of latency, throughput,"),
+        (b'{"benchmark": ["decode"]}', r"runs.jsonl:1: benchmark: found \['decode'\], expected one of"),
+        (b"\n", "found no records, expected \\*.jsonl of benchmark.py"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, content, message):
+    (tmp_path / "runs.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        report.write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.jsonl"]

@@ -340,8 +340,9 @@ def test_measuring_needs_the_gpu(capsys):
 
 def test_a_checkpoint_directory(capsys, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
-    status, out, _ = run(capsys, tmp_path, "--gpu", "l4", "--context", 16, "--json")
+    status, out, _ = run(capsys, tmp_path, "--gpu", "l4", "--json")
     result = json.loads(out.splitlines()[-1])
+    assert [p["context"] for p in result["predictions"]] == [256, 256], "the model's, shorter than the default"
     assert status == 0
     assert result["kv_bytes_per_token"] == 2 * 2 * 2 * 8 * 2
     assert [p["phase"] for p in result["predictions"]] == ["decode", "prefill"]
@@ -375,9 +376,14 @@ def test_no_matplotlib(capsys, tmp_path, monkeypatch):
         (["llama-3.2-1b", "--gpu", "4080"], "error: --gpu: found '4080', expected one of a100,"),
         (["llama-3.2-1b", "--context", "131073"], "error: --context: found 131073, expected 1 to the model's 131072"),
         (["llama-3.2-1b", "--measured", "/no/such.jsonl"], "/no/such.jsonl"),
+        (["llama-3.2-1b", "--plot", "/"], "error: --plot: found /, expected a file that ends in ."),
+        (["llama-3.2-1b", "--plot", "/no/such"], "error: --plot: found /no/such, expected a file that ends in ."),
+        (["llama-3.2-1b", "--plot", "/no/such.txt"], "error: --plot: found /no/such.txt, expected a file that ends in ."),
     ],
 )
 def test_bad_flags_are_named(capsys, argv, message):
+    if "--plot" in argv:
+        pytest.importorskip("matplotlib")
     status, out, err = run(capsys, *argv)
     assert (status, out) == (1, "")
     assert message in err
