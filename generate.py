@@ -529,15 +529,13 @@ def run(args: argparse.Namespace, engine: Engine, params: SamplingParams) -> Non
             profiler.export_chrome_trace(str(args.profile))
         outputs += new
         last = metrics(engine, timing, compile_sec)
+        for out in new:
+            text = out.text if out.text is not None else " ".join(map(str, out.tokens))
+            print("" if streams else text, flush=True)
         if i == 0:
             cache = engine.session.cache
             gib, dtype = short(cache.num_bytes / 2**30), str(engine.cache_dtype).removeprefix("torch.")
             print(f"KV cache: {cache.batch_size} x {cache.max_seq_len} tokens, {gib} GiB of {dtype}", file=sys.stderr)
-        if streams:
-            print()
-        else:
-            for out in new:
-                print(out.text if out.text is not None else " ".join(map(str, out.tokens)))
         report(last, timing)
     if args.json:
         print(json.dumps({"outputs": [o.to_dict() for o in outputs], "metrics": last}))

@@ -104,7 +104,7 @@ def test_every_way_to_decode_gives_the_same_tokens(model):
 def test_command_line(capsys):
     flags = ["--max_new_tokens", "3", "--device", "cpu", "--temperature", "0", "--max_seq_len", "64"]
     assert generate.main([*flags, "--kv-cache-dtype", "fp8"]) == 0
-    assert "KV cache: 1 x 64 tokens, 0.00 GiB of float8_e4m3fn" in capsys.readouterr().err
+    assert "KV cache: 1 x 64 tokens, 0.0000916 GiB of float8_e4m3fn" in capsys.readouterr().err
     with pytest.raises(SystemExit) as error:
         generate.main([*flags, "--kv_cache_dtype", "int8"])
     assert error.value.code == 2
