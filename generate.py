@@ -23,7 +23,7 @@ from kernels import MAX_ROWS
 from kernels.formats import Weight
 from kv_cache import CACHE_DTYPES, bytes_per_row
 from model import ACTIVATION_DTYPES, DTYPES, SHAPES, Scale, Transformer
-from prefill import CHUNK_ROWS, Prefiller
+from prefill import CHUNK_ROWS, GRAPH_ROWS, Prefiller
 from runs import Output, Request, Run
 from sampling import MAX_SAMPLES, SamplingParams
 from speculative import MAX_DRAFTS, Drafter, ModelDrafter, NgramDrafter, SelfDrafter, Speculator
@@ -312,7 +312,8 @@ class Engine:
         """How many sequences of up to `length` tokens fit into free memory, beside what a step and a prefill need."""
         c, size, rows = self.model.config, self.model.norm.weight.itemsize, self._session_rows(length)
         free = self._free_bytes() + (self.session.cache.num_bytes if self.session else 0)
-        prefill = CHUNK_ROWS * (5 * c.hidden_size + 3 * c.q_size + 3 * c.intermediate_size) * size
+        packed = CHUNK_ROWS + (GRAPH_ROWS if self.device.type == "cuda" else 0)  # rows; graphs keep theirs
+        prefill = packed * (5 * c.hidden_size + 3 * c.q_size + 3 * c.intermediate_size) * size
         step = c.vocab_size * 4 * 4 + 4 * c.intermediate_size * size  # logits, as they are and as they are cut
         row = bytes_per_row(c, self.cache_dtype)
         each = rows * row + step
