@@ -35,7 +35,15 @@ MAX_ANSWER = 2**24  # characters of JSON: ten times what fills a context of 128k
 
 # ---------------------------------------------------------------- the built-in forms
 
-LLAMA3 = """\
+_TEXTS = """\
+{%- for message in messages if message['content'] is not string %}
+    {{- raise_exception('found content ' + message['content'] | tojson | truncate(40) + ', expected a text') }}
+{%- endfor %}
+"""  # the forms below have no place for parts, calls and their answers
+
+LLAMA3 = (
+    _TEXTS
+    + """\
 {{- bos_token }}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
@@ -44,8 +52,11 @@ LLAMA3 = """\
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+)
 
-CHATML = """\
+CHATML = (
+    _TEXTS
+    + """\
 {%- for message in messages %}
     {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
 {%- endfor %}
@@ -53,8 +64,11 @@ CHATML = """\
     {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+)
 
-_TURNS = """\
+_TURNS = (
+    _TEXTS
+    + """\
 {%- set system = messages[0]['content'] if messages[0]['role'] == 'system' else none %}
 {%- for message in (messages if system is none else messages[1:]) %}
     {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) or message['role'] not in ('user', 'assistant') %}
@@ -64,6 +78,7 @@ _TURNS = """\
     {{- QUESTION if message['role'] == 'user' else ANSWER }}
 {%- endfor %}
 """
+)
 
 LLAMA2 = (
     _TURNS.replace("SYSTEM", r"'<<SYS>>\n' + system + '\n<</SYS>>\n\n'")
@@ -196,17 +211,6 @@ def _serve():
 # ---------------------------------------------------------------- the template, in the parent
 
 
-def _is_message(m) -> bool:
-    """A role, and as content a text, or parts with a type. A tool may answer anything; who calls one need not say anything."""
-    if not isinstance(m, dict) or not isinstance(m.get("role"), str):
-        return False
-    if m["role"] not in ("system", "user", "assistant"):
-        return "content" in m or "tool_calls" in m
-    content = m.get("content")
-    parts = isinstance(content, list) and content and all(isinstance(part, dict) and "type" in part for part in content)
-    return isinstance(content, str) or bool(parts) or (content is None and m["role"] == "assistant" and "tool_calls" in m)
-
-
 class ChatTemplate:
     """One template and the child that renders it: started at the first use (0.1 s), kept for the next ones."""
 
@@ -221,8 +225,10 @@ class ChatTemplate:
 
     def render(self, messages: list[dict], add_generation_prompt: bool = True, **variables) -> tuple[str, str]:
         """(text, mark), see `render`. ValueError if the messages are no conversation, or the template fails or is stopped."""
-        if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-            raise ValueError(f"messages: found {messages!r:.80}, expected a list of one or more objects with role and content")
+        whole = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and ("content" in m or "tool_calls" in m)
+        if not isinstance(messages, list) or not messages or not all(map(whole, messages)):
+            found = next((m for m in messages if not whole(m)), messages) if isinstance(messages, list) else messages
+            raise ValueError(f"messages: found {found!r:.80}, expected a list of one or more objects with role and content")
         variables |= {"messages": messages, "add_generation_prompt": add_generation_prompt}
         try:
             request = json.dumps({**self._fixed, "variables": variables})

@@ -635,8 +635,9 @@ def _found(error: OSError) -> str:
         return f"{path}: found no such file" if path.parent.is_dir() else f"{path}: found no directory {path.parent}"
     if isinstance(error, IsADirectoryError):
         return f"{path}: found a directory, expected a file"
-    if isinstance(error, NotADirectoryError) or (isinstance(error, FileExistsError) and path.is_file()):
-        return f"{path}: found a file there or on the way, expected a directory"
+    file = next((parent for parent in (path, *path.parents) if parent.is_file()), None)
+    if isinstance(error, (NotADirectoryError, FileExistsError)) and file:
+        return f"{file}: found a file, expected a directory"
     return str(error)
 
 

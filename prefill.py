@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 
 import kernels
+from kernels.flash_prefill import same_long_length
 from kv_cache import KVCache
 from model import PackStep, Transformer
 
 CHUNK_ROWS = 8192  # of a forward: more would not make its products faster, and costs 86 KB a row (8B)
-GRAPH_ROWS = 2048  # so many rows of the 1B are done sooner than a host launches their kernels, which takes it 13 to 27 ms
+GRAPH_ROWS = 2048  # so many rows of the 1B are done sooner than a host launches their kernels, which takes it 13 to 29 ms
 GRAPH_STEP = 256  # rows between two buckets, from 4 of it on; below, buckets are powers of two
 GRAPH_PIECES = (1, 16, 64)  # buckets of P; attention launches programs for each
 
@@ -81,8 +82,8 @@ def forward_pack(model: Transformer, cache: KVCache, x, slot, start, offsets, lo
 class Prefiller:
     """Runs prompts into a cache; `path` says how.
 
-    `graphs`: replay short packs as CUDA graphs, captured when first needed (`capture_sec`: what that took so far), with memory
-    from `pool` (None: each its own). `compiled`: torch.compile the forward, once for all lengths, where there are no kernels.
+    `graphs`: replay short packs as CUDA graphs, captured when first needed, with memory from `pool` (None: each its own).
+    `compiled`: torch.compile the forward, once for all lengths, without kernels. `capture_sec`: what both took so far.
     `alone`: no two pieces share a forward, so that none changes another's result.
     """
 
@@ -96,8 +97,9 @@ class Prefiller:
         self.use_graphs = graphs and self.flash
         self.compiled = compiled and not kernels.runs_kernels(weight)
         self.forward: Callable = torch.compile(forward_pack, fullgraph=True, dynamic=True) if self.compiled else forward_pack
-        self.graphs: dict[tuple[int, int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.graphs: dict[tuple[int, int, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.pool = pool
+        self.compiled_for: set[bool] = set()  # values of `fresh` that torch.compile has seen
         self.capture_sec = 0.0
         self.side_stream = None  # of all warm-ups: what one frees, only its own stream can use again
         if self.use_graphs:
@@ -155,10 +157,16 @@ class Prefiller:
             if self.compiled:  # torch.compile guards on where in its storage a view begins
                 offsets, slot, start = (t.clone() for t in (offsets, slot, start))
             x = self._embed(parts)
-            return self.forward(self.model, self.cache, x, slot, start, offsets, max(counts), fresh)
+            started = time.perf_counter()
+            hidden = self.forward(self.model, self.cache, x, slot, start, offsets, max(counts), fresh)
+            if self.compiled and fresh not in self.compiled_for:
+                self.compiled_for.add(fresh)
+                self.capture_sec += time.perf_counter() - started
+            return hidden
         self.index[:, : P + 1].copy_(index)
         self.x[:rows].copy_(self._embed(parts))
-        graph, hidden = self._graph(*bucket, fresh)
+        whole = rows == bucket[0] and same_long_length(rows, len(parts), max(counts))
+        graph, hidden = self._graph(*bucket, fresh, whole)
         graph.replay()
         return hidden[: len(parts)].clone()
 
@@ -174,18 +182,21 @@ class Prefiller:
                 embedded.append(self.model.embed(upload(ids, torch.int32, self.cache.lengths.device)))
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
-    def _graph_arguments(self, rows: int, pieces: int, fresh: bool) -> tuple:
+    def _graph_arguments(self, rows: int, pieces: int, fresh: bool, whole: bool) -> tuple:
         """Of `forward`: the buffers that such a graph reads."""
         offsets, slot, start = (row[: pieces + (i == 0)] for i, row in enumerate(self.index))
-        return self.model, self.cache, self.x[:rows], slot, start, offsets, rows, fresh
+        padded = not whole and same_long_length(rows, pieces, rows)
+        longest = rows - padded  # not cuDNN's then: it reads padding as it is, be it NaN
+        return self.model, self.cache, self.x[:rows], slot, start, offsets, longest, fresh
 
-    def _graph(self, rows: int, pieces: int, fresh: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The graph of a pack of so many rows and pieces, which reads `x` and `index`, and its output [pieces, H]."""
-        key = (rows, pieces, fresh)
+    def _graph(self, rows: int, pieces: int, fresh: bool, whole: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph of a pack of so many rows and pieces, which reads `x` and `index`, and its output [pieces, H]. whole: it
+        is one of those that cuDNN takes, and has no padding."""
+        key = (rows, pieces, fresh, whole)
         if key not in self.graphs:
             torch.cuda.synchronize()
             started = time.perf_counter()
-            arguments = self._graph_arguments(rows, pieces, fresh)
+            arguments = self._graph_arguments(rows, pieces, fresh, whole)
             stream = self.side_stream = self.side_stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what happens once: kernels are loaded, cuBLAS finds its algorithms

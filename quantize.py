@@ -69,7 +69,7 @@ def make_recipe(mode: str, config: ModelConfig, groupsize=128, asymmetric=False,
     if found := config.layer_format or config.head_format:
         raise ValueError(f"the checkpoint is quantised already: found {found}, expected plain weights")
     name, method, default_head = MODES[mode]
-    if asymmetric and name != "int4":
+    if asymmetric and "int4" not in (name, head):
         raise ValueError(f"asymmetric: found with mode {mode}, expected an int4 mode")
 
     def fmt(name):

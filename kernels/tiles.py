@@ -173,7 +173,8 @@ MEASURED = {
 # By (SMs, N, K): up to so many rows of x the kernels multiply plain weights faster than cuBLAS. Measured in whole steps before
 # there were rings, us (cuBLAS): at 32 rows the 1B 974.8 (1071.7), the 8B 4412 (4728); at 64, mixed so, 1104 (1120) and 4687
 # (4917). At 64 rows the kernels took longer for the 3B, 3164 (2617), Qwen2.5-7B, 6030 (4583), and Qwen3-8B, 5172 (4961). Since
-# then, with a token of its own in each row, wo of the 1B at 64 rows: 1129.5 (1149.7), and gate/up and qkv as above.
+# then, with a token of its own in each row, wo of the 1B at 64 rows: 1129.5 (1149.7), and gate/up and qkv as above;
+# Qwen3-8B's and Mistral's qkv have the 8B's shape, and are not measured at 64 rows.
 KERNEL_ROWS = {
     (132, 128256, 2048): 32,
     **dict.fromkeys([(132, 3072, 2048), (132, 2048, 2048), (132, 16384, 2048), (132, 2048, 8192)], 64),

@@ -198,9 +198,9 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--asymmetric", action="store_true", help="of --quantize int4")
     flag("--no_search", dest="search", action="store_false", help="of --quantize int4")
     flag("--quantize_head", choices=("int8", "int4", "fp8", "none"), help="of --quantize")
-    flag("--calibration_file", type=Path, default=quantize.CALIBRATION_FILE)
-    flag("--calibration_limit", type=int, default=128)
-    flag("--calibration_seq_length", type=int, default=2048)
+    of_calibration = "of --quantize int4-gptq and int4-awq, as in quantize.py"
+    for name, kind in (("file", Path), ("limit", int), ("seq_length", int)):
+        flag(f"--calibration_{name}", type=kind, help=of_calibration)
     flag("--kv_cache_dtype", choices=CACHE_DTYPES, default="auto", help="of all but the first row; prefill reads no cache")
     where = "of x in prefill, of --checkpoint_path's and --quantize's rows: all of fp8"
     flag("--activation_dtype", choices=ACTIVATION_DTYPES, default="auto", help=where)
@@ -215,10 +215,18 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     for name in ("window", "max_tokens", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
-    of_quantize = {name: getattr(args, name) for name in ("groupsize", "asymmetric", "quantize_head")}
+    calibration = ("calibration_file", "calibration_limit", "calibration_seq_length")
+    of_quantize = {name: getattr(args, name) for name in ("groupsize", "asymmetric", "quantize_head", *calibration)}
     for name, given in (of_quantize | {"no_search": not args.search}).items():
         if given and not args.quantize:
             parser.error(f"--{name}: found without --quantize, expected both")
+    for name in calibration:
+        if getattr(args, name) is None:
+            setattr(args, name, quantize.OPTIONS[name][0])
+        elif not set(args.quantize) & set(quantize.CALIBRATED):
+            parser.error(
+                f"--{name}: found with --quantize {' '.join(args.quantize)}, expected int4-gptq or int4-awq among them"
+            )
     args.groupsize = args.groupsize or [128]
     if args.activation_dtype != "auto" and not (args.quantize or args.checkpoint_path):
         parser.error(f"--activation_dtype: found {args.activation_dtype}, expected --quantize fp8 or --checkpoint_path with it")

@@ -548,8 +548,9 @@ def new_figure(path: Path):
         raise ValueError("--plot: found no matplotlib, expected it to be installed (pip install matplotlib)") from None
     figure = Figure(figsize=(10, 6.5), layout="constrained")
     suffixes = [f".{name}" for name in figure.canvas.get_supported_filetypes()]
-    if path.is_dir() or path.suffix.lower() not in suffixes:
-        raise ValueError(f"--plot: found {path}, expected a file that ends in {', '.join(suffixes)}")
+    if path.is_dir() or not path.absolute().parent.is_dir() or path.suffix.lower() not in suffixes:
+        expected = f"a file that ends in {', '.join(suffixes)}, in a directory that is there"
+        raise ValueError(f"--plot: found {path}, expected {expected}")
     return figure
 
 
@@ -673,7 +674,7 @@ def run(args: argparse.Namespace) -> None:
     config = load_config(args.model)
     check_activations(args.activation_dtype, args.quantize)
     model = Model(config, args.quantize, args.quantize_head or args.quantize, args.kv_cache_dtype, args.activation_dtype)
-    args.context = args.context or min(2048, config.max_position_embeddings)
+    args.context = args.context or min(2048, config.max_position_embeddings - (MEASURED_TOKENS // 2 if args.measure else 0))
     context, prompt_len = args.context, args.prompt_len or args.context
     for flag, length in (("--context", context), ("--prompt_len", prompt_len)):
         if length > config.max_position_embeddings:

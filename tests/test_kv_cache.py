@@ -82,6 +82,7 @@ def test_bytes(model):
     config = SHAPES["llama-3.1-8b"]
     assert KVCache(config, 2, 128, device="meta", dtype=FP8).num_bytes == 2 * 128 * 65536
     assert KVCache(config, 2, 128, device="meta").num_bytes == 2 * 128 * 131072
+    assert KVCache(config, 2, 128, device="meta", spare=8).num_bytes == 2 * 136 * 131072
     bytes_per_step = {}
     for name, size in (("auto", 4), ("fp8", 1)):
         engine = Engine(model, max_seq_len=64, kv_cache_dtype=name)
@@ -97,7 +98,9 @@ def test_bytes(model):
 def test_every_way_to_decode_gives_the_same_tokens(model):
     prompt, params = tokens_of(8).tolist(), SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True, n=2)
     options = {"max_seq_len": 32, "kv_cache_dtype": "fp8"}
-    outputs = [Engine(model, decode_mode=mode, **options).generate([prompt], params)[0] for mode in ("eager", "compile")]
+    engines = [Engine(model, decode_mode=mode, **options) for mode in ("eager", "compile")]
+    outputs = [engine.generate([prompt], params)[0] for engine in engines]
+    assert [engine.decoder.capture_sec > 0 for engine in engines] == [False, True], "what torch.compile took"
     assert len({tuple(out.tokens) for outs in outputs for out in outs}) == 1, "two samples, two modes"
 
 

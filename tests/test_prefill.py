@@ -9,6 +9,7 @@ from families import hf_model
 
 import prefill
 from generate import Engine
+from kernels.flash_prefill import same_long_length
 from kv_cache import KVCache
 from model import PackStep, PrefillStep
 from prefill import Piece, Prefiller, graph_bucket, plan
@@ -206,6 +207,28 @@ def test_plans_cover_every_token_once():
             assert all(a[1] == b[0] for a, b in itertools.pairwise(mine))
         unfinished = [pack[:-1] for pack in packs]
         assert all(end == counts[i] for pack in unfinished for i, _, end in pack), "only a pack's last part goes on"
+
+
+def test_cudnn_is_given_no_padding(model):
+    """It reads rows behind a prompt as they are, be they NaN, which would meet a weight of 0."""
+    prefiller = Prefiller(model, poisoned(model))
+    prefiller.use_graphs = True
+    prefiller.make_buffers()
+    prefiller._embed = lambda parts: torch.zeros(sum(len(p.tokens) for p in parts), prefiller.x.shape[1])
+    asked = []
+
+    def graph(*key):
+        *_, offsets, longest, _ = prefiller._graph_arguments(*key)
+        asked.append((key[0], len(offsets) - 1, longest))
+        raise StopIteration
+
+    prefiller._graph = graph
+    for counts in ([2048], [2047], [1900], [1280], [1100, 900]):
+        with pytest.raises(StopIteration):
+            prefiller._run_pack([Piece(slot, [0] * n) for slot, n in enumerate(counts)])
+        rows, pieces, longest = asked[-1]
+        assert longest >= max(counts)
+        assert same_long_length(rows, pieces, longest) == (counts == [2048])
 
 
 def test_graph_buckets():

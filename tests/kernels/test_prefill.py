@@ -36,10 +36,10 @@ class Padded(Prefiller):
         self.x.fill_(torch.nan)  # what is behind the prompts may be anything
         self.buckets = []
 
-    def _graph(self, rows, pieces, fresh):
+    def _graph(self, rows, pieces, fresh, whole):
         self.buckets.append((rows, pieces, fresh))
         hidden = torch.empty(pieces, self.x.shape[1], dtype=self.x.dtype, device=DEVICE)
-        return Replayed(lambda: hidden.copy_(self.forward(*self._graph_arguments(rows, pieces, fresh)))), hidden
+        return Replayed(lambda: hidden.copy_(self.forward(*self._graph_arguments(rows, pieces, fresh, whole)))), hidden
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
