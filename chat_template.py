@@ -37,7 +37,7 @@ MAX_ANSWER = 2**24  # characters of JSON: ten times what fills a context of 128k
 
 _TEXTS = """\
 {%- for message in messages if message['content'] is not string %}
-    {{- raise_exception('found content ' + message['content'] | tojson | truncate(40) + ', expected a text') }}
+    {{- raise_exception('found content ' + message['content'] | default(none) | tojson | truncate(40) + ', expected a text') }}
 {%- endfor %}
 """  # the forms below have no place for parts, calls and their answers
 

@@ -628,6 +628,8 @@ def test_built_in_forms_want_texts(source, content):
     conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]
     with pytest.raises(ValueError, match=r"found content .*, expected a text"):
         template_of(getattr(chat_template, source)).render(conversation)
+    with pytest.raises(ValueError, match=r"found content null, expected a text"):
+        template_of(getattr(chat_template, source)).render([{"role": "user", "tool_calls": []}])
     assert template_of("{{ messages[1]['content'] is none }}").render(conversation)[0] == str(content is None)
 
 
