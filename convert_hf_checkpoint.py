@@ -8,6 +8,7 @@ Owns the other layouts: their names, their order of weights, their packing, thei
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import math
@@ -624,7 +625,10 @@ def end_output() -> None:
 
 def one_line(error: BaseException | str) -> str:
     """What an error says, whoever raised it: one line, in which no file can command the terminal."""
-    text = _found(error) if isinstance(error, OSError) and isinstance(error.filename, (str, Path)) else str(error)
+    text = str(error)
+    if isinstance(error, OSError) and isinstance(error.filename, (str, Path)):
+        with contextlib.suppress(OSError):  # where we may not even look
+            text = _found(error)
     return "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
 
 
