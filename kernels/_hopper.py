@@ -25,9 +25,14 @@ LINE = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))  # of buffers [lines, 32] 
 
 
 @gluon.jit
-def _issue(PTX: gl.constexpr):
-    """Instructions that take nothing and give nothing, by all threads that come here."""
-    gl.inline_asm_elementwise(PTX, "=r,r", [gl.program_id(0)], gl.int32, is_pure=False, pack=1)
+def _issue(PTX: gl.constexpr, operands=None):
+    """Instructions that give nothing, by all threads that come here; operands, 32 bits each, are $1 and on."""
+    if operands is None:
+        given = (gl.program_id(0),)  # Triton wants one
+    else:
+        given = operands
+    constraints: gl.constexpr = "=r" + ",r" * len(given)
+    gl.inline_asm_elementwise(PTX, constraints, given, gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -40,7 +45,7 @@ def mark_shared(num_warps: gl.constexpr):
     mov.u32 size, global_smem; add.u32 at, at, size; @there st.shared.u32 [at], at; mov.u32 $0, 0;
     }"""
     thread = gl.arange(0, 256, gl.BlockedLayout([1], [32], [num_warps], [0]))
-    gl.inline_asm_elementwise(mark, "=r,r", [thread], gl.int32, is_pure=False, pack=1)
+    _issue(mark, (thread,))
     tl.debug_barrier()
 
 
@@ -106,8 +111,7 @@ def not_unrolled():
 @gluon.jit
 def init_barrier(bar_at, count):
     """By one thread; before others come, fence_barriers() and a barrier of all warps."""
-    asm: gl.constexpr = "mbarrier.init.shared::cta.b64 [$1], $2; mov.u32 $0, 0;"
-    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, count], gl.int32, is_pure=False, pack=1)
+    _issue("mbarrier.init.shared::cta.b64 [$1], $2; mov.u32 $0, 0;", (bar_at, count))
 
 
 @gluon.jit
@@ -119,8 +123,7 @@ def fence_barriers():
 @gluon.jit
 def arrive_expecting(bar_at, num_bytes):
     """By one thread: it arrives, and copies are to bring so many bytes."""
-    asm: gl.constexpr = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.u32 $0, 0;"
-    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, num_bytes], gl.int32, is_pure=False, pack=1)
+    _issue("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.u32 $0, 0;", (bar_at, num_bytes))
 
 
 @gluon.jit
@@ -131,7 +134,7 @@ def wait_phase(bar_at, phase):
     again: mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2; @!done bra again;
     mov.u32 $0, 0;
     }"""
-    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, phase], gl.int32, is_pure=False, pack=1)
+    _issue(asm, (bar_at, phase))
 
 
 @gluon.jit
@@ -142,7 +145,7 @@ def arrive_warp(bar_at, lane, pred):
     setp.ne.b32 own, $3, 0; setp.eq.and.u32 own, $2, 0, own;
     bar.warp.sync 0xffffffff; @own mbarrier.arrive.shared::cta.b64 _, [$1]; mov.u32 $0, 0;
     }"""
-    gl.inline_asm_elementwise(asm, "=r,r,r,r", [bar_at, lane, pred.to(gl.int32)], gl.int32, is_pure=False, pack=1)
+    _issue(asm, (bar_at, lane, pred.to(gl.int32)))
 
 
 @gluon.constexpr_function
@@ -177,7 +180,7 @@ def open_inbox(bar_at):
     @own fence.mbarrier_init.release.cluster;
     barrier.cluster.arrive.release.aligned; mov.u32 $0, 0;
     }"""
-    gl.inline_asm_elementwise(asm, "=r,r", [bar_at], gl.int32, is_pure=False, pack=1)
+    _issue(asm, (bar_at,))
 
 
 @gluon.jit
@@ -194,7 +197,7 @@ def expect_bytes(bar_at, num_bytes):
     mov.u32 thread, %tid.x; setp.eq.u32 own, thread, 0;
     @own mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2; mov.u32 $0, 0;
     }"""
-    gl.inline_asm_elementwise(asm, "=r,r,r", [bar_at, num_bytes], gl.int32, is_pure=False, pack=1)
+    _issue(asm, (bar_at, num_bytes))
 
 
 @gluon.jit
@@ -205,7 +208,7 @@ def receive(bar_at):
     again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [$1], 0; @!done bra again;
     mov.u32 $0, 0;
     }"""
-    gl.inline_asm_elementwise(asm, "=r,r", [bar_at], gl.int32, is_pure=False, pack=1)
+    _issue(asm, (bar_at,))
 
 
 @gluon.jit
