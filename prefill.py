@@ -97,7 +97,7 @@ class Prefiller:
         self.use_graphs = graphs and self.flash
         self.compiled = compiled and not kernels.runs_kernels(weight)
         self.forward: Callable = torch.compile(forward_pack, fullgraph=True, dynamic=True) if self.compiled else forward_pack
-        self.graphs: dict[tuple[int, int, bool, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self.graphs: dict[tuple[int, int, bool, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self.pool = pool
         self.compiled_for: set[bool] = set()  # values of `fresh` that torch.compile has seen
         self.capture_sec = 0.0
@@ -165,8 +165,9 @@ class Prefiller:
             return hidden
         self.index[:, : P + 1].copy_(index)
         self.x[:rows].copy_(self._embed(parts))
-        whole = rows == bucket[0] and same_long_length(rows, len(parts), max(counts))
-        graph, hidden = self._graph(*bucket, fresh, whole)
+        padded = rows < bucket[0] and same_long_length(*bucket, bucket[0])
+        longest = bucket[0] - padded  # not cuDNN's then: it reads padding as it is, be it NaN
+        graph, hidden = self._graph(*bucket, fresh, longest)
         graph.replay()
         return hidden[: len(parts)].clone()
 
@@ -182,21 +183,19 @@ class Prefiller:
                 embedded.append(self.model.embed(upload(ids, torch.int32, self.cache.lengths.device)))
         return embedded[0] if len(embedded) == 1 else torch.cat(embedded)
 
-    def _graph_arguments(self, rows: int, pieces: int, fresh: bool, whole: bool) -> tuple:
+    def _graph_arguments(self, rows: int, pieces: int, fresh: bool, longest: int) -> tuple:
         """Of `forward`: the buffers that such a graph reads."""
         offsets, slot, start = (row[: pieces + (i == 0)] for i, row in enumerate(self.index))
-        padded = not whole and same_long_length(rows, pieces, rows)
-        longest = rows - padded  # not cuDNN's then: it reads padding as it is, be it NaN
         return self.model, self.cache, self.x[:rows], slot, start, offsets, longest, fresh
 
-    def _graph(self, rows: int, pieces: int, fresh: bool, whole: bool) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
-        """The graph of a pack of so many rows and pieces, which reads `x` and `index`, and its output [pieces, H]. whole: it
-        is one of those that cuDNN takes, and has no padding."""
-        key = (rows, pieces, fresh, whole)
+    def _graph(self, rows: int, pieces: int, fresh: bool, longest: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+        """The graph of a pack of so many rows and pieces, which reads `x` and `index`, and its output [pieces, H]. fresh,
+        longest: as PackStep has them."""
+        key = (rows, pieces, fresh, longest)
         if key not in self.graphs:
             torch.cuda.synchronize()
             started = time.perf_counter()
-            arguments = self._graph_arguments(rows, pieces, fresh, whole)
+            arguments = self._graph_arguments(*key)
             stream = self.side_stream = self.side_stream or torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):  # what happens once: kernels are loaded, cuBLAS finds its algorithms

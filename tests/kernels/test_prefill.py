@@ -36,10 +36,10 @@ class Padded(Prefiller):
         self.x.fill_(torch.nan)  # what is behind the prompts may be anything
         self.buckets = []
 
-    def _graph(self, rows, pieces, fresh, whole):
+    def _graph(self, rows, pieces, fresh, longest):
         self.buckets.append((rows, pieces, fresh))
         hidden = torch.empty(pieces, self.x.shape[1], dtype=self.x.dtype, device=DEVICE)
-        return Replayed(lambda: hidden.copy_(self.forward(*self._graph_arguments(rows, pieces, fresh, whole)))), hidden
+        return Replayed(lambda: hidden.copy_(self.forward(*self._graph_arguments(rows, pieces, fresh, longest)))), hidden
 
 
 @pytest.fixture(scope="module", params=[torch.bfloat16, torch.float32], ids=str)
