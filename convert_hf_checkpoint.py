@@ -568,6 +568,13 @@ def underscored(argv: list[str]) -> list[str]:
     return [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in argv]
 
 
+def check_least(parser: argparse.ArgumentParser, args: argparse.Namespace, **least: int) -> None:
+    """Ends the program where a number of the command line, one that this command has, is less than the least of its name."""
+    for name, number in least.items():
+        if (found := getattr(args, name, number)) < number:
+            parser.error(f"--{name}: found {found}, expected at least {number}")
+
+
 def parse_device(name: str) -> torch.device:
     """A device that is there. ValueError names it."""
     count = torch.cuda.device_count()

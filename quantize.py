@@ -23,7 +23,7 @@ from torch import Tensor
 import checkpoint
 import model as rooflama
 from checkpoint import Source, tensor_specs
-from convert_hf_checkpoint import finite_tensors, open_source, parse_device, report_errors, resolve, underscored
+from convert_hf_checkpoint import check_least, finite_tensors, open_source, parse_device, report_errors, resolve, underscored
 from kernels.formats import GROUP_SIZES, PackedFormat, Weight, decode, encode, fit_scale
 from model import Layer, ModelConfig, PrefillStep, Transformer, rms_norm, rope_tables
 from tokenizer import Tokenizer, load_tokenizer
@@ -370,7 +370,7 @@ def _quantized_tensors(source: Source, recipe: Recipe, windows, device, progress
 # ---------------------------------------------------------------- command line
 
 
-CALIBRATED = ("int4-gptq", "int4-awq")
+CALIBRATED = tuple(mode for mode, (_, method, _) in MODES.items() if method != "rtn")
 OPTIONS = {  # flags with a default that not every mode has a use for: (default, modes)
     "groupsize": (128, ("int4", *CALIBRATED)),
     "calibration_file": (CALIBRATION_FILE, CALIBRATED),
@@ -408,9 +408,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
             setattr(args, name, default)
         elif args.mode not in modes and not (name == "groupsize" and args.quantize_head == "int4"):
             parser.error(f"--{name}: found with mode {args.mode}, expected {' or '.join(modes)}")
-    for name in ("calibration_limit", "calibration_seq_length"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    check_least(parser, args, calibration_limit=1, calibration_seq_length=1)
     if "/" in args.label:
         parser.error(f"--label: found {args.label!r}, expected the end of a directory's name, without /")
     return args

@@ -39,7 +39,7 @@ from roofline import load_config, num, table
 
 import generate
 from checkpoint import default_generation
-from convert_hf_checkpoint import report_errors
+from convert_hf_checkpoint import check_least, report_errors
 from generate import DTYPES, Decoder, add_flag, default_device, metrics
 from kv_cache import CACHE_DTYPES
 from model import ACTIVATION_DTYPES, SHAPES
@@ -393,9 +393,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     add_flag(sub, "directory", type=Path, default=ROOT / "benchmarks")
     add_flag(sub, "debug", action="store_true")
     args = parser.parse_args(argv)
-    for name, least in (("timed_runs", 3), ("warmup_runs", 1), ("repeats", 1)):
-        if getattr(args, name, least) < least:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected at least {least}")
+    check_least(parser, args, timed_runs=3, warmup_runs=1, repeats=1)
     if (most := getattr(args, "max_batch", None)) is not None and not 1 <= most <= MAX_SAMPLES:
         parser.error(f"--max_batch: found {most}, expected 1 to {MAX_SAMPLES:,}")
     default = commands.choices[args.command].get_default

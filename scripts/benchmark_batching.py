@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmark import stamp
 
+from convert_hf_checkpoint import check_least
 from generate import DEMO, DTYPES, Decoder, Engine, Request, add_flag, default_device, device_of, synchronize
 from sampling import SamplingParams
 
@@ -182,9 +183,7 @@ def parse_args(argv=None) -> argparse.Namespace:
             flag("repeats", type=int, default=1)
             flag("decode_mode", choices=Decoder.MODES, default="auto")
     args = parser.parse_args(argv)
-    for name in ("prompts", "slots", "min_in", "max_in", "min_out", "max_out", "repeats"):
-        if getattr(args, name, 1) < 1:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    check_least(parser, args, prompts=1, slots=1, min_in=1, max_in=1, min_out=1, max_out=1, repeats=1)
     for name in ("in", "out"):
         low, high = getattr(args, f"min_{name}", 1), getattr(args, f"max_{name}", 1)
         if low > high:

@@ -731,6 +731,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("attention", help="flash_decode, one query token")
+    p.set_defaults(run=attention)
     flag = lambda name, **options: add_flag(p, name, **options)
     flag("head_size", type=int, nargs="+", default=[64, 128])
     flag("q_num_heads", type=int, default=32)
@@ -748,12 +749,14 @@ def parse_args(argv=None) -> argparse.Namespace:
     flag("in_step", metavar="MODEL", help="with --sweep: within this model's decode step, such as llama-3.2-1b")
     flag("context", type=int, nargs="+", default=[96, 512, 2048], help="with --in_step: cached tokens")
     p = commands.add_parser("choose", help="top-k and top-p against the greedy choice")
+    p.set_defaults(run=choose_cost)
     flag("batch_size", type=int, nargs="+", default=[1, 16, 64])
     flag("vocab_size", type=int, default=128256)
     flag("in_step", metavar="MODEL", help="within this model's decode step, such as llama-3.2-1b, in place of alone")
     flag("rounds", type=int, default=40, help="with --in_step: of measuring everything once")
     flag("output", type=Path, help="append a JSON line for each point")
-    commands.add_parser("sanitize", help="small launches of every kind, checked: to run under compute-sanitizer")
+    p = commands.add_parser("sanitize", help="small launches of every kind, checked: to run under compute-sanitizer")
+    p.set_defaults(run=lambda args: sanitize())
     import benchmark_linear  # which takes its timing from here
 
     p = commands.add_parser("linear", help="one linear layer in every weight format, beside cuBLAS and torch's int4")
@@ -768,8 +771,7 @@ def main(argv=None) -> int:
     if not torch.cuda.is_available() and not getattr(args, "check_only", False):
         print("benchmark_kernels.py: found no CUDA GPU, expected one", file=sys.stderr)
         return 2
-    works = {"attention": attention, "choose": choose_cost, "sanitize": lambda args: sanitize()}
-    return report_errors(lambda: getattr(args, "run", works.get(args.command))(args), debug=False)
+    return report_errors(lambda: args.run(args), debug=False)
 
 
 if __name__ == "__main__":

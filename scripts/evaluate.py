@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 import kernels
 import quantize
-from convert_hf_checkpoint import report_errors, underscored
+from convert_hf_checkpoint import check_least, report_errors, underscored
 from generate import DEMO, DTYPES, Engine, default_device
 from kernels.formats import GROUP_SIZES, PLAIN_FORMATS
 from kv_cache import CACHE_DTYPES
@@ -212,9 +212,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     flag("--dtype", choices=DTYPES, help="default: the checkpoint's")
     flag("--debug", action="store_true", help="show tracebacks")
     args = parser.parse_args(underscored(argv))
-    for name in ("window", "max_tokens", "batch_size"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected at least 1")
+    check_least(parser, args, window=1, max_tokens=1, batch_size=1)
     calibration = ("calibration_file", "calibration_limit", "calibration_seq_length")
     of_quantize = {name: getattr(args, name) for name in ("groupsize", "asymmetric", "quantize_head", *calibration)}
     for name, given in (of_quantize | {"no_search": not args.search}).items():

@@ -43,7 +43,7 @@ def read_records(directory: Path) -> list[dict]:
         raise ValueError(f"{directory}: found no records, expected *.jsonl of benchmark.py")
     for record in records:
         kind = record.get("benchmark")
-        if kind not in KINDS and "command" not in record:  # generate.py's have the command instead
+        if kind not in KINDS:
             raise ValueError(f"{record['where']}: benchmark: found {kind!r}, expected one of {', '.join(KINDS)}")
     return records
 
@@ -215,15 +215,6 @@ def speculation_text(records: list[dict]) -> str:
     return text
 
 
-def command_table(records: list[dict]) -> str:
-    rows = []
-    for r in records:
-        m = r["metrics"]
-        cells = [num(m["tpot_ms"]["p50"]), num(m["ttft_sec"] * 1e3), num(m["load_sec"]), num(m["compile_sec"])]
-        rows.append([f"`{r['command']}`", *cells, r.get("commit") or ""])
-    return markdown("command  ms a step  TTFT ms  load s  compile s  commit", rows)
-
-
 def cold_table(records: list[dict]) -> str:
     rows = [
         [*shape(r), num(r["cold"]["first_token_sec"]), num(r["warm"]["first_token_sec"]), r.get("commit") or ""]
@@ -272,7 +263,7 @@ def render(directory: Path) -> str:
     kind = lambda *names: [r for r in records if r.get("benchmark") in names]
     decoding = last_of_each([r for r in kind("decode") if "tpot_ms" in r])
     engines = last_of_each(kind(*ENGINE_BENCHMARKS))
-    commands, attention = [r for r in records if "command" in r], attention_records(records)
+    attention = attention_records(records)
     measured, skipped = ([r for r in engines if ("skipped" in r) == is_skipped] for is_skipped in (False, True))
     sections = [
         ("A decode step", decoding, lambda: decode_table(decoding)),
@@ -281,7 +272,6 @@ def render(directory: Path) -> str:
         ("Predicted and measured", decoding + measured, lambda: off_list(decoding + measured, records)),
         ("Questions and answers", kind("chat"), lambda: chat_table(kind("chat"))),
         ("From the start of a process", kind("cold"), lambda: cold_table(kind("cold"))),
-        ("Through generate.py", commands, lambda: command_table(commands)),
         ("Attention of one token", attention, lambda: attention_table(attention)),
         ("Speculation", kind("speculate oracle"), lambda: speculation_text(kind("speculate oracle"))),
         ("Where it comes from", records, lambda: provenance_table(records)),

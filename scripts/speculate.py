@@ -25,6 +25,7 @@ import triton
 from measure import stamp
 
 import generate
+from convert_hf_checkpoint import check_least
 from generate import DTYPES, Engine, add_flag, default_device, fill_randomly, synchronize
 from kernels import gumbel
 from model import SHAPES, PrefillStep, Transformer
@@ -333,9 +334,7 @@ def parse_args(argv=None) -> argparse.Namespace:
         flag("device", default=default_device())
         flag("output", type=Path, help="write the JSON here, and a chart beside it")
     args = parser.parse_args(argv)
-    for name, least in (("max_new_tokens", 2), ("prompt_len", 1), ("period", 1)):
-        if getattr(args, name, least) < least:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected at least {least}")
+    check_least(parser, args, max_new_tokens=2, prompt_len=1, period=1)
     for alpha in getattr(args, "alphas", ()):
         if not 0 <= alpha <= 1:
             parser.error(f"--alphas: found {alpha:g}, expected 0 to 1")
